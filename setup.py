@@ -1,0 +1,35 @@
+"""Packaging. ``medtrain/`` holds links to the top-level folders, so a wheel contains them as ``medtrain.kernels`` etc."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="medtrain",
+    version="0.1.0",
+    description="Continued pretraining and Reasoning Preference Optimization for medical language models",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["medtrain", "medtrain.*"]),
+    package_data={"": ["*.yaml", "*.sh", "*.json", "*.md"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        'triton>=3.6,<3.8; platform_system == "Linux"',
+        "transformers>=5.17,<6",
+        "torchao>=0.17,<0.19",
+        "safetensors>=0.5",
+        "click>=8.1",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pyarrow>=16",
+        "rich>=13",
+        "tensorboard>=2.16",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        # flash-attn is a source distribution: install it after torch, with --no-build-isolation.
+        "gpu": ["liger-kernel>=0.8.5"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
+    },
+    entry_points={"console_scripts": ["medtrain=medtrain.trainer.cli:main"]},
+)

@@ -1,0 +1,42 @@
+"""The one exception for a user's mistake: the CLI prints it as one line and exits with status 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """A wrong input (setting, file, row, field). Its text is the one line the user sees.
+
+    Build it with :func:`bad_input` where a file, row or field is to be named.
+    """
+
+
+def bad_input(
+    problem: str,
+    *,
+    file: str | Path | None = None,
+    row: int | None = None,
+    field: str | None = None,
+    found: object = None,
+    expected: str | None = None,
+) -> InputError:
+    """Return an :class:`InputError` of the form ``FILE: row K: field 'F': problem (found X; expected Y)``.
+
+    Rows count from 1, as editors and ``sed -n Kp`` do.
+    """
+    where = ""
+    if file is not None:
+        where += f"{file}: "
+    if row is not None:
+        where += f"row {row}: "
+    if field is not None:
+        where += f"field '{field}': "
+    details = []
+    if found is not None:
+        text = found if isinstance(found, str) else repr(found)
+        details.append(f"found {text if len(text) <= 120 else text[:117] + '...'}")
+    if expected is not None:
+        details.append(f"expected {expected}")
+    tail = f" ({'; '.join(details)})" if details else ""
+    return InputError((where + problem + tail).replace("\n", "\\n"))
