@@ -16,7 +16,6 @@ setup(
         "torch>=2.11,<2.14",
         'triton>=3.6,<3.8; platform_system == "Linux"',
         "transformers>=5.17,<6",
-        "torchao>=0.17,<0.19",
         "safetensors>=0.5",
         "click>=8.1",
         "pyyaml>=6",

@@ -5,13 +5,8 @@ The public face is small and lazy, so that ``import medtrain`` costs nothing:
     from medtrain import chunked_logps, rpo_loss
 """
 
-import os
-
 __version__ = "0.1.0"
 __all__ = ["chunked_logps", "rpo_loss", "__version__"]
-
-# torchao's C++ extensions are built per torch release; without this it warns on every CPU build.
-os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 
 
 def __getattr__(name: str):

@@ -1,0 +1,110 @@
+"""Sharded checkpoints: saved by all ranks, whole or absent, resumable on any number of ranks.
+
+``checkpoints/step-00000010/`` holds torch.distributed.checkpoint files (weights and optimizer state, each rank's own
+shards) and ``trainer.json``. It is written under a name ending in ``.partial`` and renamed when every rank has written,
+so a folder without that ending is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from medtrain.trainer.distributed import World
+from medtrain.trainer.errors import bad_input
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the complete checkpoints under ``root``, oldest first."""
+    if not root.is_dir():
+        return []
+    found = []
+    for folder in root.glob("step-*"):
+        number = folder.name.removeprefix("step-")
+        if number.isdigit() and (folder / "trainer.json").is_file():
+            found.append((int(number), folder))
+    return sorted(found)
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    world: World,
+    *,
+    keep: int,
+) -> Path:
+    """Write ``step-STEP`` under ``root`` and remove all but the newest ``keep``; all ranks must call this."""
+    final = step_folder(root, step)
+    partial = final.with_name(final.name + ".partial")
+    if world.is_main:
+        for leftover in root.glob("step-*.partial"):  # of a run that was killed while saving
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    world.barrier()
+    weights, moments = get_state_dict(policy, optimizer)
+    dcp.save(
+        {"model": weights, "optim": moments},
+        storage_writer=FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
+        no_dist=world.size == 1,
+    )
+    if world.is_main:
+        (partial / "trainer.json").write_text(json.dumps({"step": step, **state}) + "\n")
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_folder(root)
+        for _, old in complete_checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
+    return final
+
+
+def load_checkpoint(
+    folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+) -> dict:
+    """Fill ``policy`` (and ``optimizer``) from a complete checkpoint, each rank its own shards; returns its state.
+
+    Raises:
+        InputError: a damaged checkpoint.
+    """
+    weights, moments = get_state_dict(policy, optimizer if optimizer is not None else [])
+    tree = {"model": weights, "optim": moments} if optimizer is not None else {"model": weights}
+    try:
+        dcp.load(tree, storage_reader=FileSystemReader(folder), no_dist=world.size == 1)
+        state = json.loads((folder / "trainer.json").read_text())
+    except (CheckpointException, OSError, ValueError, RuntimeError) as error:
+        # CheckpointException is a BaseException and its text has many lines.
+        raise bad_input("damaged checkpoint", file=folder, found=str(error).strip().split("\n")[-1],
+                        expected="remove this folder to go on from the one before") from None  # fmt: skip
+    set_state_dict(
+        policy,
+        optimizer if optimizer is not None else [],
+        model_state_dict=tree["model"],
+        optim_state_dict=tree.get("optim", {}),
+        options=StateDictOptions(strict=True),
+    )
+    return state
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,386 @@
+"""Typed settings: YAML plus ``KEY=VALUE`` overrides in, one frozen :class:`Config` out, every mistake named.
+
+Each setting stands once, below, with its default and meaning. An unknown key is an error that names the nearest known
+one; a setting that the chosen stage does not read is said so at start (:meth:`Config.unused`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from medtrain.trainer.data.sources import Source
+from medtrain.trainer.errors import InputError, bad_input
+
+Stage = Literal["cpt", "rpo"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the weights come from. ``path`` or ``init``, never both."""
+
+    path: str | None = None  # a Hugging Face checkpoint folder
+    init: dict[str, Any] | None = None  # random weights: `model_type` and sizes as in a HF config.json
+    tokenizer: str | None = None  # a folder; default: the checkpoint's own
+    eos_token: str | None = None  # ends documents and completions; default: the tokenizer's own
+    activation_checkpointing: Literal["none", "full"] = "none"  # full: recompute each layer in the backward
+    keep_bytes: int | None = None  # budget of the head op for kept exponentials (0: keep nothing); default: 1 GiB
+    export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the compute precision
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: list[Source] = field(default_factory=list)  # CPT: rows with `text`
+    pairs: list[Source] = field(default_factory=list)  # RPO: rows with `prompt`, `chosen`, `rejected`
+    heldout: list[Source] = field(default_factory=list)  # same form as the stage's data; never trained on
+    seq_len: int = 4096  # CPT: tokens a window; longer documents are split
+    max_length: int = 4096  # RPO: tokens of prompt + completion
+    overlong: Literal["error", "drop", "cut_completion", "cut_prompt"] = "error"  # RPO: pairs over max_length
+    cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-5  # peak learning rate
+    steps: int | None = None  # optimizer steps; or:
+    epochs: float | None = None  # passes over the data
+    batch_tokens: int = 524_288  # CPT: counted tokens an optimizer step, over all ranks
+    batch_pairs: int = 64  # RPO: pairs an optimizer step, over all ranks
+    micro_batch_tokens: int = 16_384  # tokens a rank computes at once; changes memory and speed, not the result
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int | None = None  # wsd: steps of the final decay; default: a tenth of the steps
+    min_lr_ratio: float = 0.1  # lr at the end over the peak (cosine, wsd)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only, not norms and biases
+    grad_clip: float = 1.0  # global norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class RpoConfig:
+    """The preference loss (medtrain.kernels.preference)."""
+
+    beta: float = 0.1
+    alpha: float = 1.0  # weight of the NLL of the chosen side; 0 is plain DPO
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "sft"] = "sigmoid"  # sft: the NLL term alone
+    nll_norm: Literal["sequence", "token"] = "sequence"
+    label_smoothing: float = 0.0  # sigmoid, robust, simpo
+    simpo_gamma: float = 0.5  # simpo: target margin, nats a token times beta
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0  # optimizer steps between held-out evaluations; 0: before the first and after the last step only
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500  # optimizer steps; one is always written at the end
+    keep: int = 2  # the newest so many are kept
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    out: str | None = None  # the run folder
+    seed: int = 0
+    deterministic: bool = False  # deterministic CUDA algorithms (CPU runs always are)
+
+
+@dataclass(frozen=True)
+class Config:
+    stage: Stage
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    rpo: RpoConfig = RpoConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+    given: frozenset[str] = frozenset()  # dotted names the user set
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as plain YAML-able data, without bookkeeping."""
+        tree = dataclasses.asdict(self)
+        tree.pop("given")
+        return tree
+
+    def unused(self) -> list[str]:
+        """Dotted names the user set that this stage does not read."""
+        other = {
+            "cpt": ("data.pairs", "data.max_length", "data.overlong", "optim.batch_pairs", "rpo."),
+            "rpo": ("data.sources", "data.seq_len", "optim.batch_tokens"),
+        }[self.stage]
+        names = {name for name in self.given if name.startswith(other)}
+        if self.optim.schedule != "wsd" and "optim.decay_steps" in self.given:
+            names.add("optim.decay_steps")
+        if self.optim.schedule == "constant" and "optim.min_lr_ratio" in self.given:
+            names.add("optim.min_lr_ratio")
+        if self.stage == "rpo" and self.rpo.loss == "sft":
+            names |= self.given & {"rpo.alpha", "rpo.label_smoothing"}
+        if self.rpo.loss != "simpo":
+            names |= self.given & {"rpo.simpo_gamma"}
+        return sorted(names)
+
+
+# Settings that change speed, memory or bookkeeping but not what is learned: a run may be continued with others.
+FREE_SETTINGS = (
+    "optim.micro_batch_tokens",
+    "model.keep_bytes",
+    "model.activation_checkpointing",
+    "model.export_dtype",
+    "data.cache",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "run.out",
+)
+
+
+def load_config(stage: Stage, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``KEY=VALUE`` overrides (YAML values), return a validated :class:`Config`.
+
+    Relative paths inside are relative to the working directory, as for any other command line tool.
+
+    Raises:
+        InputError: unreadable file, bad YAML, unknown key, wrong type, value out of range.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise bad_input("the config cannot be read", file=path, found=_reason(error)) from None
+        try:
+            tree = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            raise bad_input(
+                "not valid YAML", file=path, row=mark.line + 1 if mark else None, found=getattr(error, "problem", None)
+            ) from None
+        if tree is None:
+            tree = {}
+        if not isinstance(tree, dict):
+            raise bad_input("not a config", file=path, found=type(tree).__name__, expected="a mapping of sections")
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_dict(stage, tree, file=path)
+
+
+def config_from_dict(stage: Stage, tree: dict[str, Any], file: str | Path | None = None) -> Config:
+    """Turn nested plain data (as read from YAML) into a validated :class:`Config`; errors as :func:`load_config`."""
+    tree = dict(tree)
+    if tree.pop("stage", stage) != stage:
+        raise bad_input("the config is for the other stage", file=file, field="stage", expected=stage)
+    given: set[str] = set()
+    config = _build(Config, tree, "", file, given, skip={"stage", "given"}, fixed={"stage": stage})
+    config = dataclasses.replace(config, given=frozenset(given))
+    _validate(config, file)
+    return config
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise bad_input("not an override", found=override, expected="KEY=VALUE, as in optim.lr=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise bad_input("the value is not valid YAML", field=key, found=text) from None
+    node: Any = tree
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(node, list):
+            node = node[_list_index(node, part, key)]
+            continue
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict | list):
+            raise bad_input("not a section", field=".".join(parts[: depth + 1]), found=override)
+    if isinstance(node, list):
+        node[_list_index(node, parts[-1], key)] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _list_index(node: list, part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise bad_input("no such entry in the list", field=key, found=part, expected=f"0 to {len(node) - 1}")
+    return int(part)
+
+
+def _build(cls, tree, prefix, file, given, skip=frozenset(), fixed=None):
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls) if f.name not in skip}
+    values = dict(fixed or {})
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            raise _unknown_key(name, file)
+        values[key] = _convert(value, hints[key], name, file, given)
+    for f in known.values():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in values:
+            raise bad_input("missing", file=file, field=f"{prefix}{f.name}")
+    return cls(**values)
+
+
+def _all_keys() -> list[str]:
+    keys = []
+    for section in dataclasses.fields(Config):
+        if section.name in ("stage", "given"):
+            continue
+        keys.append(section.name)
+        keys += [f"{section.name}.{f.name}" for f in dataclasses.fields(typing.get_type_hints(Config)[section.name])]
+    return keys
+
+
+def _unknown_key(name: str, file) -> InputError:
+    # Two ways to be near: a typing slip in the whole name, or the right setting in the wrong section.
+    keys = _all_keys()
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+    if not near:
+        last = name.rsplit(".", 1)[-1]
+        by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
+        near = [by_last[m] for m in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    hint = f"the nearest known key, '{near[0]}'" if near else "one of the sections " + ", ".join(
+        k for k in keys if "." not in k
+    )
+    return bad_input("unknown key", file=file, field=name, expected=hint)
+
+
+def _convert(value: Any, hint: Any, name: str, file, given: set[str]) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if hint is Source and isinstance(value, str):
+            value = {"path": value}
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            raise bad_input("wrong type", file=file, field=name, found=value, expected="a mapping")
+        return _build(hint, value, f"{name}.", file, given)
+    given.add(name)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return _convert(value, inner[0], name, file, given)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise bad_input("not a known choice", file=file, field=name, found=value, expected=" | ".join(allowed))
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise bad_input("wrong type", file=file, field=name, found=value, expected="a list")
+        return [_convert(v, typing.get_args(hint)[0], f"{name}.{i}", file, given) for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise bad_input("wrong type", file=file, field=name, found=value, expected="a mapping")
+        return value
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-5 (no dot) as a string.
+        try:
+            value = float(value)
+        except ValueError:
+            raise bad_input("wrong type", file=file, field=name, found=value, expected="a number") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        expected = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+        raise bad_input("wrong type", file=file, field=name, found=value, expected=expected)
+    return value
+
+
+def _validate(config: Config, file) -> None:
+    def require(condition: bool, name: str, found: object, expected: str) -> None:
+        if not condition:
+            raise bad_input("out of range", file=file, field=name, found=found, expected=expected)
+
+    model, data, optim, rpo = config.model, config.data, config.optim, config.rpo
+    if (model.path is None) == (model.init is None):
+        found = "neither" if model.path is None else "both"
+        raise bad_input("where the weights come from", file=file, field="model", found=found,
+                        expected="either model.path (a checkpoint folder) or model.init (sizes for random weights)")  # fmt: skip
+    if model.init is not None and "model_type" not in model.init:
+        raise bad_input("missing", file=file, field="model.init.model_type", expected="as in a HF config, e.g. qwen2")
+    if model.init is not None and model.tokenizer is None:
+        raise bad_input("missing", file=file, field="model.tokenizer", expected="a folder, since model.init has none")
+    require(model.keep_bytes is None or model.keep_bytes >= 0, "model.keep_bytes", model.keep_bytes, "0 or more")
+    rows = "data.sources" if config.stage == "cpt" else "data.pairs"
+    if not (data.sources if config.stage == "cpt" else data.pairs):
+        raise bad_input("missing", file=file, field=rows, expected=f"a list of {{path, weight, name}} for {config.stage}")
+    if config.run.out is None:
+        raise bad_input("missing", file=file, field="run.out", expected="the run folder")
+    if (optim.steps is None) == (optim.epochs is None):
+        found = "neither" if optim.steps is None else "both"
+        raise bad_input("how long to train", file=file, field="optim", found=found, expected="steps or epochs, one of them")
+    require(optim.steps is None or optim.steps >= 1, "optim.steps", optim.steps, "1 or more")
+    require(optim.epochs is None or optim.epochs > 0, "optim.epochs", optim.epochs, "more than 0")
+    for name in ("batch_tokens", "batch_pairs", "micro_batch_tokens"):
+        require(getattr(optim, name) >= 1, f"optim.{name}", getattr(optim, name), "1 or more")
+    require(0 < optim.lr < float("inf"), "optim.lr", optim.lr, "more than 0")
+    require(optim.warmup_steps >= 0, "optim.warmup_steps", optim.warmup_steps, "0 or more")
+    require(optim.decay_steps is None or optim.decay_steps >= 1, "optim.decay_steps", optim.decay_steps, "1 or more")
+    require(0 <= optim.min_lr_ratio <= 1, "optim.min_lr_ratio", optim.min_lr_ratio, "0 to 1")
+    require(0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "0 to below 1")
+    require(0 <= optim.beta2 < 1, "optim.beta2", optim.beta2, "0 to below 1")
+    require(optim.eps > 0, "optim.eps", optim.eps, "more than 0")
+    require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "0 or more")
+    require(optim.grad_clip >= 0, "optim.grad_clip", optim.grad_clip, "0 (no clipping) or more")
+    require(data.seq_len >= 2, "data.seq_len", data.seq_len, "2 or more")
+    require(data.max_length >= 3, "data.max_length", data.max_length, "3 or more")
+    for i, source in enumerate([*data.sources, *data.pairs]):
+        require(source.weight is None or source.weight > 0, f"data.*.{i}.weight", source.weight, "more than 0")
+    require(rpo.beta > 0, "rpo.beta", rpo.beta, "more than 0")
+    require(rpo.alpha >= 0, "rpo.alpha", rpo.alpha, "0 or more")
+    require(0 <= rpo.label_smoothing < 0.5, "rpo.label_smoothing", rpo.label_smoothing, "0 to below 0.5")
+    if rpo.label_smoothing > 0 and rpo.loss not in ("sigmoid", "robust", "simpo"):
+        raise bad_input("has no effect with this loss", file=file, field="rpo.label_smoothing", found=f"rpo.loss={rpo.loss}",
+                        expected="rpo.loss sigmoid, robust or simpo")  # fmt: skip
+    require(config.eval.every >= 0, "eval.every", config.eval.every, "0 or more")
+    require(config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "1 or more")
+    require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "1 or more")
+
+
+def digest_settings(settings: dict[str, Any]) -> str:
+    """A short stable name for what is learned: all settings but :data:`FREE_SETTINGS`, as canonical JSON."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(learned_settings(settings), sort_keys=True).encode()).hexdigest()
+
+
+def learned_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Flatten to dotted names and leave out :data:`FREE_SETTINGS`."""
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{prefix}.{key}" if prefix else key)
+        else:
+            flat[prefix] = node
+
+    walk(settings, "")
+    return {name: value for name, value in flat.items() if name not in FREE_SETTINGS}

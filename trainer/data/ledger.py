@@ -1,0 +1,76 @@
+"""The ledger: what became of every row and token of every source, as a dict to be written as ``ledger.json``.
+
+For each source: ``rows`` and ``tokens`` read, ``kept``, ``cut`` and ``refused`` by reason, and for CPT ``split``: the
+documents longer than the window. Always rows = kept + refused, and tokens = kept + cut + refused (a cut row is kept;
+its lost tokens are cut). Tokens of a pair are prompt + chosen + rejected; of a document, text and eos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from medtrain.trainer.data.pairs import PairSet
+from medtrain.trainer.data.windows import Windows
+
+
+def cpt_ledger(sources: Sequence[Windows]) -> dict:
+    """Return the ledger of CPT sources. ``counted`` are the tokens that are targets in an epoch: all but each first."""
+    return _ledger("cpt", {windows.source.name: _documents(windows) for windows in sources})
+
+
+def pair_ledger(sources: Sequence[PairSet]) -> dict:
+    """Return the ledger of preference pairs. ``completion_tokens`` are the targets of an epoch, both sides."""
+    return _ledger("pairs", {pairs.name: _pairs(pairs) for pairs in sources})
+
+
+def _ledger(kind: str, sources: dict[str, dict]) -> dict:
+    total = {key: sum(source[key] for source in sources.values()) for key in ("rows", "tokens")}
+    total["kept"] = _total([source["kept"] for source in sources.values()])
+    for outcome in ("cut", "refused"):
+        total[outcome] = _total([counts for source in sources.values() for counts in source[outcome].values()])
+    return {"kind": kind, "sources": sources, "total": total}
+
+
+def _total(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return _counts(sum(c["rows"] for c in counts), sum(c["tokens"] for c in counts))
+
+
+def _counts(rows, tokens) -> dict[str, int]:
+    return {"rows": int(rows), "tokens": int(tokens)}
+
+
+def _documents(windows: Windows) -> dict:
+    source = windows.source
+    num_windows = np.diff(windows.first)
+    alone = int(np.sum(num_windows == 0))
+    split = num_windows > 1
+    num_tokens = len(source.tokens)
+    return {
+        "path": source.path,
+        "rows": source.num_docs,
+        "tokens": num_tokens,
+        "bytes": int(source.num_bytes.sum()),
+        "kept": _counts(source.num_docs - alone, num_tokens - alone),
+        "counted": int(windows.lengths.sum(dtype=np.int64)),
+        "windows": len(windows),
+        "split": {"rows": int(split.sum()), "windows": int(num_windows[split].sum())},
+        "cut": {},
+        "refused": {"no tokens but eos": _counts(alone, alone)} if alone else {},
+    }
+
+
+def _pairs(pairs: PairSet) -> dict:
+    kept = _counts(pairs.num_pairs, len(pairs.tokens))
+    cut = {reason: _counts(*counts) for reason, counts in pairs.cut.items()}
+    refused = {reason: _counts(*counts) for reason, counts in pairs.refused.items()}
+    return {
+        "path": pairs.path,
+        "rows": kept["rows"] + _total(list(refused.values()))["rows"],
+        "tokens": kept["tokens"] + _total([*cut.values(), *refused.values()])["tokens"],
+        "kept": kept,
+        "completion_tokens": int(pairs.completion_lengths.sum()),
+        "cut": cut,
+        "refused": refused,
+    }

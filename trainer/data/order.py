@@ -1,0 +1,125 @@
+"""The global order of samples, a pure function of (seed, step): which items each optimizer step takes.
+
+Each source is an endless stream: epoch e is a permutation of all its items seeded by (seed, source, e), and an item
+starts where the lengths before it in the stream end. With step size B (CPT: counted tokens; RPO: pairs, each of
+length 1), step s takes from source i the items that start in
+
+    [ floor(s B share_i), floor((s + 1) B share_i) )
+
+in exact arithmetic. So every step holds each source's share to within one item, within an epoch of a source nothing is
+lost or repeated, any step is found by bisection without those before it, and nothing depends on the number of ranks or
+on how the step is packed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from medtrain.trainer.errors import bad_input
+
+
+@dataclass(frozen=True)
+class StepItems:
+    """The items of one step: three arrays [n], int64. ``lengths`` are those the order was made with."""
+
+    source_ids: np.ndarray
+    item_ids: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+
+def source_shares(weights: Sequence[float | None], totals: Sequence[int]) -> list[Fraction]:
+    """Return the share of each source in every step; they sum to 1 exactly.
+
+    Without weights the shares follow ``totals`` (every source is used up at the same time); with weights they are
+    ``weight / sum(weights)``. Raises InputError if some sources have a weight and others have none.
+    """
+    given = [weight is not None for weight in weights]
+    if any(given) and not all(given):
+        found = f"a weight for {sum(given)} of {len(given)} sources"
+        raise bad_input("weights for some sources only", field="weight", found=found, expected="for all or for none")
+    # Through str, 0.1 is 1/10 and not the nearest binary fraction.
+    parts = [Fraction(str(weight)) for weight in weights] if all(given) else [Fraction(int(t)) for t in totals]
+    whole = sum(parts)
+    return [part / whole for part in parts]
+
+
+class GlobalOrder:
+    """The order over sources with item ``lengths`` (one int array [num_items] a source, all at least 1).
+
+    ``shares`` sum to 1; ``step_size`` in the unit of the lengths; ``seed`` at least 0. ``setting`` is the name of the
+    step size in messages. Raises InputError if a step could be empty: some source's share of a step must be at least
+    its longest item.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[np.ndarray],
+        shares: Sequence[Fraction],
+        step_size: int,
+        seed: int,
+        *,
+        setting: str = "optim.batch_tokens",
+    ) -> None:
+        self.lengths = [np.asarray(source_lengths) for source_lengths in lengths]
+        self.shares = [Fraction(share) for share in shares]
+        self.step_size = step_size
+        self.seed = seed
+        assert len(self.lengths) == len(self.shares) > 0 and sum(self.shares) == 1
+        assert all(len(ls) > 0 and ls.min() > 0 for ls in self.lengths)
+        self.totals = [int(ls.sum(dtype=np.int64)) for ls in self.lengths]
+        if seed < 0:
+            raise bad_input("wrong setting", field="run.seed", found=seed, expected="at least 0")
+        least = min(math.ceil(int(ls.max()) / share) for ls, share in zip(self.lengths, self.shares, strict=True))
+        if step_size < least:
+            raise bad_input(
+                "too small: a step could be empty", field=setting, found=step_size, expected=f"at least {least}"
+            )
+        # Two epochs a source: a step at the seam reads both.
+        self._epoch = functools.lru_cache(maxsize=2 * len(self.lengths))(self._make_epoch)
+
+    def step(self, step: int) -> StepItems:
+        """Return the items of step ``step`` (from 0), by source and within it in stream order."""
+        assert step >= 0
+        source_ids, item_ids, lengths = [], [], []
+        for i in range(len(self.lengths)):
+            items = self._slice(i, self._position(i, step), self._position(i, step + 1))
+            source_ids.append(np.full(len(items), i, dtype=np.int64))
+            item_ids.append(items)
+            lengths.append(self.lengths[i][items].astype(np.int64))
+        return StepItems(*(np.concatenate(parts) for parts in (source_ids, item_ids, lengths)))
+
+    def epochs(self, step: int) -> list[float]:
+        """Return for each source how many times it has been passed through before step ``step``."""
+        return [self._position(i, step) / total for i, total in enumerate(self.totals)]
+
+    def _position(self, i: int, step: int) -> int:
+        return math.floor(step * self.step_size * self.shares[i])
+
+    def _slice(self, i: int, begin: int, end: int) -> np.ndarray:
+        """Return the items of source ``i`` whose start lies in [begin, end) of its stream."""
+        total = self.totals[i]
+        parts = [np.empty(0, dtype=np.int64)]
+        for epoch in range(begin // total, -(-end // total)):
+            permutation, starts = self._epoch(i, epoch)
+            low, high = np.searchsorted(starts, [begin - epoch * total, end - epoch * total])
+            parts.append(permutation[low:high].astype(np.int64))
+        return np.concatenate(parts)
+
+    def _make_epoch(self, i: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        # Sorted raw draws: numpy keeps the raw stream of a bit generator the same in every version, but not what
+        # Generator.permutation makes of it, and a resumed run must find its order again.
+        keys = np.random.PCG64(np.random.SeedSequence([self.seed, i, epoch])).random_raw(len(self.lengths[i]))
+        permutation = np.argsort(keys, kind="stable").astype(np.int32 if len(keys) < 2**31 else np.int64)
+        lengths = self.lengths[i][permutation]
+        starts = np.cumsum(lengths, dtype=np.int64)
+        starts -= lengths
+        return permutation, starts

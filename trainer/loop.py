@@ -1,0 +1,399 @@
+"""The one training loop, for both stages, alone and on many ranks.
+
+Reads from top to bottom as a run does: settings -> data and tokenizer (every mistake of the user's shows here, before
+anything is written) -> run folder -> model, weights -> last checkpoint, if any -> steps -> export. Each step is a pure
+function of (weights, optimizer state, step number), so a run started again goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers.utils import logging as transformers_logging
+
+from medtrain.kernels.logps import select_path
+from medtrain.trainer.attention import select_backend
+from medtrain.trainer.checkpoint import load_checkpoint, save_checkpoint
+from medtrain.trainer.config import Config
+from medtrain.trainer.distributed import World, join_world
+from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.model import PolicyModel, build_model, load_model_config, load_tokenizer, num_parameters
+from medtrain.trainer.objectives import Cpt, Objective, Rpo
+from medtrain.trainer.progress import Display, duration
+from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions, write_json
+from medtrain.trainer.schedule import lr_factor
+from medtrain.trainer.weights import Checkpoint, digest_of_init, export_model, init_weights, load_weights
+
+# Dense bf16 peaks, FLOP/s, from the makers' data sheets. Elsewhere mfu is null.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """``model_dir``: the exported HF folder; ``metrics``: the last row of metrics.jsonl; ``interrupted``: stopped by a
+    signal after saving, with no export."""
+
+    run_dir: Path
+    model_dir: Path
+    metrics: dict[str, Any]
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything read and checked, nothing yet written."""
+
+    tokenizer: Any
+    hf_config: Any
+    checkpoint: Checkpoint | None
+    objective: Objective
+    steps: int
+    compute_dtype: torch.dtype
+    paths: dict[str, str]
+
+
+def train(config: Config, *, quiet: bool = False) -> TrainResult:
+    """Run one stage to its end (or go on with it) and export the model; every rank calls this.
+
+    Raises:
+        InputError: a mistake of the user's, found before the run folder is touched.
+        RuntimeError: a loss or gradient that is not finite, a reference that does not match.
+    """
+    _quiet_libraries()
+    compute_dtype = _compute_dtype(config)
+    with join_world(needs_group=compute_dtype != torch.float32) as world:
+        display = Display(enabled=world.is_main and not quiet)
+        prepared = prepare(config, world, display)
+        return _run(config, prepared, world, display)
+
+
+def prepare(config: Config, world: World, display: Display) -> Prepared:
+    """Read and check settings, tokenizer, weights' headers and data; writes nothing but the token cache."""
+    for name in config.unused():
+        display.say(f"note: {name} has no effect here")
+    compute_dtype = _compute_dtype(config)
+    tokenizer = load_tokenizer(config.model)
+    hf_config = load_model_config(config.model, tokenizer)
+    checkpoint = Checkpoint(config.model.path) if config.model.path is not None else None
+    if checkpoint is not None:
+        checkpoint.check(_parameter_shapes(hf_config), tied=hf_config.tie_word_embeddings)
+    limit = hf_config.max_position_embeddings
+    name = "seq_len" if config.stage == "cpt" else "max_length"
+    if getattr(config.data, name) > limit:
+        raise bad_input("longer than the model's positions", field=f"data.{name}", found=getattr(config.data, name),
+                        expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
+    objective = (Cpt if config.stage == "cpt" else Rpo)(config, tokenizer, world, display.say)
+    if checkpoint is not None:
+        with world.main_first():
+            digest = checkpoint.digest()
+    else:
+        digest = digest_of_init(config.model.init | {"vocab_size": hf_config.vocab_size}, config.run.seed)
+    objective.digests["weights"] = digest
+    steps = config.optim.steps
+    if steps is None:
+        steps = max(1, math.ceil(config.optim.epochs * objective.epoch_size / objective.step_size))
+    if config.optim.warmup_steps >= steps:
+        raise bad_input("no step is left after the warm-up", field="optim.warmup_steps",
+                        found=config.optim.warmup_steps, expected=f"below the {steps} steps")  # fmt: skip
+    paths = {
+        "attention": select_backend(world.device, compute_dtype),
+        "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
+        "compute": str(compute_dtype).removeprefix("torch."),
+    }
+    return Prepared(tokenizer, hf_config, checkpoint, objective, steps, compute_dtype, paths)
+
+
+def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
+    objective, steps = prepared.objective, prepared.steps
+    folder = RunFolder(config.run.out)
+    folder.check(config.settings(), objective.digests)
+    world.barrier()  # all ranks have looked before rank 0 writes
+    if world.is_main:
+        _start_folder(folder, config, prepared, world)
+
+    total, multiplied = num_parameters(prepared.hf_config)
+    display.say(
+        f"{config.stage}: {total / 1e6:,.1f} M parameters, {steps:,} steps, {world.size} x {device_name(world.device)}\n"
+        + "paths: " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items())
+    )  # fmt: skip
+    torch.manual_seed(config.run.seed)
+    torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
+    policy = build_model(
+        config.model, prepared.hf_config, world, prepared.compute_dtype, backend=prepared.paths["attention"]
+    )
+    if prepared.checkpoint is not None:
+        load_weights(policy, prepared.checkpoint)
+    else:
+        init_weights(policy, config.run.seed)
+    objective.prepare(policy, world, folder.reference, display.say)
+    optimizer = _optimizer(policy, config, world)
+
+    state = {"tokens_total": 0, "pairs_total": 0}
+    done = 0
+    last = folder.last_checkpoint()
+    if last is not None:
+        loaded = load_checkpoint(last[1], policy, optimizer, world)
+        state, done = {key: loaded[key] for key in state}, loaded["step"]
+        display.say(f"going on from {last[1].name}")
+    if world.is_main:
+        folder.cut_metrics(done)
+    board = _Tensorboard(folder, done) if world.is_main else None
+
+    def record(row: dict[str, Any]) -> None:
+        if world.is_main:
+            folder.append_metrics(row)
+            board.write(row)
+
+    def evaluate_now(step: int) -> bool:
+        if not objective.heldout:
+            return False
+        return step in (0, steps) or bool(config.eval.every and step % config.eval.every == 0)
+
+    def save(step: int) -> None:
+        save_checkpoint(folder.checkpoints, step, policy, optimizer, state, world, keep=config.checkpoint.keep)
+
+    row: dict[str, Any] = {}
+    if done == 0 and evaluate_now(0):
+        row = {"step": 0} | objective.evaluate(policy, world)
+        record(row)
+        display.say(_heldout_line(row))
+
+    flops = _FlopsPerToken(prepared.hf_config, multiplied)
+    peak = _peak_flops(world.device)
+    began, spent = time.monotonic(), 0.0
+    display.start(done, steps)
+    try:
+        with _stop_signal() as stop:
+            for step in range(done, steps):
+                started = time.perf_counter()
+                lr = config.optim.lr * lr_factor(config.optim, step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                batches, n = objective.micro_batches(step, world)
+                sums = torch.zeros(len(objective.stat_names), dtype=torch.float64, device=world.device)
+                attended = 0.0
+                for batch in batches:
+                    loss, stats = objective.loss(policy, batch, n)
+                    # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
+                    (loss * world.size).backward()
+                    sums += stats
+                    attended += float(batch.cu_seqlens.diff().double().square().sum())
+                # One reduction a step carries everything: sums, attention work, and whether any rank was told to stop.
+                extra = torch.tensor([attended, float(stop.asked)], dtype=torch.float64, device=world.device)
+                reduced = world.sum(torch.cat([sums, extra]))
+                metrics = objective.metrics(reduced[:-2], n)
+                grad_norm = _clip(policy, config.optim.grad_clip)
+                if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
+                    raise RuntimeError(
+                        f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}: not finite, stopped before "
+                        f"the update; the last checkpoint stands in {folder.checkpoints}"
+                    )
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                state["tokens_total"] += n.tokens
+                state["pairs_total"] += n.pairs
+                seconds = time.perf_counter() - started
+                work = flops(n.inputs, float(reduced[-2]))
+                row = {"step": step + 1, **metrics, "grad_norm": grad_norm, "lr": lr, "tokens": n.tokens,
+                       "tokens_total": state["tokens_total"], "seconds": seconds,
+                       "tokens_per_second": n.inputs / seconds,
+                       "mfu": work / seconds / (peak * world.size) if peak else None,
+                       "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
+                if evaluate_now(step + 1):
+                    row |= objective.evaluate(policy, world)
+                record(row)
+                spent += seconds
+                display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
+                if evaluate_now(step + 1):
+                    display.say(_heldout_line(row))
+                asked = bool(reduced[-1] > 0)
+                if asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
+                    save(step + 1)
+                if asked and step + 1 < steps:
+                    display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
+                    return TrainResult(folder.root, folder.model, row, interrupted=True)
+    finally:
+        display.stop()
+        if board is not None:
+            board.close()
+
+    if done < steps or not folder.model.is_dir():
+        dtype = _export_dtype(config, prepared.compute_dtype)
+        export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path)
+    display.say(_summary(folder, row, steps - done, time.monotonic() - began))
+    return TrainResult(folder.root, folder.model, row)
+
+
+def export_checkpoint(config: Config, run: RunFolder, checkpoint: Path, out: Path) -> Path:
+    """Export one checkpoint of a run as a HF folder (``medtrain export``)."""
+    _quiet_libraries()
+    compute_dtype = _compute_dtype(config)
+    with join_world(needs_group=compute_dtype != torch.float32) as world:
+        tokenizer = load_tokenizer(config.model)
+        hf_config = load_model_config(config.model, tokenizer)
+        policy = build_model(
+            config.model, hf_config, world, compute_dtype, backend=select_backend(world.device, compute_dtype)
+        )
+        load_checkpoint(checkpoint, policy, None, world)
+        dtype = _export_dtype(config, compute_dtype)
+        return export_model(policy, tokenizer, out, world, dtype=dtype, source=config.model.path)
+
+
+def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World) -> None:
+    folder.write_manifest(
+        {
+            "stage": config.stage,
+            "settings": config.settings(),
+            "steps": prepared.steps,
+            "paths": prepared.paths,
+            "digests": prepared.objective.digests,
+            "versions": versions(),
+            "commit": commit(),
+            "device": device_name(world.device),
+            "world_size": world.size,
+            "command": sys.argv,
+        }
+    )
+    write_json(folder.ledger, prepared.objective.ledger)
+
+
+def _optimizer(policy: PolicyModel, config: Config, world: World) -> torch.optim.AdamW:
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.optim.lr,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+        fused=True,
+    )
+
+
+def _clip(policy: PolicyModel, limit: float) -> float:
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit if limit > 0 else math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _compute_dtype(config: Config) -> torch.dtype:
+    choice = config.precision.compute
+    if choice == "auto":
+        choice = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, choice)
+
+
+def _export_dtype(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
+    choice = config.model.export_dtype
+    return compute_dtype if choice == "auto" else getattr(torch, choice)
+
+
+def _parameter_shapes(hf_config) -> dict[str, tuple[int, ...]]:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+class _FlopsPerToken:
+    """Model FLOPs of forward and backward: 6 a parameter that multiplies, and attention's 6 * layers * heads * dim * the
+    sum of squared document lengths (causal, so half of 12)."""
+
+    def __init__(self, hf_config, multiplied: int):
+        heads = hf_config.num_attention_heads
+        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+        self.dense = 6 * multiplied
+        self.attention = 6 * hf_config.num_hidden_layers * heads * head_dim
+
+    def __call__(self, tokens: int, squared_lengths: float) -> float:
+        return self.dense * tokens + self.attention * squared_lengths
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def _max_memory_gib(device: torch.device) -> float:
+    """Peak so far: of the allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _heldout_line(row: dict[str, Any]) -> str:
+    numbers = "  ".join(f"{k.removeprefix('heldout/')} {v:.4f}" for k, v in row.items() if k.startswith("heldout/"))
+    return f"held-out at step {row['step']}: {numbers}"
+
+
+def _summary(folder: RunFolder, row: dict[str, Any], steps: int, seconds: float) -> str:
+    lines = [f"done: {steps:,} steps in {duration(seconds)}" if steps else "already complete"]
+    if "loss" in row:
+        lines.append(f"last step: loss {row['loss']:.4f}, {row['tokens_total']:,} tokens counted in all")
+    lines.append(f"model: {folder.model}   metrics: {folder.metrics}   ledger: {folder.ledger}")
+    return "\n".join(lines)
+
+
+class _Tensorboard:
+    """metrics.jsonl's numbers again, for those who watch with TensorBoard."""
+
+    def __init__(self, folder: RunFolder, done: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder.tensorboard, purge_step=done + 1 if done else None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Stop:
+    asked = False
+
+
+@contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """SIGTERM and SIGUSR1 (what schedulers send before the end) ask for a checkpoint and a clean end after this step."""
+    stop = _Stop()
+    old = {}
+
+    def ask(*_: object) -> None:
+        stop.asked = True
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            old[number] = signal.signal(number, ask)
+    except ValueError:  # not the main thread: the embedding program handles signals
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _quiet_libraries() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+__all__ = ["InputError", "Prepared", "TrainResult", "export_checkpoint", "prepare", "train"]

@@ -1,0 +1,225 @@
+"""The policy: a Hugging Face decoder whose head gives log-probabilities, built on meta and sharded by FSDP2.
+
+Order matters (each step was got wrong by someone): build on the meta device, wrap for activation checkpointing, shard,
+``to_empty``, rebuild the rotary tables (``to_empty`` leaves them as garbage), then fill in the weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from medtrain.kernels.head import LogpsHead
+from medtrain.trainer import attention
+from medtrain.trainer.config import ModelConfig
+from medtrain.trainer.distributed import World
+from medtrain.trainer.errors import bad_input
+
+# Decoders whose weights are named model.* and lm_head.weight and whose layers all attend to the whole document.
+SUPPORTED_TYPES = ("qwen2", "qwen3", "llama", "mistral")
+
+
+class PolicyModel(nn.Module):
+    """A causal LM that returns the log-probabilities of given next tokens and never a logit.
+
+    Its parameters carry the names of the Hugging Face model (``model.*``, ``lm_head.weight``). Backbone and head run
+    inside this one forward, because FSDP gathers parameters at the forward of its root.
+    """
+
+    def __init__(self, hf_model: nn.Module, keep_bytes: int | None, backend: str, compute_dtype: torch.dtype):
+        super().__init__()
+        self.config: PreTrainedConfig = hf_model.config
+        self.backend = backend
+        self.compute_dtype = compute_dtype
+        self.model = hf_model.model
+        self.lm_head = LogpsHead(hf_model.lm_head.weight, keep_bytes=keep_bytes)
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(self, batch) -> torch.Tensor:
+        """Log-probabilities (nats, float32 [N]) of ``batch.targets`` at positions ``batch.counted``.
+
+        Args:
+            batch: a :class:`~medtrain.trainer.data.batch.MicroBatch` on the model's device.
+        """
+        layout = attention.packed_layout(batch.cu_seqlens, batch.max_seqlen, self.backend, batch.input_ids.device)
+        output = self.model(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            use_cache=False,
+            layout=layout,
+        )
+        # Only the positions that count go into the head.
+        return self.lm_head(output.last_hidden_state.squeeze(0).index_select(0, batch.counted), batch.targets)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``model.tokenizer`` or of the checkpoint, with ``model.eos_token`` applied.
+
+    Raises:
+        InputError: no such folder, no tokenizer in it, unknown or missing end-of-sequence token.
+    """
+    folder = Path(config.tokenizer or config.path)
+    name = "model.tokenizer" if config.tokenizer else "model.path"
+    if not folder.is_dir():
+        raise bad_input("no such folder", field=name, found=str(folder), expected="a folder with tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds here, all of them mean the same to the user
+        raise bad_input("no usable tokenizer here", file=folder, found=str(error).split("\n")[0]) from None
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise bad_input("not in the vocabulary", field="model.eos_token", found=config.eos_token,
+                            expected=f"a token of {folder}")  # fmt: skip
+        tokenizer.eos_token = config.eos_token
+    if tokenizer.eos_token_id is None:
+        raise bad_input("the tokenizer has no end-of-sequence token", file=folder, expected="model.eos_token to name it")
+    return tokenizer
+
+
+def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The Hugging Face config of ``model.path`` or ``model.init``, checked against the tokenizer.
+
+    Raises:
+        InputError: unreadable or unsupported config, unknown size in ``model.init``, a tokenizer that does not fit.
+    """
+    if config.path is not None:
+        folder = Path(config.path)
+        if not (folder / "config.json").is_file():
+            raise bad_input("not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it")
+        try:
+            hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise bad_input("unreadable config", file=folder / "config.json", found=str(error).split("\n")[0]) from None
+        where = {"file": folder / "config.json"}
+    else:
+        hf_config = _config_from_sizes(config.init, tokenizer)
+        where = {"field": "model.init"}
+    if hf_config.model_type not in SUPPORTED_TYPES:
+        raise bad_input("this kind of model is not supported", **where, found=hf_config.model_type,
+                        expected=" | ".join(SUPPORTED_TYPES))  # fmt: skip
+    layer_types = getattr(hf_config, "layer_types", None) or []
+    window = getattr(hf_config, "sliding_window", None) if hf_config.model_type == "mistral" else None
+    if any(kind != "full_attention" for kind in layer_types) or window is not None:
+        raise bad_input("sliding-window attention is not supported", **where, expected="full attention in every layer")
+    if getattr(hf_config, "attention_dropout", 0.0):
+        raise bad_input("attention dropout is not supported", **where, found=hf_config.attention_dropout, expected="0.0")
+    _check_tokenizer_fits(config, hf_config, tokenizer, where)
+    return hf_config
+
+
+def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    model_type = sizes["model_type"]
+    if model_type not in SUPPORTED_TYPES:
+        raise bad_input("this kind of model is not supported", field="model.init.model_type", found=model_type,
+                        expected=" | ".join(SUPPORTED_TYPES))  # fmt: skip
+    known = set(AutoConfig.for_model(model_type).to_dict()) | {"vocab_size"}
+    for key in sizes:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise bad_input("unknown size", field=f"model.init.{key}",
+                            expected=f"'{near[0]}'" if near else f"a key of a {model_type} config.json")  # fmt: skip
+    sizes = {"vocab_size": len(tokenizer), **sizes}
+    if "num_attention_heads" in sizes:
+        sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
+    try:
+        hf_config = AutoConfig.for_model(**sizes)
+    except Exception as error:
+        raise bad_input("sizes that do not fit together", field="model.init", found=str(error).split("\n")[0]) from None
+    heads, hidden = hf_config.num_attention_heads, hf_config.hidden_size
+    if hidden % heads or (hidden // heads) % 2 or heads % hf_config.num_key_value_heads:
+        raise bad_input("sizes that do not fit together", field="model.init",
+                        found=f"hidden_size {hidden}, {heads} heads, {hf_config.num_key_value_heads} key-value heads",
+                        expected="an even size a head, key-value heads that divide the heads")  # fmt: skip
+    hf_config.eos_token_id = tokenizer.eos_token_id
+    hf_config.bos_token_id = tokenizer.bos_token_id
+    return hf_config
+
+
+def _check_tokenizer_fits(config: ModelConfig, hf_config, tokenizer, where) -> None:
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= hf_config.vocab_size:
+        raise bad_input("the tokenizer does not fit the weights", **where,
+                        found=f"token ids up to {largest}, a vocabulary of {hf_config.vocab_size}",
+                        expected="every token id below vocab_size")  # fmt: skip
+    own = Path(config.path) / "tokenizer.json" if config.path else None
+    if own is None or config.tokenizer is None or not own.is_file():
+        return
+    theirs = load_tokenizer(ModelConfig(path=config.path, eos_token=config.eos_token)).get_vocab()
+    ours = tokenizer.get_vocab()
+    for token, index in ours.items():
+        if token in theirs and theirs[token] != index:
+            raise bad_input("the tokenizer does not fit the weights", field="model.tokenizer",
+                            found=f"token {token!r} is {index} here and {theirs[token]} in {own}",
+                            expected="the checkpoint's own token ids")  # fmt: skip
+    if len(set(ours) & set(theirs)) < 0.9 * len(theirs):
+        raise bad_input("the tokenizer does not fit the weights", field="model.tokenizer",
+                        found=f"{len(set(ours) & set(theirs))} of the {len(theirs)} tokens of {own}",
+                        expected="the checkpoint's own tokens")  # fmt: skip
+
+
+def build_model(
+    config: ModelConfig, hf_config: PreTrainedConfig, world: World, compute_dtype: torch.dtype, *, backend: str
+) -> PolicyModel:
+    """An empty (unfilled) policy on ``world.device``, float32 master weights, sharded where there is a mesh.
+
+    FSDP units: each decoder layer; the head (with the embedding where they are tied, else gradients of the two uses
+    would part); the root with the rest.
+    """
+    with torch.device("meta"):
+        hf_model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.float32, attn_implementation=attention.NAME, trust_remote_code=False
+        )
+        policy = PolicyModel(hf_model, config.keep_bytes, backend, compute_dtype)
+    policy.train()
+    if config.activation_checkpointing == "full":
+        for i, layer in enumerate(policy.model.layers):
+            policy.model.layers[i] = checkpoint_wrapper(layer)
+    if world.mesh is not None:
+        low = compute_dtype if compute_dtype != torch.float32 else None
+        options = {
+            "mesh": world.mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None),
+        }
+        for layer in policy.model.layers:
+            fully_shard(layer, **options)
+        if policy.tied:
+            fully_shard([policy.model.embed_tokens, policy.lm_head], **options)
+        else:
+            fully_shard(policy.lm_head, **options)
+        fully_shard(policy, **options)
+    elif compute_dtype != torch.float32:
+        raise ValueError("computing in a lower precision than the master weights needs a mesh")
+    policy.to_empty(device=world.device)
+    if policy.tied and world.mesh is None:
+        policy.lm_head.weight = policy.model.embed_tokens.weight  # to_empty unties plain parameters
+    with world.device:
+        policy.model.rotary_emb = type(policy.model.rotary_emb)(hf_config)
+    return policy
+
+
+def clean_name(name: str) -> str:
+    """A parameter's Hugging Face name, without what wrapping put in."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def num_parameters(hf_config: PreTrainedConfig) -> tuple[int, int]:
+    """(all parameters, those that multiply a matrix a token: all but the embedding lookup)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    total = sum(p.numel() for p in model.parameters())
+    lookup = 0 if hf_config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    return total, total - lookup

@@ -1,0 +1,243 @@
+"""CPT and RPO: which micro-batches a step takes, and what loss and metrics come of them. All that differs between the stages.
+
+Both objects have the same face, and the loop knows nothing else of a stage:
+
+- ``prepare(policy, world, folder, say)``: what must be known before the first step (RPO: the reference log-probs);
+- ``micro_batches(step, world)``: this rank's batches (on the host), as many on every rank, and the step's denominators;
+- ``loss(policy, batch, denominators)``: this batch's part of the step's loss, and sums for the metrics;
+- ``metrics(sums, denominators)``: the step's numbers, from sums over all ranks and micro-batches;
+- ``evaluate(policy, world)``: held-out numbers;
+- ``num_items``, ``epoch_size``, ``ledger``, ``digests``.
+
+Denominators belong to the whole optimizer step, so the result does not depend on micro-batches or ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medtrain.kernels.preference import preference_loss, sum_by_sequence
+from medtrain.trainer.config import Config
+from medtrain.trainer.data.batch import MicroBatch, cpt_batch, pair_batch
+from medtrain.trainer.data.ledger import cpt_ledger, pair_ledger
+from medtrain.trainer.data.order import GlobalOrder, source_shares
+from medtrain.trainer.data.packing import check_capacity, pack
+from medtrain.trainer.data.pairs import PairSet, load_pairs
+from medtrain.trainer.data.sources import name_sources
+from medtrain.trainer.data.tokens import tokenize_source
+from medtrain.trainer.data.windows import Windows, make_windows
+from medtrain.trainer.distributed import World
+from medtrain.trainer.model import PolicyModel
+from medtrain.trainer.reference import ReferenceCache
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Of one optimizer step, over all ranks: ``tokens`` counted (CPT), ``pairs`` and ``chosen_tokens`` (RPO);
+    ``inputs`` are the tokens the model computes."""
+
+    tokens: int
+    inputs: int
+    pairs: int = 0
+    chosen_tokens: int = 0
+
+
+class Cpt:
+    """Next-token prediction on documents: loss = -sum(logps) / counted tokens of the step."""
+
+    stage = "cpt"
+    stat_names = ("nll",)
+
+    def __init__(self, config: Config, tokenizer, world: World, say: Say):
+        cache = Path(config.data.cache or os.environ.get("MEDTRAIN_CACHE") or Path.home() / ".cache" / "medtrain")
+        self.capacity = config.optim.micro_batch_tokens
+
+        def load(sources) -> list[Windows]:
+            found = []
+            for source in name_sources(sources):
+                with world.main_first():
+                    tokenized = tokenize_source(source, tokenizer, cache / "tokens")
+                found.append(make_windows(tokenized, config.data.seq_len))
+                say(f"{source.name}: {tokenized.num_docs:,} documents, {len(tokenized.tokens):,} tokens")
+            return found
+
+        self.sources = load(config.data.sources)
+        self.heldout = load(config.data.heldout)
+        lengths = [windows.lengths for windows in self.sources]
+        longest = max(int(windows.lengths.max()) for windows in [*self.sources, *self.heldout])
+        check_capacity(longest, self.capacity, what="a window")
+        self.epoch_size = sum(int(n.sum(dtype=np.int64)) for n in lengths)
+        shares = source_shares([w.source.weight for w in self.sources], [int(n.sum(dtype=np.int64)) for n in lengths])
+        self.step_size = config.optim.batch_tokens
+        self.order = GlobalOrder(lengths, shares, self.step_size, config.run.seed)
+        self.ledger = cpt_ledger(self.sources)
+        self.digests = {f"data.sources {w.source.path}": w.source.digest for w in self.sources}
+        self.digests |= {f"data.heldout {w.source.path}": w.source.digest for w in self.heldout}
+
+    def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
+        """CPT needs nothing but its tokens."""
+
+    def micro_batches(self, step: int, world: World) -> tuple[list[MicroBatch], Denominators]:
+        items = self.order.step(step)
+        pairs = list(zip(items.source_ids.tolist(), items.item_ids.tolist(), strict=True))
+        plan = pack(items.lengths, self.capacity, world.size)
+        batches = [cpt_batch(self.sources, [pairs[i] for i in by_rank[world.rank]]) for by_rank in plan]
+        tokens = int(items.lengths.sum())
+        return batches, Denominators(tokens=tokens, inputs=tokens)
+
+    def loss(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
+        nll = -policy(batch.to(policy.device)).sum()
+        return nll / n.tokens, nll.detach().double().view(1)
+
+    def metrics(self, sums: torch.Tensor, n: Denominators) -> dict[str, Any]:
+        return {"loss": float(sums[0]) / n.tokens}
+
+    @torch.no_grad()
+    def evaluate(self, policy: PolicyModel, world: World) -> dict[str, float]:
+        """``heldout/SOURCE/bits_per_byte``: nats of all predicted tokens / ln 2 / UTF-8 bytes of the texts. The first
+        token of a document is not predicted, its eos is."""
+        found = {}
+        for windows in self.heldout:
+            nats = torch.zeros(1, dtype=torch.float64, device=world.device)
+            for by_rank in pack(windows.lengths, self.capacity, world.size):
+                batch = cpt_batch([windows], [(0, i) for i in by_rank[world.rank]])
+                nats -= policy(batch.to(policy.device)).double().sum()
+            num_bytes = int(windows.source.num_bytes[np.diff(windows.first) > 0].sum())
+            found[f"heldout/{windows.source.name}/bits_per_byte"] = float(world.sum(nats)) / math.log(2) / num_bytes
+        return found
+
+
+class Rpo:
+    """Reasoning preference optimization on pairs (medtrain.kernels.preference): DPO + alpha * NLL of the chosen side."""
+
+    stage = "rpo"
+    stat_names = (
+        "objective", "dpo_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy",
+        "logps/chosen", "logps/rejected",
+    )  # fmt: skip
+
+    def __init__(self, config: Config, tokenizer, world: World, say: Say):
+        self.config = config.rpo
+        self.capacity = config.optim.micro_batch_tokens
+
+        def load(sources) -> list[PairSet]:
+            found = []
+            for source in name_sources(sources):
+                pairs = load_pairs(
+                    source, tokenizer, max_length=config.data.max_length, overlong=config.data.overlong
+                )
+                say(f"{source.name}: {pairs.num_pairs:,} pairs, {len(pairs.tokens):,} tokens")
+                found.append(pairs)
+            return found
+
+        self.sources = load(config.data.pairs)
+        self.heldout = load(config.data.heldout)
+        longest = max(int(pairs.lengths.max()) for pairs in [*self.sources, *self.heldout])
+        check_capacity(longest, self.capacity, what="a pair, both sides")
+        self.epoch_size = sum(pairs.num_pairs for pairs in self.sources)
+        shares = source_shares([p.weight for p in self.sources], [p.num_pairs for p in self.sources])
+        self.step_size = config.optim.batch_pairs
+        ones = [np.ones(pairs.num_pairs, dtype=np.int64) for pairs in self.sources]
+        self.order = GlobalOrder(ones, shares, self.step_size, config.run.seed, setting="optim.batch_pairs")
+        self.lengths = [pairs.lengths for pairs in self.sources]
+        self.completion_lengths = [pairs.completion_lengths.reshape(-1, 2) for pairs in self.sources]
+        self.ledger = pair_ledger(self.sources)
+        self.digests = {f"data.pairs {p.path}": p.digest for p in self.sources}
+        self.digests |= {f"data.heldout {p.path}": p.digest for p in self.heldout}
+        self.reference: dict[int, torch.Tensor] = {}  # id(PairSet) -> float64 [P, 2]
+
+    def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
+        """Reference log-probs of all pairs from the starting weights, which ``policy`` must hold; proves them at step 0."""
+        if self.config.loss == "simpo":
+            say("reference: none, simpo does without")
+            for pairs in [*self.sources, *self.heldout]:
+                self.reference[id(pairs)] = torch.zeros(pairs.num_pairs, 2, dtype=torch.float64)
+            return
+        for pairs in [*self.sources, *self.heldout]:
+            cache = ReferenceCache(
+                folder, pairs, self.digests["weights"], policy.compute_dtype, policy.backend
+            )
+            missing, parts = len(cache.missing()), len(cache.parts())
+            cache.fill(policy, self.capacity, world)
+            off = cache.check(policy, self.capacity, world)
+            what = f"{missing} of {parts} parts computed" if missing else "from the cache"
+            say(f"reference of {pairs.name}: {what}; policy == reference within {off:.1e} nats")
+            self.reference[id(pairs)] = torch.from_numpy(cache.load())
+
+    def micro_batches(self, step: int, world: World) -> tuple[list[MicroBatch], Denominators]:
+        items = self.order.step(step)
+        ids = list(zip(items.source_ids.tolist(), items.item_ids.tolist(), strict=True))
+        lengths = np.array([self.lengths[s][i] for s, i in ids])
+        plan = pack(lengths, self.capacity, world.size)
+        batches = [pair_batch(self.sources, [ids[i] for i in by_rank[world.rank]]) for by_rank in plan]
+        completions = np.array([self.completion_lengths[s][i] for s, i in ids])
+        return batches, Denominators(
+            tokens=int(completions.sum()),
+            inputs=int(lengths.sum()),
+            pairs=len(ids),
+            chosen_tokens=int(completions[:, 0].sum()),
+        )
+
+    def loss(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._loss(policy, batch, n, self.sources)
+
+    def _loss(self, policy, batch: MicroBatch, n: Denominators, sources) -> tuple[torch.Tensor, torch.Tensor]:
+        # Lengths and ids stay on the host: reading them from a GPU would wait for it.
+        sums = sum_by_sequence(policy(batch.to(policy.device)), batch.target_cu_seqlens)
+        rows = [self.reference[id(sources[s])][i] for s, i in _ids(batch)]
+        reference = torch.stack(rows).view(-1) if rows else torch.zeros(0, dtype=torch.float64)
+        lengths = batch.target_cu_seqlens.diff()
+        settings = {"beta": self.config.beta, "num_pairs": n.pairs, "num_chosen_tokens": n.chosen_tokens,
+                    "nll_norm": self.config.nll_norm}  # fmt: skip
+        if self.config.loss == "sft":
+            _, stats = preference_loss(sums.detach(), lengths, reference.to(sums.device), alpha=0.0, **settings)
+            token = self.config.nll_norm == "token"
+            nll = -(sums[0::2] if token else sums[0::2] / lengths[0::2].to(sums.device)).sum()
+            loss = nll / (n.chosen_tokens if token else n.pairs)
+        else:
+            loss, stats = preference_loss(
+                sums, lengths, reference.to(sums.device), alpha=self.config.alpha, loss=self.config.loss,
+                label_smoothing=self.config.label_smoothing, simpo_gamma=self.config.simpo_gamma, **settings,
+            )  # fmt: skip
+        parts = [loss.detach(), *(stats[name].sum() for name in self.stat_names[1:])]
+        return loss, torch.stack([part.double() for part in parts])
+
+    def metrics(self, sums: torch.Tensor, n: Denominators) -> dict[str, Any]:
+        values = dict(zip(self.stat_names, sums.tolist(), strict=True))
+        nll_denominator = n.chosen_tokens if self.config.nll_norm == "token" else n.pairs
+        row = {"loss": values.pop("objective"), "dpo_loss": values.pop("dpo_loss") / n.pairs,
+               "nll_loss": values.pop("nll_loss") / nll_denominator}  # fmt: skip
+        return row | {name: value / n.pairs for name, value in values.items()} | {"pairs": n.pairs}
+
+    @torch.no_grad()
+    def evaluate(self, policy: PolicyModel, world: World) -> dict[str, float]:
+        """Over all held-out pairs together: ``heldout/loss`` and the means of the training metrics' names."""
+        if not self.heldout:
+            return {}
+        ids = [(s, i) for s, pairs in enumerate(self.heldout) for i in range(pairs.num_pairs)]
+        lengths = np.concatenate([pairs.lengths for pairs in self.heldout])
+        completions = np.concatenate([pairs.completion_lengths for pairs in self.heldout])
+        n = Denominators(int(completions.sum()), int(lengths.sum()), len(ids), int(completions[0::2].sum()))
+        sums = torch.zeros(len(self.stat_names), dtype=torch.float64, device=world.device)
+        for by_rank in pack(lengths, self.capacity, world.size):
+            batch = pair_batch(self.heldout, [ids[i] for i in by_rank[world.rank]])
+            sums += self._loss(policy, batch, n, self.heldout)[1]
+        row = self.metrics(world.sum(sums), n)
+        return {f"heldout/{name}": row[name] for name in row if name != "pairs"}
+
+
+def _ids(batch: MicroBatch) -> list[tuple[int, int]]:
+    return list(zip(batch.source_ids.tolist(), batch.pair_ids.tolist(), strict=True))
+
+
+Objective = Cpt | Rpo

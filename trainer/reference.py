@@ -1,0 +1,124 @@
+"""Reference log-probabilities: computed once from the starting weights, stored in parts, checked before use.
+
+One float64 file of [n, 2] (chosen, rejected; sums over completion tokens, nats) a part of pairs, under a folder named by
+the digest of everything that decides them: weights, token ids of the pairs, compute precision, attention backend. A part
+appears whole or not at all, so a pass that was killed goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medtrain.kernels.preference import sum_by_sequence
+from medtrain.trainer.data.batch import pair_batch
+from medtrain.trainer.data.packing import pack
+from medtrain.trainer.data.pairs import PairSet
+from medtrain.trainer.distributed import World
+from medtrain.trainer.model import PolicyModel
+from medtrain.trainer.run_folder import write_json
+
+PAIRS_A_PART = 256
+SPOT_CHECKS = 4
+
+# How far a recomputed sum may be off, in nats a token: packing changes the order of float sums, nothing else may.
+TOLERANCE_NATS_PER_TOKEN = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+
+
+@torch.no_grad()
+def sequence_logps(policy: PolicyModel, pairs: PairSet, indices: list[int], capacity: int, world: World) -> np.ndarray:
+    """Summed completion log-probs (nats) of the pairs ``indices``: float64 [n, 2], the same on every rank."""
+    sums = torch.zeros(len(indices), 2, dtype=torch.float64)
+    row_of = {index: row for row, index in enumerate(indices)}
+    for by_rank in pack(pairs.lengths[indices], capacity, world.size):
+        items = [(0, indices[i]) for i in by_rank[world.rank]]
+        batch = pair_batch([pairs], items).to(world.device)
+        logps = sum_by_sequence(policy(batch), batch.target_cu_seqlens)
+        rows = [row_of[index] for _, index in items]
+        sums[rows] = logps.double().view(-1, 2).cpu()
+    return world.sum(sums.view(-1)).view(-1, 2).numpy()
+
+
+class ReferenceCache:
+    """The reference log-probs of one set of pairs under ``root``; see the module for the form on disk."""
+
+    def __init__(self, root: Path, pairs: PairSet, weights_digest: str, compute_dtype: torch.dtype, backend: str):
+        self.pairs = pairs
+        self.compute_dtype = compute_dtype
+        self.about = {
+            "weights": weights_digest,
+            "pairs": pairs.digest,
+            "num_pairs": pairs.num_pairs,
+            "pairs_a_part": PAIRS_A_PART,
+            "compute": str(compute_dtype).removeprefix("torch."),
+            "attention": backend,
+        }
+        self.folder = root / hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:16]
+
+    def parts(self) -> list[tuple[Path, list[int]]]:
+        """(file, pair indices) of every part."""
+        starts = range(0, self.pairs.num_pairs, PAIRS_A_PART)
+        return [
+            (self.folder / f"part-{k:06d}.npy", list(range(s, min(s + PAIRS_A_PART, self.pairs.num_pairs))))
+            for k, s in enumerate(starts)
+        ]
+
+    def missing(self) -> list[tuple[Path, list[int]]]:
+        return [(path, indices) for path, indices in self.parts() if not self._whole(path, len(indices))]
+
+    @staticmethod
+    def _whole(path: Path, num_pairs: int) -> bool:
+        try:
+            return np.load(path, mmap_mode="r").shape == (num_pairs, 2)
+        except (OSError, ValueError):
+            return False
+
+    def fill(
+        self, policy: PolicyModel, capacity: int, world: World, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Compute the parts that are missing with ``policy``, which must hold the starting weights."""
+        missing = self.missing()
+        world.barrier()  # every rank has looked before rank 0 writes
+        if world.is_main and missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "about.json", self.about)
+        for done, (path, indices) in enumerate(missing):
+            sums = sequence_logps(policy, self.pairs, indices, capacity, world)
+            if world.is_main:
+                temporary = path.with_suffix(".partial")
+                with open(temporary, "wb") as file:
+                    np.save(file, sums)
+                temporary.replace(path)
+            if progress is not None:
+                progress(done + 1, len(missing))
+        world.barrier()
+
+    def load(self) -> np.ndarray:
+        """float64 [num_pairs, 2], chosen and rejected."""
+        return np.concatenate([np.load(path) for path, _ in self.parts()])
+
+    def check(self, policy: PolicyModel, capacity: int, world: World) -> float:
+        """Recompute a few pairs with ``policy`` (the starting weights) and compare: policy == reference at step 0.
+
+        Returns the largest difference in nats.
+
+        Raises:
+            RuntimeError: a difference beyond rounding.
+        """
+        picked = sorted(set(np.linspace(0, self.pairs.num_pairs - 1, SPOT_CHECKS).astype(int).tolist()))
+        now, stored = sequence_logps(policy, self.pairs, picked, capacity, world), self.load()[picked]
+        lengths = np.asarray(self.pairs.completion_lengths).reshape(-1, 2)[picked]
+        off = np.abs(now - stored)
+        limit = TOLERANCE_NATS_PER_TOKEN[self.compute_dtype] * np.maximum(lengths, 10)
+        if not (off <= limit).all():
+            worst = int(np.argmax((off - limit).max(axis=1)))
+            raise RuntimeError(
+                f"{self.folder}: stored reference log-probs are not those of the starting weights: pair {picked[worst]} "
+                f"of '{self.pairs.name}' is {stored[worst].tolist()} stored and {now[worst].tolist()} recomputed (nats)"
+            )
+        return float(off.max())

@@ -1,0 +1,154 @@
+"""The run folder: manifest, metrics and ledger, and the rule that a folder belongs to one run.
+
+A run started again in its own folder goes on from the last complete checkpoint; a folder of another run is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medtrain.trainer.checkpoint import complete_checkpoints
+from medtrain.trainer.config import learned_settings
+from medtrain.trainer.errors import bad_input
+
+PACKAGES = ("medtrain", "torch", "triton", "transformers", "safetensors", "numpy", "flash-attn", "liger-kernel")
+
+
+class RunFolder:
+    """Paths of one run, and the writing of its small files (rank 0 only, but for reading)."""
+
+    def __init__(self, out: str | Path):
+        self.root = Path(out)
+        self.manifest = self.root / "manifest.json"
+        self.metrics = self.root / "metrics.jsonl"
+        self.ledger = self.root / "ledger.json"
+        self.checkpoints = self.root / "checkpoints"
+        self.reference = self.root / "reference"
+        self.model = self.root / "model"
+        self.tensorboard = self.root / "tensorboard"
+
+    def check(self, settings: dict[str, Any], digests: dict[str, str]) -> None:
+        """Refuse a folder that holds something else, before anything is written to it.
+
+        Raises:
+            InputError: files that are no run of ours; a run with other settings, data or weights.
+        """
+        if not self.root.exists():
+            return
+        if not self.root.is_dir():
+            raise bad_input("the run folder is a file", field="run.out", found=str(self.root))
+        if not self.manifest.is_file():
+            if any(self.root.iterdir()):
+                raise bad_input("the folder is not empty and holds no run of ours", field="run.out",
+                                found=str(self.root), expected="a new folder, or one of this run")  # fmt: skip
+            return
+        try:
+            before = json.loads(self.manifest.read_text())
+            old, old_digests = learned_settings(before["settings"]), before["digests"]
+        except (ValueError, KeyError, TypeError):
+            raise bad_input("unreadable manifest", file=self.manifest) from None
+        new = learned_settings(settings)
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                raise bad_input("the folder holds another run", field="run.out",
+                                found=f"{self.root} with {name}={_short(old.get(name))}, now {_short(new.get(name))}",
+                                expected="a new folder, or the same settings to go on")  # fmt: skip
+        for name in sorted(old_digests.keys() | digests.keys()):
+            if old_digests.get(name) != digests.get(name):
+                raise bad_input("the folder holds a run on other input", field="run.out",
+                                found=f"{self.root}: {name} has changed since", expected="a new folder")  # fmt: skip
+
+    def last_checkpoint(self) -> tuple[int, Path] | None:
+        found = complete_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def write_manifest(self, content: dict[str, Any]) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(self.manifest, content)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop metrics of steps after ``step``: they will be computed again. A last line cut short by a kill goes too."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_bytes().splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or row["step"] > step:
+                break
+            kept.append(line)
+        temporary = self.metrics.with_suffix(".partial")
+        temporary.write_bytes(b"".join(kept))
+        temporary.replace(self.metrics)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is the old one or the new one, never half."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this source tree (``-dirty`` if changed), or None outside a checkout."""
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, timeout=10)
+
+    try:
+        # Installed into somebody else's checkout, HEAD would be theirs.
+        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
+            return None
+        head = git("rev-parse", "HEAD")
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def device_name(device: torch.device) -> str:
+    """A name a person recognises, for manifests and benchmark files."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return f"cpu ({model or platform.machine()}, {torch.get_num_threads()} threads)"
