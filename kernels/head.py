@@ -1,4 +1,4 @@
-"""The head as a module whose forward is the log-probability op: takes the place of ``lm_head``, and is its own FSDP unit."""
+"""The head as a module whose forward is the log-probability op: stands in for ``lm_head``, and is its own FSDP unit."""
 
 from torch import Tensor, nn
 
@@ -10,9 +10,9 @@ __all__ = ["LogpsHead"]
 class LogpsHead(nn.Module):
     """``forward(hidden [N, H], targets [N]) -> logps [N]``; see ``chunked_logps`` for dtypes and errors.
 
-    Shard it by itself (``fully_shard(head)``): inside its forward the weight is whole, and the backward hands FSDP a plain
-    gradient. A head whose weight is the embedding's belongs in one unit with the embedding. Keep it out of activation
-    checkpointing, which would run it twice.
+    Shard it by itself (``fully_shard(head)``): inside its forward the weight is whole, and the backward hands FSDP a
+    plain gradient. A head whose weight is the embedding's belongs in one unit with the embedding. Keep it out of
+    activation checkpointing, which would run it twice.
 
     Args:
         weight: [V, H]; the parameter of the ``lm_head`` replaced (the same object, so that a tied one stays tied).

@@ -1,27 +1,30 @@
 """Log-probabilities of target tokens straight from hidden states, without a tensor of tokens x vocabulary.
 
-``chunked_logps`` gives ``log softmax(hidden @ weight.T)[targets]``. The method rests on a row offset that is known before
-the first GEMM, so the vocabulary is walked once, slab by slab, with no running maximum and no rescaling. For a row x with
-logits ``z_j = x . W_j``, target y and offset ``m = z_y + 40``:
+``chunked_logps`` gives ``log softmax(hidden @ weight.T)[targets]``. The method rests on a row offset that is known
+before the first GEMM, so the vocabulary is walked once, slab by slab, with no running maximum and no rescaling. For a
+row x with logits ``z_j = x . W_j``, target y and offset ``m = z_y + 40``:
 
-    e_j  = exp(z_j - m)  for j != y,   e_y = 0         S = sum_j e_j        t = ln S + 40
-    logp = -softplus(t)                                v = 1 / (S + exp(-40))
-    p_j  = v e_j  for j != y                           p_y - 1 = -S v       (no cancellation of 1 - p)
-    d(-logp)/dx = v (sum_j e_j W_j - S W_y)            d(-logp)/dW = E'^T (v g X),   E' = E with -S in the target's place
+    e_j  = exp(z_j - m)  for j != y,   e_y = 0     S = sum_j e_j      t = ln S + 40
+    logp = -softplus(t)                            v = 1 / (S + exp(-40))
+    p_j  = v e_j  for j != y                       p_y - 1 = -S v     (no cancellation of 1 - p)
+    d(-logp)/dx = v (sum_j e_j W_j - S W_y)
+    d(-logp)/dW = E'^T (v g X)                     E' is E with -S in the target's place, g the upstream gradient
 
-Any rough offset can stand in for the row maximum, because float32 and bfloat16 share an exponent of 8 bits: the target's
-own logit plus 40 nats serves every log-probability from -4e-18 down to -114 nats. A row whose sum reaches 2**108 lies
-outside; it is counted (``clamped_rows``) and walked again with its true maximum as m, to which the same algebra applies.
+Any rough offset can stand in for the row maximum, because float32 and bfloat16 share an exponent of 8 bits: the
+target's own logit plus 40 nats serves every log-probability from -4e-18 down to -114 nats. A row whose sum reaches
+2**108 lies outside; it is counted (``clamped_rows``) and walked again with its true maximum as m, to which the same
+algebra applies.
 
-The gradient with respect to ``hidden`` is finished in the forward for a unit upstream gradient and only scaled per row in the
-backward. What else the forward keeps depends on who needs a gradient:
+The gradient with respect to ``hidden`` is finished in the forward for a unit upstream gradient and only scaled per row
+in the backward. What the forward keeps depends on who needs a gradient:
 
-    nobody (reference, evaluation)       nothing; one GEMM
-    hidden only (frozen head, LoRA)      the unit gradient [N, H]; two GEMMs, none of them again in the backward
-    weight                               also E of the first rows, as many as fit into ``keep_bytes``; the backward recomputes the others
+    nobody (reference, evaluation)     nothing; one GEMM
+    hidden only (frozen head, LoRA)    the unit gradient [N, H]; two GEMMs, and none in the backward
+    weight                             also E of the first rows, as many as fit into ``keep_bytes``; the backward
+                                       recomputes the others'
 
-This module is the plain PyTorch path, on any device. It synchronises with the device once a call, to check the range of the
-targets and to find rows out of range.
+This is the plain PyTorch path, for any device. It reads from the device in each call, to check the range of the targets
+and to find rows out of range.
 """
 
 from collections.abc import Iterator
@@ -79,8 +82,8 @@ def chunked_logps(
         weight: [V, H], same dtype and device. Inside FSDP2 call this from the forward of the module that owns the
             weight (``LogpsHead``), where it is unsharded.
         targets: [N] int64, each in [0, V).
-        keep_bytes: bytes of E that may stay alive between forward and backward when ``weight`` needs a gradient; saves the
-            backward a GEMM. 0 always works. Default ``DEFAULT_KEEP_BYTES``.
+        keep_bytes: bytes of E that may stay alive between forward and backward when ``weight`` needs a gradient; saves
+            the backward a GEMM. 0 always works. Default ``DEFAULT_KEEP_BYTES``.
         slab_size: vocabulary entries walked at once; by default chosen from N and V. Changes results by rounding only.
 
     Returns:
@@ -97,7 +100,7 @@ def chunked_logps(
 
 
 def default_slab_size(num_rows: int, vocab_size: int) -> int:
-    """Slab width whose tile stays near 16 MiB: the whole vocabulary where that fits, else equal slabs, multiples of 64."""
+    """Slab width whose tile stays near 16 MiB: the whole vocabulary if that fits, else equal slabs, multiples of 64."""
     widest = _TILE_ELEMENTS // max(1, min(num_rows, _TILE_ROWS))
     if widest >= vocab_size:
         return vocab_size
@@ -126,7 +129,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int | No
         raise ValueError(f"targets must be int64; found {targets.dtype}")
     if not hidden.device == weight.device == targets.device:
         raise ValueError(
-            f"hidden is on {hidden.device}, weight on {weight.device}, targets on {targets.device}: one device is needed"
+            f"hidden is on {hidden.device}, weight on {weight.device}, targets on {targets.device}: not one device"
         )
     # Gathering a sharded weight here would give every rank a wrong gradient without a word.
     if hasattr(weight, "placements"):
@@ -140,7 +143,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int | No
         if low < 0 or high >= weight.shape[0]:
             row = int(((targets < 0) | (targets >= weight.shape[0])).nonzero()[0])
             raise ValueError(
-                f"targets[{row}] is {int(targets[row])}, outside [0, {weight.shape[0]}): only positions that count may be passed"
+                f"targets[{row}] is {int(targets[row])}, outside [0, {weight.shape[0]}): pass only positions that count"
             )
 
 
@@ -180,8 +183,8 @@ def _put_target(tile: Tensor, columns: Tensor, values: Tensor) -> None:
 class _Walk:
     """The forward: one walk over the vocabulary, and a second one for the rows that turn out to be out of range.
 
-    Holds what the backward needs: ``logps``, ``offset`` (m), ``total`` (S), ``inverse`` (v), all [N]; ``unit`` [N, H], the
-    gradient of -logp with respect to hidden in hidden's dtype, or None; ``kept``, one [num_kept, slab] tensor a slab.
+    Holds the result and what the backward needs: ``logps``, ``offset`` (m), ``total`` (S), ``inverse`` (v), all [N];
+    ``unit`` [N, H], the gradient of -logp with respect to hidden, or None; ``kept``, one [num_kept, slab] tensor a slab.
     """
 
     def __init__(
@@ -229,7 +232,7 @@ class _Walk:
     def _sums(
         self, x: Tensor, targets: Tensor, offset: Tensor, unit_gradient: bool, kept_rows: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """S [n] and, if asked for, E @ W [n, H] of the rows x [n, H]; the first rows' E goes to kept[slab][kept_rows]."""
+        """S [n] and, if asked for, E @ W [n, H] of rows x [n, H]; E of the first ones goes to kept[slab][kept_rows]."""
         num_rows, num_kept = len(x), len(kept_rows)
         total = x.new_zeros(num_rows)
         unit = torch.empty_like(x) if unit_gradient else None

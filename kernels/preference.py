@@ -1,7 +1,7 @@
-"""Preference losses on summed log-probabilities: RPO (DPO plus a weighted likelihood of the chosen answer) and relatives.
+"""Preference losses on summed log-probabilities: RPO (DPO plus a weighted likelihood of the chosen answer) and kin.
 
-Sequences come in the order chosen_0, rejected_0, chosen_1, rejected_1, ... Denominators are those of one optimizer step over
-all ranks and micro-batches: pass them, and the losses of the micro-batches add up to the loss of the step.
+Sequences come in the order chosen_0, rejected_0, chosen_1, rejected_1, ... Denominators are those of one optimizer step
+over all ranks and micro-batches: pass them, and the losses of the micro-batches add up to the loss of the step.
 """
 
 import math
@@ -86,36 +86,43 @@ def preference_loss(
 ) -> tuple[Tensor, dict[str, Tensor | int]]:
     """Preference loss plus alpha times the chosen answers' negative log-likelihood.
 
-    With w = log pi(y_w|x) - log ref(y_w|x), l the same for y_l, h = w - l, and e = label_smoothing, the loss of a pair is
+    With w = log pi(y_w|x) - log ref(y_w|x), l the same for y_l, h = w - l, s the logistic function and
+    e = label_smoothing, the preference loss of a pair is
 
-        sigmoid   -(1-e) log s(beta h) - e log s(-beta h)            DPO (arXiv 2305.18290, eq. 7); e > 0: cDPO (Mitchell 2023)
-        robust    (-(1-e) log s(beta h) + e log s(-beta h)) / (1-2e)  rDPO (arXiv 2403.00409), e < 0.5
-        hinge     max(0, 1 - beta h)                                  SLiC (arXiv 2305.10425) on DPO's reward
-        ipo       (w / |y_w| - l / |y_l| - 1 / (2 beta))^2            arXiv 2310.12036, eq. 17, with beta its tau; length-averaged
-                                                                      as in TRL's DPOTrainer, which has it from the authors
-        simpo     -(1-e) log s(r) - e log s(-r), r = beta (log pi(y_w|x) / |y_w| - log pi(y_l|x) / |y_l|) - simpo_gamma
-                                                                      arXiv 2405.14734, eq. 6; no reference
+        sigmoid  -(1-e) log s(beta h) - e log s(-beta h)
+                 DPO (arXiv 2305.18290, eq. 7); with e > 0 conservative DPO (Mitchell 2023, eq. 3)
+        robust   (-(1-e) log s(beta h) + e log s(-beta h)) / (1-2e), e < 0.5
+                 unbiased under labels flipped with probability e (arXiv 2403.00409)
+        hinge    max(0, 1 - beta h)
+                 SLiC (arXiv 2305.10425) on DPO's reward
+        ipo      (w / |y_w| - l / |y_l| - 1 / (2 beta))^2
+                 arXiv 2310.12036, eq. 17, beta being its tau; averaged over tokens as in TRL's DPOTrainer, whose source
+                 says that the authors confirmed it. The target is nats a token: beta is typically far above DPO's
+        simpo    -(1-e) log s(r) - e log s(-r), r = beta (log pi(y_w|x) / |y_w| - log pi(y_l|x) / |y_l|) - simpo_gamma
+                 arXiv 2405.14734, eq. 6; no reference; gamma's default is TRL's
 
-    and the whole is  sum / num_pairs + alpha * NLL.  NLL is ``-log pi(y_w|x) / |y_w|`` summed over pairs and divided by num_pairs
-    for nll_norm "sequence" (RPO, arXiv 2404.19733), or ``-log pi(y_w|x)`` summed over pairs and divided by num_chosen_tokens
-    for "token". alpha = 0 is DPO.
+    and the whole is ``sum of those / num_pairs + alpha * NLL``, where NLL is ``-log pi(y_w|x) / |y_w|`` summed over
+    pairs and divided by num_pairs for nll_norm "sequence" (RPO, arXiv 2404.19733), or ``-log pi(y_w|x)`` summed over
+    pairs and divided by num_chosen_tokens for "token". alpha = 0 is DPO.
 
     Args:
         sequence_logps: [2P] float, summed log-probabilities of the completions in nats.
         lengths: [2P] integers, completion tokens a sequence, each at least 1 (checked when they are on the CPU).
-        reference_logps: [2P], same sums under the reference; gets no gradient. None only for ``simpo``.
+        reference_logps: [2P], the same sums under the reference; gets no gradient. None only for ``simpo``.
         num_pairs, num_chosen_tokens: denominators of the whole optimizer step; by default those of this call.
 
     Returns:
         (loss, stats): a scalar in sequence_logps' dtype, and detached values over this call's pairs:
-        ``dpo_loss`` sum over pairs of the preference loss; ``nll_loss`` the numerator of NLL, before alpha; ``pairs`` P (int);
-        ``chosen_tokens`` 0-d int64; and [P] each: ``rewards/chosen`` and ``rewards/rejected`` (beta w and beta l; for simpo
-        beta times the average log-probability), ``rewards/margin``, ``rewards/accuracy`` (1.0 where the margin is
-        positive), ``logps/chosen``, ``logps/rejected``.
+        ``dpo_loss``: 0-d, sum over pairs of the preference loss;
+        ``nll_loss``: 0-d, the numerator of NLL, before alpha;
+        ``pairs``: P, an int; ``chosen_tokens``: 0-d int64;
+        ``rewards/chosen``, ``rewards/rejected``: [P], beta w and beta l (simpo: beta times the average log-probability);
+        ``rewards/margin``: [P], their difference; ``rewards/accuracy``: [P], 1.0 where the margin is positive, else 0.0;
+        ``logps/chosen``, ``logps/rejected``: [P], sums in nats.
 
     Raises:
-        ValueError: unknown names, beta <= 0, a negative alpha, label_smoothing outside [0, 1] (robust: [0, 0.5)) or given to a
-            loss that has none, shapes that do not fit, an empty completion, no denominator.
+        ValueError: unknown names, beta <= 0, a negative alpha, label_smoothing outside [0, 1] (robust: [0, 0.5)) or
+            given to a loss that has none, shapes that do not fit, an empty completion, no denominator.
     """
     _check_settings(beta, alpha, loss, label_smoothing, nll_norm)
     if sequence_logps.ndim != 1 or len(sequence_logps) % 2:

@@ -60,7 +60,7 @@ READ = [
     ("answer: b", "b"),
     ("Answer: (b)", "b"),
     ("Answer: b.", "b"),
-    ("ANSWER - b", None),
+    ("ANSWER - b", "b"),
     ("The answer is B.", "b"),
     ("The correct answer is (b).", "b"),
     ("Therefore, the answer is b because the others are wrong.", "b"),
@@ -316,7 +316,25 @@ def test_any_text_is_read_or_refused_with_a_reason(text):
 
 pieces = st.sampled_from(
     ["答え", "正解", "は", ":", "：", " ", "\n", "a", "c", "ｃ", "f", "、", ",", "または", "白い薬", "赤い薬", "の点滴"]
-    + ["です", "ではない", "「", "」", "(", ")", "。", "問題:", "answer", "the ", " is ", "or", "and", "したがって", "26", "①", "="]
+    + [
+        "です",
+        "ではない",
+        "「",
+        "」",
+        "(",
+        ")",
+        "。",
+        "問題:",
+        "answer",
+        "the ",
+        " is ",
+        "or",
+        "and",
+        "したがって",
+        "26",
+        "①",
+        "=",
+    ]
 )
 
 

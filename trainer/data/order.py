@@ -83,8 +83,10 @@ class GlobalOrder:
             raise bad_input(
                 "too small: a step could be empty", field=setting, found=step_size, expected=f"at least {least}"
             )
-        # Two epochs a source: a step at the seam reads both.
-        self._epoch = functools.lru_cache(maxsize=2 * len(self.lengths))(self._make_epoch)
+        # Two epochs of each source: a step at the seam reads both.
+        self._epochs = [
+            functools.lru_cache(maxsize=2)(functools.partial(self._make_epoch, i)) for i in range(len(self.lengths))
+        ]
 
     def step(self, step: int) -> StepItems:
         """Return the items of step ``step`` (from 0), by source and within it in stream order."""
@@ -109,7 +111,7 @@ class GlobalOrder:
         total = self.totals[i]
         parts = [np.empty(0, dtype=np.int64)]
         for epoch in range(begin // total, -(-end // total)):
-            permutation, starts = self._epoch(i, epoch)
+            permutation, starts = self._epochs[i](epoch)
             low, high = np.searchsorted(starts, [begin - epoch * total, end - epoch * total])
             parts.append(permutation[low:high].astype(np.int64))
         return np.concatenate(parts)

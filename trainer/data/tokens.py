@@ -8,6 +8,7 @@ one that was damaged later is made anew. Processes of one machine wait for the o
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -102,7 +103,7 @@ def tokenize_source(
     """Return the tokenised documents of ``source``, from the cache in ``cache_dir`` where it holds them.
 
     ``progress`` is called with the number of rows tokenised so far. Any number of processes may call this at once.
-    Raises InputError for bad rows (see ``sources.py``); then nothing is left in the cache.
+    Raises InputError for bad rows (see ``sources.py``); then no cache is left.
     """
     digests = {"source": files_digest(source_files(source.path)), "tokenizer": tokenizer_digest(tokenizer)}
     settings = {"format": _FORMAT, "field": field, **digests}
@@ -114,7 +115,8 @@ def tokenize_source(
         cache_dir.mkdir(parents=True, exist_ok=True)
         # The lock only spares work: where it does not reach (another machine), each writes its own and one is kept.
         with open(cache_dir / f"{key}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
             cache = _open_cache(folder)
             if cache is None:
                 _write_cache(folder, source, tokenizer, field, settings, progress)

@@ -2,15 +2,15 @@
 
 What is read, in falling rank; the highest rank that occurs decides:
 
-    cue      what follows directly where the prompt itself ended with the answer marker (answer-only mode of base models)
-    final    最終回答: c          Final answer: c
-    marked   答え: a,c            【正解】ｃ            Answer: (b)           \\boxed{b}
-    spoken   答えはｃです          the answer is b        したがって、c。       the question's own words: 適切なのはcである
+    cue      what follows directly where the prompt itself ended with the answer marker
+    final    最終回答: c            Final answer: c
+    marked   答え: a,c              【正解】ｃ             Answer: (b)            \\boxed{b}
+    spoken   答えはｃです           The answer is b.       したがって、c。         適切なのはcである (as asked)
     bare     a first or last line that is nothing but an answer
 
-The rule is to read, never to guess: statements of the deciding rank that differ, two letters joined by "or", a letter
-outside the choices, a letter beside the text of another choice, a range, a fraction are failures, and so is a later spoken
-statement that contradicts the marked one. Text from a new, self-made question on (問題: ..., Question: ...) is not read.
+The rule is to read, never to guess. Failures: statements of the deciding rank that differ, two letters joined by "or",
+a letter outside the choices, a letter beside the text of another choice, a range, a fraction, and a later spoken
+statement that contradicts the marked one. From a new, self-made question on (問題: ..., Question: ...) nothing is read.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ _NOT_WRONG = "".join(f"(?<!{word})" for word in ("不", "誤", "非", "間違っ
 _NOT_WRONG_EN = "".join(f"(?<!{word} )" for word in ("wrong", "incorrect", "not", "no", "an"))
 _NOUN = (
     rf"(?:{_NOT_WRONG}(?:答え|答|こたえ|回答|解答|正解|正答)(?:の?(?:選択肢|記号|番号|数値))?"
-    rf"|{_NOT_WRONG_EN}(?<![a-z])(?:(?<!in)(?:correct|best|right) )?(?:answers?|ans|(?<=correct )(?:option|choice))(?:\(s\))?(?: choice| option)?(?![a-z]))"
+    rf"|{_NOT_WRONG_EN}(?<![a-z])(?:(?<!in)(?:correct|best|right) )?(?:answers?|ans|(?<=correct )(?:option|choice))"
+    r"(?:\(s\))?(?: choice| option)?(?![a-z]))"
 )
 _FINAL = r"(?P<final>最終(?:的な|的に|の)?|最後の|final )?"
 _MARKED = re.compile(
@@ -73,12 +74,13 @@ _MARKED = re.compile(
 )
 _CONCLUSION = r"(?:したがって|従って|よって|以上より|以上から|ゆえに|故に|therefore|thus|hence)"
 _SPOKEN = re.compile(
-    rf"{_FINAL}{_NOUN}(?:は|が|としては| (?:is|are|would be|must be|should be)(?: therefore| thus| most likely| clearly)?(?![a-z]))"
+    rf"{_FINAL}{_NOUN}(?:は|が|としては"
+    r"| (?:is|are|would be|must be|should be)(?: therefore| thus| most likely| clearly)?(?![a-z]))"
     r"|(?<![a-z])i (?:would )?(?:choose|select|pick)(?![a-z])"
 )
 _CONCLUDED = re.compile(rf"(?:^|[。.\n])[ ]*{_CONCLUSION}[、,]?(?=[ ]*\S)")
 _SPOKEN_AFTER = re.compile(
-    r"(?<![a-z0-9])(?P<answer>[a-z](?:[ ]*(?:,|、|・|と)[ ]*[a-z])*)(?:\))?[ ]*"
+    r"(?<![a-z0-9])(?P<answer>[a-z](?:[ ]*(?:,|、|・|と)[ ]*[a-z]){0,25})\)?[ ]*"
     r"(?:(?:が|を)(?:正解|正答|答え|解答|選択|選ぶ|選び)(?!では|じゃ|で(?:は)?な|しな|とは|か|肢)"
     r"| is the (?:correct |best |right )?answer(?![a-z])| are the (?:correct |right )?answers(?![a-z]))"
 )
@@ -107,6 +109,14 @@ _HEADER = re.compile(
 _CONTROL = re.compile(r"<\|(?:endoftext|im_end|im_start|eot_id|end_of_text|end|eom_id)\|>|</s>|<(?:eos|end_of_turn)>")
 _NUMBER = re.compile(r"[+\-]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|[+\-]?\.[0-9]+")
 
+# After a number: a range, an alternative, a product, a fraction, one more number.
+_UNFINISHED = re.compile(
+    r"[ ]*(?:~|-|–|から|または|又は|もしくは|あるいは|or(?![a-z])|か[^らつ]|×|x[ ]*\d|\*[ ]*\d|\^|/[ ]*\d|±|[, ]\d)"
+)
+
+# Characters from the marker on: no answer is longer, and reading stays linear in the length of the output.
+_LONGEST_STATEMENT = 600
+
 _BARE, _SPOKEN_RANK, _MARKED_RANK, _FINAL_RANK, _CUE_RANK = range(5)
 
 
@@ -129,8 +139,8 @@ class _Reading:
 def parse_output(output: str, question: Question, *, cue: bool = False, markers: tuple[str, ...] = ()) -> Parsed:
     """Read the answer to ``question`` from a model's raw ``output``.
 
-    ``cue`` says that the prompt ended with the answer marker, so that the output begins with the answer itself. ``markers``
-    are further texts that mark an answer, beside the usual Japanese and English ones. Never raises for any text.
+    ``cue`` says that the prompt ended with the answer marker, so that the output begins with the answer itself.
+    ``markers`` are further texts that mark an answer, beside the usual Japanese and English ones. Never raises.
     """
     return _Parser(output, question, markers).parse(cue)
 
@@ -235,10 +245,17 @@ class _Parser:
     def _asked(self) -> re.Pattern | None:
         """The question's own words: for "...適切なのはどれか" an output's "適切なのは" introduces the answer."""
         match = re.search(r"([^。、\n,]{3,})は(?:どれか|何か|どれですか)", self.question.problem_text.translate(_FOLD))
-        return re.compile(re.escape(match[1].strip()) + "は") if match else None
+        if not match:
+            return None
+        # The output may leave out what stands before a particle: "この疾患で最も適切なの" comes back as "最も適切なの".
+        words = match[1].strip()
+        starts = [
+            m.end() for m in re.finditer("[でにがを]", words) if len(words) - m.end() >= 4 and words.endswith("の")
+        ]
+        return re.compile(re.escape(words[max(starts, default=0) :]) + "は")
 
     def _bare_lines(self, start: int, end: int) -> list[_Reading]:
-        """Readings of an output without any statement: a first or last line, or a whole list, of nothing but letters."""
+        """Readings of an output without statements: a first or last line, or a whole list, of nothing but letters."""
         spans = [m.span() for m in re.finditer(r"[^\n]+", self.text[start:end]) if m[0].strip()]
         spans = [(start + a, start + b) for a, b in spans]
         lines = [self._read(a, a, b, _BARE) for a, b in spans]
@@ -268,11 +285,15 @@ class _Parser:
     # Reading one statement
 
     def _read(self, start: int, at: int, end: int, rank: int) -> _Reading | None:
-        """The answer that stands at ``at``: None where no answer stands, a problem where one stands but says two things."""
+        """The answer that stands at ``at``: None where none stands, a problem where it says two things."""
+        end = min(end, at + _LONGEST_STATEMENT)
         lead = _LEAD.match(self.text, at, end).end()
         if self.question.is_numeric:
             return self._read_number(start, at, end, rank)
         named, exact = self._read_texts(start, lead, end, rank), self._read_letters(start, lead, end, rank)
+        together = exact and len(exact.letters) > 1 and exact.end - lead == len(exact.letters)
+        if named and together:
+            return named  # "AB" as a choice of its own is not the letters a and b
         if named and exact and not named.problem and not exact.problem and named.letters != exact.letters:
             problem = "a letter that is also the text of another choice"
             return _Reading(rank, start, exact.end, problem=problem)
@@ -297,7 +318,7 @@ class _Parser:
             if not re.compile(r"[a-z](?![a-z0-9_]|-[a-z0-9])").match(text, position, end):
                 return None
             letter = text[position]
-            position, problem = self._after_letter(letter, position + 1, line_end)
+            position, confirmed, problem = self._after_letter(letter, position + 1, line_end)
             letters.append(letter)
             if problem:
                 return _Reading(rank, start, position, problem=problem)
@@ -330,20 +351,18 @@ class _Parser:
             return None
         if taken:
             return _Reading(rank, start, taken.end(), problem="all but one choice")
-        confirmed = self._confirmed
         if not confirmed and not _END.match(text, position, end) and not _END.match(text, position, line_end):
             return None
         if any(letter not in self.question.letters for letter in letters):
             return _Reading(rank, start, position, problem="a letter outside the choices")
         return _Reading(rank, start, position, tuple(sorted(set(letters))))
 
-    def _after_letter(self, letter: str, position: int, line_end: int) -> tuple[int, str | None]:
+    def _after_letter(self, letter: str, position: int, line_end: int) -> tuple[int, bool, str | None]:
         """Step over what belongs to a letter: closing marks, the text of its choice, a remark in brackets.
 
-        Sets ``_confirmed`` where the letter's own text stands beside it. The text of another choice is a problem.
+        Returns where it ends, whether it was the letter's own text, and a problem: the text of another choice.
         """
         text = self.text
-        self._confirmed = False
         position = _CLOSERS.match(text, position, line_end).end()
         gap = re.compile(r"[ ]*(?:[.:、,)。](?=[ ]*[^ ]))?[ ]*の?[ ]*").match(text, position, line_end)
         opening = re.compile(rf"{_OPEN}*").match(text, gap.end(), line_end)
@@ -353,16 +372,15 @@ class _Parser:
             closing = _CLOSERS.match(text, after, line_end).end()
             plain = gap.group().strip() not in ("、", ",", "。")
             if owner == letter and not _TAKEN_BACK.match(text, closing, line_end):
-                self._confirmed = True
-                return closing, None
-            if owner != letter and plain and (_END.match(text, closing) or closing >= line_end):
-                return closing, "a letter beside the text of another choice"
+                return closing, True, None
+            if owner != letter and plain and _END.match(text, closing, line_end):
+                return closing, False, "a letter beside the text of another choice"
         bracket = re.compile(r"[ ]*\(([^()\n]*)\)").match(text, position, line_end)
         if bracket:
             if re.fullmatch(r"[ ]*[a-z][ ]*", bracket[1]) and bracket[1].strip() != letter:
-                return bracket.end(), "several answers offered"
-            return bracket.end(), None
-        return position, None
+                return bracket.end(), False, "several answers offered"
+            return bracket.end(), False, None
+        return position, False, None
 
     def _longest_text(self, position: int, end: int) -> tuple[str, int] | None:
         """The longest choice text that stands at ``position``: its letter and where it ends."""
@@ -413,7 +431,7 @@ class _Parser:
         return _Reading(rank, start, position, tuple(sorted(set(letters))))
 
     def _read_number(self, start: int, at: int, end: int, rank: int) -> _Reading | None:
-        lead = re.compile(rf"(?:{_OPEN}|-(?!\.?\d)|[、:](?=\s*\S)|約|およそ|およそ|about|approximately)*").match(
+        lead = re.compile(rf"(?:{_OPEN}|-(?!\.?\d)|[、:](?=\s*\S)|約|およそ|about|approximately)*").match(
             self.text, at, end
         )
         at = lead.end()
@@ -430,7 +448,7 @@ class _Parser:
         if number is None:
             if rank == _BARE:
                 return None
-            # "解答: 総再生産率は1.2です": the only number of the statement. Digits inside words (m2, PaCO2) are no numbers.
+            # "解答: 総再生産率は1.2です": the only number of the statement. The digits of m2 or PaCO2 are no numbers.
             sentence = re.split(r"。|(?<!\d)\.|\.(?!\d)", line)[0]
             numbers = [m for m in _NUMBER.finditer(sentence) if not re.search(r"[a-z^_0-9]$", sentence[: m.start()])]
             if len(numbers) != 1:
@@ -438,10 +456,7 @@ class _Parser:
                 return _Reading(rank, start, at + len(sentence), problem=problem) if problem else None
             number = numbers[0]
         rest = line[number.end() :]
-        if re.match(
-            r"[ ]*(?:~|-|–|から|または|又は|もしくは|あるいは|or(?![a-z])|か[^らつ]|×|x[ ]*\d|\*[ ]*\d|\^|/[ ]*\d|±|[, ]\d)",
-            rest,
-        ):
+        if _UNFINISHED.match(rest):
             return _Reading(
                 rank, start, at + number.end(), problem="more than one number, or an unfinished calculation"
             )

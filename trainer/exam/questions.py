@@ -1,7 +1,8 @@
 """Exam questions: reading a JSONL file into checked, immutable :class:`Question` objects.
 
-Two forms of row are read and may be mixed: that of IgakuQA (``problem_id``, ``problem_text``) and that of JMLE2026-Bench
-(``question_id``, ``question_text``, ``context``). Whatever is wrong is an :class:`InputError` with file, row and field.
+Two forms of row are read and may be mixed: that of IgakuQA (``problem_id``, ``problem_text``) and that of
+JMLE2026-Bench (``question_id``, ``question_text``, ``context``). Whatever is wrong is an :class:`InputError` with file,
+row and field.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Question:
 
 
 def answer_boxes(problem_text: str) -> str | None:
-    """Return the boxes of the answer sheet that end a numeric question (``"①.②"``), without blanks and thousands commas."""
+    """Return the answer-sheet boxes that end a numeric question (``"①.②"``), without blanks and thousands commas."""
     found = re.findall(rf"解答\s*[:：]\s*([\d.．,，\s{_SLOTS}]*[{_SLOTS}])", problem_text)
     if not found:
         return None
@@ -120,10 +121,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
 def load_questions(path: str | Path, *, points_required: bool = True) -> list[Question]:
     """Read the questions of an exam file, in file order.
 
-    ``points_required=False`` is for questions that are not scored (demonstrations, questions that pairs are made from): a row
-    without ``points`` then counts one point. Raises :class:`InputError` with file, row and field for broken JSON, missing
-    or wrongly typed fields, an answer or forbidden letter outside the choices, an id that occurs twice, and a file without
-    questions.
+    ``points_required=False`` is for questions that are not scored (demonstrations, questions that pairs are made from):
+    a row without ``points`` then counts one point. Raises :class:`InputError` with file, row and field for broken JSON,
+    missing or wrongly typed fields, an answer or forbidden letter outside the choices, an id that occurs twice, and a
+    file without questions.
     """
     questions: list[Question] = []
     row_of: dict[str, int] = {}
