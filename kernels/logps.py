@@ -184,7 +184,7 @@ class _Walk:
     """The forward: one walk over the vocabulary, and a second one for the rows that turn out to be out of range.
 
     Holds the result and what the backward needs: ``logps``, ``offset`` (m), ``total`` (S), ``inverse`` (v), all [N];
-    ``unit`` [N, H], the gradient of -logp with respect to hidden, or None; ``kept``, one [num_kept, slab] tensor a slab.
+    ``unit`` [N, H], the gradient of -logp with respect to hidden, or None; ``kept``, a [num_kept, slab] tensor a slab.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ def rpo_loss(
     keep_bytes: int | None = None,
     slab_size: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor | int]]:
-    """Loss of P preference pairs straight from hidden states: ``chunked_logps``, summed by sequence, ``preference_loss``.
+    """Loss of P pairs straight from hidden states: ``chunked_logps``, summed by sequence, then ``preference_loss``.
 
     Args:
         hidden: [N, H], the positions that predict completion tokens (and nothing else), sequence after sequence.
@@ -51,7 +51,8 @@ def rpo_loss(
         (loss, stats), as ``preference_loss``.
 
     Raises:
-        ValueError: as ``chunked_logps`` and ``preference_loss``; a cu_seqlens that does not cut N rows into 2P sequences.
+        ValueError: as ``chunked_logps`` and ``preference_loss``; a cu_seqlens that does not cut N rows into 2P
+            sequences.
     """
     lengths = _lengths(cu_seqlens, len(targets))
     logps = chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes, slab_size=slab_size)
@@ -116,8 +117,8 @@ def preference_loss(
         ``dpo_loss``: 0-d, sum over pairs of the preference loss;
         ``nll_loss``: 0-d, the numerator of NLL, before alpha;
         ``pairs``: P, an int; ``chosen_tokens``: 0-d int64;
-        ``rewards/chosen``, ``rewards/rejected``: [P], beta w and beta l (simpo: beta times the average log-probability);
-        ``rewards/margin``: [P], their difference; ``rewards/accuracy``: [P], 1.0 where the margin is positive, else 0.0;
+        ``rewards/chosen``, ``rewards/rejected``: [P], beta w and beta l (simpo: beta times the mean log-probability);
+        ``rewards/margin``: [P], their difference; ``rewards/accuracy``: [P], 1.0 where the margin is positive, else 0;
         ``logps/chosen``, ``logps/rejected``: [P], sums in nats.
 
     Raises:
@@ -131,15 +132,15 @@ def preference_loss(
         )
     if lengths.shape != sequence_logps.shape:
         raise ValueError(
-            f"lengths has shape {tuple(lengths.shape)}, sequence_logps has {tuple(sequence_logps.shape)}: they must be equal"
+            f"lengths has shape {tuple(lengths.shape)}, sequence_logps has {tuple(sequence_logps.shape)}: not equal"
         )
     if reference_logps is None:
         if loss != "simpo":
             raise ValueError(f"loss {loss!r} needs reference_logps; only simpo does without")
     elif reference_logps.shape != sequence_logps.shape:
         raise ValueError(
-            f"reference_logps has shape {tuple(reference_logps.shape)}, sequence_logps has {tuple(sequence_logps.shape)}: "
-            "they must be equal"
+            f"reference_logps has shape {tuple(reference_logps.shape)}, "
+            f"sequence_logps has {tuple(sequence_logps.shape)}: not equal"
         )
     if lengths.device.type == "cpu" and bool((lengths < 1).any()):
         raise ValueError(f"sequence {int((lengths < 1).nonzero()[0])} has no completion tokens")
@@ -208,7 +209,7 @@ def preference_loss(
 
 
 def sum_by_sequence(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums of consecutive runs of ``logps``: [N] float and cu_seqlens [S + 1] integers from 0 to N give [S], same dtype.
+    """Sums [S] over consecutive runs of logps [N], same dtype; cu_seqlens [S + 1] are integers that rise from 0 to N.
 
     Summed in float64 and rounded once; deterministic; an empty run sums to 0; differentiable.
 

@@ -28,7 +28,7 @@ def reference_rpo_loss(
     nll_norm: str = "sequence",
     simpo_gamma: float = 0.5,
 ) -> Tensor:
-    """Scalar float64 loss; arguments and formulas as ``medtrain.kernels.preference.rpo_loss`` and ``preference_loss``."""
+    """Scalar float64 loss; arguments as ``medtrain.kernels.preference.rpo_loss``, formulas as ``preference_loss``."""
     logps = reference_logps(hidden, weight, targets)
     bounds = cu_seqlens.tolist()
     sequences = [logps[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,6 +21,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.model import PolicyModel
+
+
+# What torch says of a run of one process, where it is right and nothing is wrong.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -41,7 +47,7 @@ def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
 def save_checkpoint(
     root: Path,
     step: int,
-    policy: torch.nn.Module,
+    policy: PolicyModel,
     optimizer: torch.optim.Optimizer,
     state: dict,
     world: World,
@@ -56,6 +62,7 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     world.barrier()
+    policy.reshard()
     weights, moments = get_state_dict(policy, optimizer)
     dcp.save(
         {"model": weights, "optim": moments},
@@ -75,13 +82,14 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+    folder: Path, policy: PolicyModel, optimizer: torch.optim.Optimizer | None, world: World
 ) -> dict:
     """Fill ``policy`` (and ``optimizer``) from a complete checkpoint, each rank its own shards; returns its state.
 
     Raises:
         InputError: a damaged checkpoint.
     """
+    policy.reshard()
     weights, moments = get_state_dict(policy, optimizer if optimizer is not None else [])
     tree = {"model": weights, "optim": moments} if optimizer is not None else {"model": weights}
     try:

@@ -6,6 +6,7 @@ one; a setting that the chosen stage does not read is said so at start (:meth:`C
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -255,13 +256,13 @@ def _all_keys() -> list[str]:
 
 
 def _unknown_key(name: str, file) -> InputError:
-    # Two ways to be near: a typing slip in the whole name, or the right setting in the wrong section.
+    # Two ways to be near: the right setting in the wrong section, or a typing slip.
     keys = _all_keys()
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+    by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
+    last = name.rsplit(".", 1)[-1]
+    near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     if not near:
-        last = name.rsplit(".", 1)[-1]
-        by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
-        near = [by_last[m] for m in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+        near = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
     hint = f"the nearest known key, '{near[0]}'" if near else "one of the sections " + ", ".join(
         k for k in keys if "." not in k
     )
@@ -297,12 +298,10 @@ def _convert(value: Any, hint: Any, name: str, file, given: set[str]) -> Any:
         if not isinstance(value, dict):
             raise bad_input("wrong type", file=file, field=name, found=value, expected="a mapping")
         return value
-    if hint is float and isinstance(value, str):
+    if hint in (float, int) and isinstance(value, str):
         # YAML 1.1 reads 1e-5 (no dot) as a string.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            raise bad_input("wrong type", file=file, field=name, found=value, expected="a number") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():

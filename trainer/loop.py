@@ -269,6 +269,7 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
 
 
 def _optimizer(policy: PolicyModel, config: Config, world: World) -> torch.optim.AdamW:
+    policy.reshard()
     parameters = [p for p in policy.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optim.weight_decay},

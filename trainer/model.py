@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from medtrain.kernels.head import LogpsHead
@@ -48,6 +48,13 @@ class PolicyModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.lm_head.weight.device
+
+    def reshard(self) -> None:
+        """Put every parameter back to its shard. FSDP leaves the root whole after a forward without backward, and then
+        ``parameters()`` are not the ones to load, save or optimize."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def forward(self, batch) -> torch.Tensor:
         """Log-probabilities (nats, float32 [N]) of ``batch.targets`` at positions ``batch.counted``.

@@ -100,6 +100,7 @@ def _local_part(param: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
 @torch.no_grad()
 def load_weights(policy: PolicyModel, checkpoint: Checkpoint) -> None:
     """Copy this rank's part of every tensor from the files into the (sharded) parameters, casting to their dtype."""
+    policy.reshard()
     handles: dict[Path, object] = {}
     for name, param in policy.named_parameters():
         name = clean_name(name)
@@ -119,6 +120,7 @@ def init_weights(policy: PolicyModel, seed: int) -> None:
     Each tensor has a generator of its own, seeded by (seed, name), and is drawn whole before it is cut: the weights do
     not depend on the number of ranks.
     """
+    policy.reshard()
     std = policy.config.initializer_range
     for name, param in policy.named_parameters():
         name = clean_name(name)
@@ -148,6 +150,7 @@ def export_model(
     The folder appears whole or not at all. ``source`` is the checkpoint the run began with: its generation settings
     are kept.
     """
+    policy.reshard()
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     if world.is_main:

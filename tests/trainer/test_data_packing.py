@@ -66,7 +66,7 @@ def test_packing_is_fast_enough_to_do_in_every_step():
     lengths = np.random.default_rng(1).integers(1, 2049, 4096)
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         pack(lengths, 8192, 8)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.05
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1  # about 0.01 on an idle core

@@ -173,14 +173,18 @@ def _tokenize(batch: Sequence[Row], tokenizer, eos: int) -> list[tuple[list[int]
         prompt, *sides = ids[3 * k : 3 * k + 3]
         where = {"file": row.file, "row": row.number}
         if chat:
-            for field, side in zip(_FIELDS[1:], sides, strict=True):
-                if side[: len(prompt)] != prompt:
-                    raise bad_input(
-                        "the prompt's tokens are not a prefix of prompt and completion in the chat template",
-                        **where,
-                        field=field,
-                    )
-            sides = [_until_eos(side[len(prompt) :], tokenizer, eos) for side in sides]
+            for side in (1, 2):
+                whole, prompt_text, text = ids[3 * k + side], texts[3 * k], texts[3 * k + side]
+                if whole[: len(prompt)] == prompt:
+                    completion = whole[len(prompt) :]
+                elif text.startswith(prompt_text):
+                    # A completion that begins with a line break may melt into the prompt's last token. The model goes
+                    # on from the prompt's own tokens, so that is where its text is divided.
+                    completion = tokenize_texts(tokenizer, [text[len(prompt_text) :]])[0]
+                else:
+                    problem = "the prompt is not a prefix of prompt and completion in the chat template"
+                    raise bad_input(problem, **where, field=_FIELDS[side])
+                sides[side - 1] = _until_eos(completion, tokenizer, eos)
         else:
             sides = [[*side, eos] for side in sides]
         for field, segment, least in zip(_FIELDS, (prompt, *sides), (1, 2, 2), strict=True):

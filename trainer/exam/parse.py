@@ -202,10 +202,12 @@ class _Parser:
     def _before_new_question(self, start: int, end: int, cue: bool) -> int:
         """Where the first question that is not this one begins; a model may restate this one before it answers."""
         own = squeeze(self.question.problem_text.translate(_FOLD))[:16]
+        since = start
         for header in _HEADER.finditer(self.text, start, end):
             restated = squeeze(self.text[header.end() : header.end() + 200]).lstrip("】」]:*").startswith(own)
-            if not restated or self._statements(start, header.start(), cue):
+            if not restated or self._statements(since, header.start(), cue and since == start):
                 return header.start()
+            since = header.start()
         return end
 
     # Finding statements

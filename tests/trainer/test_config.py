@@ -1,0 +1,89 @@
+"""Settings: every mistake is named, and nothing is silently ignored."""
+
+import pytest
+
+from medtrain.trainer.config import config_from_dict, learned_settings, load_config
+from medtrain.trainer.errors import InputError
+
+
+def test_unknown_key_names_the_nearest_in_name_or_by_section(cpt_tree):
+    cpt_tree["optim"]["learning_rate"] = 1.0
+    cpt_tree["optim"]["stepz"] = 1
+    del cpt_tree["optim"]["learning_rate"]
+    with pytest.raises(InputError, match=r"optim\.stepz.*unknown key.*'optim\.steps'"):
+        config_from_dict("cpt", cpt_tree)
+
+
+def test_a_known_setting_in_the_wrong_section_is_pointed_to(cpt_tree):
+    cpt_tree["optim"]["seq_len"] = 4
+    with pytest.raises(InputError, match=r"'data\.seq_len'"):
+        config_from_dict("cpt", cpt_tree)
+
+
+def test_unknown_key_in_a_list_entry_is_named_with_its_place(cpt_tree):
+    cpt_tree["data"]["sources"][0]["wieght"] = 1
+    with pytest.raises(InputError, match=r"data\.sources\.0\.wieght"):
+        config_from_dict("cpt", cpt_tree)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.steps=0", "optim.steps.*1 or more"),
+        ("optim.steps=many", "optim.steps.*whole number"),
+        ("optim.steps=2.5", "optim.steps.*whole number"),
+        ("optim.lr=-1", "optim.lr"),
+        ("optim.lr=true", "optim.lr.*a number"),
+        ("optim.schedule=linear", "cosine | wsd | constant"),
+        ("optim.epochs=1", "steps or epochs"),
+        ("model.path=/x", "either model.path"),
+        ("run.out=null", "run.out"),
+        ("data.sources=[]", "data.sources"),
+        ("data.sources=5", "a list"),
+        ("rpo.beta=0", "rpo.beta"),
+        ("rpo.loss=dpo", "sigmoid"),
+        ("optim", "KEY=VALUE"),
+        ("optim.lr.x=1", "not a section"),
+        ("data.sources.3.path=x", "no such entry"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(cpt_tree, tmp_path, override, message):
+    import yaml
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(cpt_tree))
+    with pytest.raises(InputError, match=message):
+        load_config("cpt", path, [override])
+
+
+def test_overrides_reach_lists_and_yaml_floats_without_a_dot(cpt_tree, tmp_path):
+    import yaml
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(cpt_tree))
+    config = load_config("cpt", path, ["optim.lr=1e-5", "data.sources.0.name=medical", "optim.batch_tokens=4e2"])
+    assert config.optim.lr == 1e-5
+    assert config.data.sources[0].name == "medical"
+    assert config.optim.batch_tokens == 400
+
+
+def test_broken_yaml_names_file_and_row(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("optim:\n  lr: [1\nrun: x\n")
+    with pytest.raises(InputError, match=r"config\.yaml: row 3.*not valid YAML"):
+        load_config("cpt", path)
+
+
+def test_settings_the_stage_does_not_read_are_told(cpt_tree):
+    cpt_tree["rpo"] = {"beta": 0.3}
+    cpt_tree["optim"]["decay_steps"] = 3
+    assert config_from_dict("cpt", cpt_tree).unused() == ["optim.decay_steps", "rpo.beta"]
+
+
+def test_a_run_may_be_continued_with_other_micro_batches_but_not_another_rate(cpt_tree):
+    before = learned_settings(config_from_dict("cpt", cpt_tree).settings())
+    cpt_tree["optim"]["micro_batch_tokens"] = 64
+    cpt_tree["checkpoint"] = {"every": 3}
+    assert learned_settings(config_from_dict("cpt", cpt_tree).settings()) == before
+    cpt_tree["optim"]["lr"] = 2e-2
+    assert learned_settings(config_from_dict("cpt", cpt_tree).settings()) != before

@@ -1,0 +1,298 @@
+"""Preference pairs: tokens, what counts, cutting and refusing, chat templates, and the text of every error."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from medtrain.trainer.data.batch import pair_batch
+from medtrain.trainer.data.ledger import pair_ledger
+from medtrain.trainer.data.pairs import PairSet, load_pairs
+from medtrain.trainer.data.sources import Source
+from medtrain.trainer.errors import InputError
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+WORDS = "which fever is it the answer a b c d e why because of".split()
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' <eos>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def make_tokenizer(template=TEMPLATE, eos="<eos>"):
+    vocab = ["<unk>", "<eos>", "<end>", "\n", "\n\n", "<user>", "<assistant>", "<system>", *WORDS]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("\n+"), "isolated"), pre_tokenizers.Split(Regex(" +"), "removed")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ids(text):
+    return make_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def row(prompt="which fever is it", chosen="the answer a", rejected="b", **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def chat(prompt="which fever", chosen="the answer a", rejected="b"):
+    sides = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    return row([{"role": "user", "content": prompt}], *sides)
+
+
+def load(tmp_path, rows, max_length=100, tokenizer=None, **options):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    return load_pairs(Source(str(file)), tokenizer or make_tokenizer(), max_length=max_length, **options)
+
+
+def segments(pairs: PairSet, i: int):
+    return pairs.prompt(i).tolist(), pairs.chosen(i).tolist(), pairs.rejected(i).tolist()
+
+
+def message(call) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_strings_are_tokenised_apart_and_completions_end_in_eos(tmp_path):
+    pairs = load(tmp_path, [row(), row("why", "because of a", "because of b")] * 200)
+    assert pairs.num_pairs == 400 and pairs.name == "pairs"
+    for i in (0, 398):
+        assert segments(pairs, i) == (ids("which fever is it"), [*ids("the answer a"), 1], [*ids("b"), 1])
+    assert segments(pairs, 399) == (ids("why"), [*ids("because of a"), 1], [*ids("because of b"), 1])
+    assert pairs.lengths[:2].tolist() == [(4 + 4 - 1) + (4 + 2 - 1), (1 + 4 - 1) * 2]
+    assert pairs.completion_lengths[:4].tolist() == [4, 2, 4, 4]
+    assert pairs.rows.tolist() == list(range(1, 401))
+
+
+def test_a_pair_batch_counts_exactly_the_completions(tmp_path):
+    pairs = load(tmp_path, [row(), row("why", "because of a", "because of b c")])
+    batch = pair_batch([pairs, pairs], [(1, 1), (0, 0)])
+    prompt, completion = ids("which fever is it"), [*ids("the answer a"), 1]
+    sequences = [
+        ids("why because of a <eos>"),
+        ids("why because of b c <eos>"),
+        prompt + completion,
+        [*prompt, *ids("b"), 1],
+    ]
+    targets = [s[1:] for s in sequences[:2]] + [completion, [*ids("b"), 1]]
+    assert batch.input_ids.tolist() == [t for s in sequences for t in s[:-1]]
+    assert batch.targets.tolist() == [t for s in targets for t in s]
+    assert batch.target_cu_seqlens.tolist() == np.cumsum([0, *map(len, targets)]).tolist()
+    assert batch.cu_seqlens.tolist() == np.cumsum([0, *(len(s) - 1 for s in sequences)]).tolist()
+    assert batch.position_ids.tolist() == [p for s in sequences for p in range(len(s) - 1)]
+    assert batch.counted.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 19, 20]
+    assert batch.max_seqlen == 7 and batch.num_pairs == 2
+    assert batch.pair_ids.tolist() == [1, 0] and batch.source_ids.tolist() == [1, 0]
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=6))
+def test_every_counted_position_stands_right_before_its_target_in_its_own_sequence(shapes):
+    lengths = np.array(shapes).reshape(-1)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    pairs = PairSet("p", None, "", np.arange(offsets[-1], dtype=np.int32), offsets, np.arange(len(shapes)), "", {}, {})
+    batch = pair_batch([pairs], [(0, i) for i in range(len(shapes))])
+    assert len(batch.input_ids) == pairs.lengths.sum()
+    assert np.array_equal(np.diff(batch.target_cu_seqlens), pairs.completion_lengths)
+    bounds = batch.cu_seqlens.tolist()
+    for k in range(2 * len(shapes)):
+        mine = slice(batch.target_cu_seqlens[k], batch.target_cu_seqlens[k + 1])
+        counted, targets = batch.counted[mine].tolist(), batch.targets[mine].tolist()
+        completion = (pairs.chosen, pairs.rejected)[k % 2](k // 2)
+        assert targets == completion.tolist()
+        assert counted == list(range(bounds[k + 1] - len(targets), bounds[k + 1]))
+        assert batch.input_ids[counted].tolist() == [int(pairs.prompt(k // 2)[-1]), *targets[:-1]]
+
+
+def test_an_empty_pair_batch_has_no_pair_and_counts_nothing():
+    batch = pair_batch([], [])
+    assert batch.input_ids.tolist() == [0] and batch.num_pairs == 0 == batch.num_counted
+    assert batch.target_cu_seqlens.tolist() == [0] and batch.pair_ids.tolist() == []
+
+
+def test_chat_lists_are_the_templates_tokens_up_to_the_eos(tmp_path):
+    tokenizer, example = make_tokenizer(), chat()
+    pairs = load(tmp_path, [row(), example])
+    assert segments(pairs, 1) == (
+        ids("<user> which fever <eos>\n<assistant>"),
+        ids("the answer a <eos>"),
+        ids("b <eos>"),
+    )
+    options = {"tokenize": True, "return_dict": False}
+    prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template(example["prompt"] + example["chosen"], **options)
+    assert pairs.prompt(1).tolist() == prompt
+    assert whole == [*prompt, *pairs.chosen(1).tolist(), ids("\n")[0]]
+
+
+def test_eos_is_appended_where_the_template_has_none_or_text_follows_it(tmp_path):
+    no_eos = load(tmp_path, [chat()], tokenizer=make_tokenizer(eos="<end>"))
+    assert no_eos.chosen(0).tolist() == [*ids("the answer a <eos>\n"), 2]
+    within = load(tmp_path, [chat(chosen="a <end> b")], tokenizer=make_tokenizer(eos="<end>"))
+    assert within.chosen(0).tolist() == [*ids("a <end> b <eos>\n"), 2]
+
+
+def test_a_completion_that_melts_into_the_prompt_is_divided_where_the_prompt_ends(tmp_path):
+    tokenizer = make_tokenizer(TEMPLATE.replace("> '", ">\\n'"))
+    example = chat(chosen="\nthe answer a")
+    whole = tokenizer.apply_chat_template(example["prompt"] + example["chosen"], return_dict=False)
+    pairs = load(tmp_path, [example], tokenizer=tokenizer)
+    prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=False)
+    assert whole[: len(prompt)] != prompt, "the tokenizer should join the two line breaks"
+    assert segments(pairs, 0) == (prompt, ids("\nthe answer a <eos>"), ids("b <eos>"))
+
+
+def test_chat_lists_of_parquet_have_their_null_keys_dropped(tmp_path):
+    example = chat()
+    example["prompt"].insert(0, {"role": "system", "content": "it is a", "name": "d"})
+    pq.write_table(pa.Table.from_pylist([example]), tmp_path / "a.parquet")
+    template = "{% for m in messages %}{{ '<user> ' if 'name' in m else '' }}{% endfor %}" + TEMPLATE
+    pairs = load_pairs(Source(str(tmp_path / "a.parquet")), make_tokenizer(template), max_length=50)
+    assert pairs.prompt(0).tolist() == ids("<user> <system> it is a <eos>\n<user> which fever <eos>\n<assistant>")
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (row(prompt=""), ["field 'prompt'", "empty text"]),
+        (row(chosen=" \n"), ["field 'chosen'", "empty text"]),
+        (row(rejected=""), ["field 'rejected'", "empty text"]),
+        (row(rejected="the answer a"), ["field 'rejected'", "identical to 'chosen'"]),
+        (row(rejected="the  answer  a"), ["field 'rejected'", "the same tokens as 'chosen'"]),
+        (row(prompt=7), ["field 'prompt'", "found a number", "expected a string or a list of messages"]),
+        (row(chosen=None), ["field 'chosen'", "found null"]),
+        ({"prompt": "why", "chosen": "a"}, ["field 'rejected'", "missing", "chosen, prompt"]),
+        (chat() | {"rejected": "b"}, ["field 'rejected'", "types are mixed", "found a string", "expected a list"]),
+        (chat() | {"prompt": "b"}, ["field 'chosen'", "types are mixed", "found a list", "expected a string"]),
+        (chat() | {"prompt": []}, ["field 'prompt'", "empty list of messages"]),
+        (chat() | {"chosen": ["a"]}, ["field 'chosen[0]'", "found a string", "expected a message"]),
+        (chat(rejected=" "), ["field 'rejected[0].content'", "empty text"]),
+        (chat() | {"prompt": [{"role": "user"}]}, ["field 'prompt[0].content'", "found null"]),
+        (chat() | {"chosen": chat()["prompt"]}, ["field 'chosen[0].role'", "found user", "expected assistant"]),
+        (chat() | {"prompt": chat()["chosen"]}, ["field 'prompt[0].role'", "ends with the assistant's turn"]),
+        (chat(rejected="the answer a"), ["field 'rejected'", "identical to 'chosen'"]),
+    ],
+)
+def test_a_bad_pair_is_named_with_file_row_and_field(tmp_path, bad, words):
+    text = message(lambda: load(tmp_path, [row(), chat(), bad]))
+    assert text.startswith(f"{tmp_path / 'pairs.jsonl'}: row 3: ")
+    for word in words:
+        assert word in text
+
+
+def test_chat_lists_need_a_template_whose_prompt_stays_the_beginning(tmp_path):
+    text = message(lambda: load(tmp_path, [chat()], tokenizer=make_tokenizer(template=None)))
+    assert "row 1: field 'prompt': the tokenizer has no chat template" in text
+    last_only = "{{ messages[-1].content }}"
+    text = message(lambda: load(tmp_path, [row(), chat()], tokenizer=make_tokenizer(template=last_only)))
+    assert "row 2: field 'chosen': the prompt is not a prefix" in text
+    raising = "{{ raise_exception('roles must alternate') }}"
+    text = message(lambda: load(tmp_path, [chat()], tokenizer=make_tokenizer(template=raising)))
+    assert "row 1: the chat template fails: roles must alternate" in text
+
+
+# Tokens with eos: prompt 4 + chosen 4 = 8; prompt 6 + chosen 6 = 12; prompt 2 + rejected 9 = 11.
+LONG = [
+    row(),
+    row("which fever is it the answer", "a b c d e", "b"),
+    row("which fever", "a", "the answer a b c d e b"),
+]
+
+
+def test_overlong_pairs_are_an_error_with_the_first_row_the_count_and_what_helps(tmp_path):
+    text = message(lambda: load(tmp_path, LONG, max_length=10))
+    assert "row 2: overlong pair (2 rows are" in text
+    assert "found 12 tokens; expected at most 10, data.max_length" in text
+    for way in ("data.max_length", "data.overlong", "drop", "cut_completion", "cut_prompt"):
+        assert way in text
+    assert load(tmp_path, LONG, max_length=12).num_pairs == 3
+    assert "data.overlong" in message(lambda: load(tmp_path, LONG, overlong="cut"))
+
+
+def test_dropped_pairs_are_in_the_ledger(tmp_path):
+    pairs = load(tmp_path, LONG, max_length=10, overlong="drop")
+    assert pairs.num_pairs == 1 and pairs.rows.tolist() == [1]
+    assert pairs.refused == {"overlong": (2, (6 + 6 + 2) + (2 + 2 + 9))}
+    assert "no pair is left (found 3 refused)" in message(lambda: load(tmp_path, LONG, max_length=3, overlong="drop"))
+
+
+def test_cutting_completions_keeps_the_eos_and_treats_both_sides_alike(tmp_path):
+    pairs = load(tmp_path, LONG, max_length=10, overlong="cut_completion")
+    assert segments(pairs, 1) == (ids("which fever is it the answer"), [*ids("a b c"), 1], [*ids("b"), 1])
+    assert segments(pairs, 2) == (ids("which fever"), [*ids("a"), 1], [*ids("the answer a b c d e"), 1])
+    assert pairs.cut == {"cut_completion": (2, 2 + 1)} and pairs.refused == {}
+
+
+def test_cutting_prompts_cuts_from_the_left_what_both_sides_share(tmp_path):
+    pairs = load(tmp_path, LONG, max_length=10, overlong="cut_prompt")
+    assert segments(pairs, 1) == (ids("is it the answer"), [*ids("a b c d e"), 1], [*ids("b"), 1])
+    assert segments(pairs, 2) == (ids("fever"), [*ids("a"), 1], [*ids("the answer a b c d e b"), 1])
+
+
+def test_pairs_that_cutting_makes_useless_are_refused_and_counted(tmp_path):
+    same, no_room = row("why", "a b c d", "a b c e"), row("which fever is it the", "a", "b c")
+    rows = [same, no_room, row("why", "a", "b")]
+    pairs = load(tmp_path, rows, max_length=5, overlong="cut_completion")
+    assert pairs.rows.tolist() == [3] and pairs.cut == {}
+    assert pairs.refused == {
+        "identical after cutting": (1, 1 + 5 + 5),
+        "cut_completion leaves no room": (1, 5 + 2 + 3),
+    }
+    pairs = load(tmp_path, rows, max_length=5, overlong="cut_prompt")
+    assert pairs.rows.tolist() == [2, 3]
+    assert pairs.refused == {"cut_prompt leaves no room": (1, 1 + 5 + 5)} and pairs.cut == {"cut_prompt": (1, 3)}
+
+
+def test_the_ledger_loses_no_row_and_no_token(tmp_path):
+    whole = load(tmp_path, LONG)
+    for overlong in ("drop", "cut_completion", "cut_prompt"):
+        ledger = pair_ledger([load(tmp_path, LONG, max_length=9, overlong=overlong)])
+        total = ledger["total"]
+        assert total["rows"] == 3 == total["kept"]["rows"] + total["refused"]["rows"]
+        assert total["tokens"] == len(whole.tokens)
+        assert total["tokens"] == sum(total[outcome]["tokens"] for outcome in ("kept", "cut", "refused"))
+        json.dumps(ledger)
+
+
+def test_the_digest_follows_token_ids_and_their_division(tmp_path):
+    digests = [
+        load(tmp_path, [row("why a", "b", "c")]).digest,
+        load(tmp_path, [row("why", "a b", "c")]).digest,
+        load(tmp_path, [row("why a", "b", "d")]).digest,
+        load(tmp_path, [row("why a", "b", "c")] * 2).digest,
+    ]
+    assert len(set(digests)) == 4
+    assert load(tmp_path, [row("why  a", "b", "c", note="not a token")]).digest == digests[0]
+
+
+def test_jmle_pairs_have_the_published_numbers_of_tokens():
+    if not (SHARED / "jmle2026").is_dir():
+        pytest.skip("../shared/data is absent")
+    tokenizer = AutoTokenizer.from_pretrained(str(SHARED / "qwen2.5-tokenizer"))
+    pairs = load_pairs(Source(str(SHARED / "jmle2026" / "pairs.jsonl")), tokenizer, max_length=1900)
+    prompt, chosen, rejected = np.diff(pairs.offsets).reshape(-1, 3).sum(axis=0) - [0, 306, 306]
+    assert (pairs.num_pairs, prompt, chosen, rejected) == (306, 80_918, 110_845, 112_988)
+
+
+def test_qwens_template_makes_the_same_tokens_as_apply_chat_template(tmp_path):
+    if not (SHARED / "qwen2.5-tokenizer").is_dir():
+        pytest.skip("../shared/data is absent")
+    tokenizer = AutoTokenizer.from_pretrained(str(SHARED / "qwen2.5-tokenizer"))
+    example = chat("発熱の原因は何か。", "なぜなら……\n答え: a", "答え: b\n\n")
+    pairs = load(tmp_path, [example], 500, tokenizer)
+    for side in ("chosen", "rejected"):
+        whole = tokenizer.apply_chat_template(example["prompt"] + example[side], tokenize=True, return_dict=False)
+        mine = [*pairs.prompt(0).tolist(), *getattr(pairs, side)(0).tolist()]
+        assert mine == whole[:-1] and mine[-1] == tokenizer.eos_token_id

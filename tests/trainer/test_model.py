@@ -1,0 +1,164 @@
+"""The policy gives Hugging Face's own log-probabilities, and loads and exports Hugging Face's own weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import SIZES, run_on_ranks
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from medtrain.trainer.config import ModelConfig
+from medtrain.trainer.data.batch import windows_batch
+from medtrain.trainer.distributed import World, join_world
+from medtrain.trainer.errors import InputError
+from medtrain.trainer.model import build_model, load_model_config, load_tokenizer
+from medtrain.trainer.weights import Checkpoint, export_model, init_weights, load_weights
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+def policy_of(settings: ModelConfig, world: World = ALONE):
+    tokenizer = load_tokenizer(settings)
+    policy = build_model(settings, load_model_config(settings, tokenizer), world, torch.float32, backend="sdpa")
+    return policy, tokenizer
+
+
+def documents():
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 20, size=n).astype(np.uint32) for n in (9, 2, 31, 17)]
+
+
+def hf_logps(model, documents):
+    pieces = []
+    for document in documents:
+        ids = torch.from_numpy(document.astype(np.int64))
+        logits = model(ids[:-1].unsqueeze(0)).logits[0].double()
+        pieces.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+    return torch.cat(pieces).float()
+
+
+@pytest.fixture
+def hf_folder(tokenizer_dir, tmp_path):
+    def make(model_type="qwen2", tied=False, **sizes):
+        torch.manual_seed(0)
+        sizes = {**SIZES, "vocab_size": 24, "tie_word_embeddings": tied, **sizes, "model_type": model_type}
+        if model_type == "mistral":
+            sizes["sliding_window"] = None
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
+        folder = tmp_path / f"{model_type}-{tied}"
+        model.save_pretrained(folder)
+        load_tokenizer(ModelConfig(tokenizer=str(tokenizer_dir))).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+def test_logps_of_packed_documents_equal_hugging_face_on_each_alone(hf_folder, model_type, tied):
+    folder = hf_folder(model_type, tied)
+    policy, _ = policy_of(ModelConfig(path=str(folder)))
+    load_weights(policy, Checkpoint(folder))
+    theirs = hf_logps(AutoModelForCausalLM.from_pretrained(folder), documents())
+    torch.testing.assert_close(policy(windows_batch(documents())), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_export_is_the_loaded_weights_bit_for_bit(hf_folder, tmp_path, tied):
+    folder = hf_folder(tied=tied)
+    policy, tokenizer = policy_of(ModelConfig(path=str(folder)))
+    load_weights(policy, Checkpoint(folder))
+    out = export_model(policy, tokenizer, tmp_path / "out", ALONE, dtype=torch.float32, source=folder)
+    a, b = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (folder, out))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+
+
+def test_export_in_several_files_loads_the_same(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("medtrain.trainer.weights.MAX_FILE_BYTES", 4000)
+    folder = hf_folder()
+    policy, tokenizer = policy_of(ModelConfig(path=str(folder)))
+    load_weights(policy, Checkpoint(folder))
+    out = export_model(policy, tokenizer, tmp_path / "out", ALONE, dtype=torch.float32)
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    a, b = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (folder, out))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    again, _ = policy_of(ModelConfig(path=str(out)))
+    load_weights(again, Checkpoint(out))
+    assert torch.equal(again.lm_head.weight, policy.lm_head.weight)
+
+
+def _sharded_equals_whole(folder, out):
+    with join_world() as world:
+        policy, tokenizer = policy_of(ModelConfig(path=str(folder)), world)
+        load_weights(policy, Checkpoint(folder))
+        theirs = hf_logps(AutoModelForCausalLM.from_pretrained(folder), documents())
+        torch.testing.assert_close(policy(windows_batch(documents())), theirs, rtol=0, atol=1e-5)
+        export_model(policy, tokenizer, out, world, dtype=torch.float32)
+        whole, _ = policy_of(ModelConfig(path=str(folder)))
+        init_weights(whole, 5)
+        init_weights(policy, 5)
+        for a, b in zip(policy.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(a.full_tensor(), b)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_on_two_ranks_shards_load_compute_export_and_init_as_the_whole(hf_folder, tmp_path, tied):
+    folder = hf_folder(tied=tied)
+    run_on_ranks(2, tmp_path, _sharded_equals_whole, folder, tmp_path / "out")
+    a, b = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (folder, tmp_path / "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_activation_checkpointing_changes_no_gradient(hf_folder):
+    folder = hf_folder()
+    gradients = []
+    for choice in ("none", "full"):
+        policy, _ = policy_of(ModelConfig(path=str(folder), activation_checkpointing=choice))
+        load_weights(policy, Checkpoint(folder))
+        policy(windows_batch(documents())).sum().backward()
+        gradients.append([p.grad for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_truncated_file_is_named_before_anything_is_built(hf_folder):
+    folder = hf_folder()
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged or truncated"):
+        Checkpoint(folder)
+
+
+def test_a_missing_or_misshapen_tensor_is_named(hf_folder):
+    checkpoint = Checkpoint(hf_folder())
+    with pytest.raises(InputError, match="'model.other': missing tensor"):
+        checkpoint.check({"model.other": (3,)}, tied=False)
+    with pytest.raises(InputError, match="'lm_head.weight': wrong shape"):
+        checkpoint.check({"lm_head.weight": (3,)}, tied=False)
+
+
+def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(hf_folder, tokenizer_dir, tmp_path):
+    small = hf_folder(vocab_size=10)
+    with pytest.raises(InputError, match="tokenizer does not fit"):
+        policy_of(ModelConfig(path=str(small)))
+    folder = hf_folder(tied=True)
+    other = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    vocab = other["model"]["vocab"]
+    vocab["咳"], vocab["患者"] = vocab["患者"], vocab["咳"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(other))
+    (tmp_path / "other" / "tokenizer_config.json").write_text((tokenizer_dir / "tokenizer_config.json").read_text())
+    with pytest.raises(InputError, match="tokenizer does not fit"):
+        policy_of(ModelConfig(path=str(folder), tokenizer=str(tmp_path / "other")))
+
+
+def test_sizes_of_random_weights_are_checked(tokenizer_dir):
+    for change, message in (
+        ({"hiden_size": 4}, "hidden_size"),
+        ({"model_type": "gpt2"}, "qwen2"),
+        ({"num_attention_heads": 3}, "fit together"),
+        ({"vocab_size": 4}, "tokenizer does not fit"),
+    ):
+        with pytest.raises(InputError, match=message):
+            policy_of(ModelConfig(init={**SIZES, **change}, tokenizer=str(tokenizer_dir)))

@@ -1,0 +1,301 @@
+"""Generation of exam outputs: prompts to texts through transformers or vLLM, and log-probs of given completions.
+
+Both engines get token ids (the prompt tokenised without special tokens), cut outputs by the same :class:`Stop` rule and say
+of each output whether it was truncated, that is, ended by the token limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.prompts import Stop
+
+ENGINES = ("hf", "vllm")
+# Stop rules need decoded text; looking every few steps costs little and generates at most this many tokens too many.
+_STEPS_BETWEEN_STOP_CHECKS = 8
+
+
+@dataclass(frozen=True)
+class Output:
+    """One generated text, cut at its end. ``num_tokens`` counts the tokens generated for it."""
+
+    text: str
+    truncated: bool
+    num_tokens: int
+
+
+OnOutputs = Callable[[list[int], list[Output]], None]
+
+
+class HFEngine:
+    """Generation with a transformers model that is already in memory.
+
+    ``batch_tokens`` bounds rows x (prompt + new tokens) of a batch and so the KV cache; ``max_rows`` the rows.
+    """
+
+    def __init__(self, model, tokenizer, *, batch_tokens: int = 65_536, max_rows: int = 256):
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_tokens, self.max_rows = batch_tokens, max_rows
+        self.device = next(model.parameters()).device
+        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        eos = [configured] if isinstance(configured, int) else list(configured or [])
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos:
+            eos.append(tokenizer.eos_token_id)
+        self.eos = eos
+        # Padding is masked and what follows an end is cut off, so that any id will do where the tokenizer names none.
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos[0] if eos else 0)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Stop = Stop(),
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_outputs: OnOutputs | None = None,
+    ) -> list[Output]:
+        """Generate one output a prompt, in the order of the prompts.
+
+        ``temperature`` 0 is greedy. Sampling is the same again for the same prompts, seed and batch settings, and leaves
+        the global random state as it was. ``on_outputs(indices, outputs)`` is called after each batch. Raises
+        :class:`InputError` where a prompt does not fit the model's positions, or nothing could end an output.
+        """
+        if max_new_tokens < 1 or temperature < 0:
+            raise bad_input("max_new_tokens must be 1 or more and temperature 0 or more")
+        if not self.eos and not stop.strings and stop.marker is None:
+            raise bad_input(
+                "nothing could end an output: the model and its tokenizer name no eos token and there is no stop string"
+            )
+        ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
+        self._check_lengths(ids, max_new_tokens)
+        outputs: list[Output | None] = [None] * len(ids)
+        with self._generating(), torch.random.fork_rng(self._cuda_devices()):
+            for number, batch in enumerate(self._batches(ids, max_new_tokens)):
+                digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+                torch.manual_seed(int.from_bytes(digest[:7], "big"))
+                made = self._generate_batch([ids[i] for i in batch], max_new_tokens, stop, temperature)
+                for index, output in zip(batch, made, strict=True):
+                    outputs[index] = output
+                if on_outputs is not None:
+                    on_outputs(batch, made)
+        return outputs
+
+    def logps(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """Sum of the log-probs (nats) of each completion's tokens after its prompt, tokenised apart and without eos."""
+        prompt_ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
+        completion_ids = self.tokenizer(list(completions), add_special_tokens=False).input_ids if completions else []
+        if not all(prompt_ids) or not all(completion_ids):
+            raise bad_input("a prompt or completion without tokens has no log-prob")
+        rows = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        self._check_lengths(rows, 0)
+        sums = [0.0] * len(rows)
+        with self._generating():
+            for batch in self._batches(rows, 0):
+                input_ids, mask = self._left_padded([rows[i] for i in batch])
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                kept = max(len(completion_ids[i]) for i in batch)
+                logits = self.model(
+                    input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1
+                ).logits
+                logps = logits[:, -kept - 1 : -1].float().log_softmax(-1)
+                logps = logps.gather(-1, input_ids[:, -kept:, None])[..., 0].cpu()
+                for row, index in enumerate(batch):
+                    sums[index] = float(logps[row, -len(completion_ids[index]) :].double().sum())
+        return sums
+
+    def _check_lengths(self, ids: list[list[int]], max_new_tokens: int) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for row in ids:
+            if not row:
+                raise bad_input("an empty prompt: it has no tokens to go on from")
+            if limit is not None and len(row) + max_new_tokens > limit:
+                raise bad_input(
+                    "a prompt is too long for the model",
+                    found=f"{len(row)} prompt tokens + {max_new_tokens} new ones",
+                    expected=f"at most {limit}, its max_position_embeddings; fewer demonstrations or new tokens help",
+                )
+
+    def _batches(self, ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Indices by falling length, so that a batch holds little padding and memory runs out first or never."""
+        batches: list[list[int]] = []
+        for index in sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)):
+            if batches:
+                width = len(ids[batches[-1][0]]) + max_new_tokens
+                if len(batches[-1]) < min(self.max_rows, max(1, self.batch_tokens // width)):
+                    batches[-1].append(index)
+                    continue
+            batches.append([index])
+        return batches
+
+    def _left_padded(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, ids))
+        input_ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in ids], device=self.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self.device)
+        return input_ids, mask
+
+    def _cuda_devices(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
+    @contextmanager
+    def _generating(self):
+        """Evaluation mode without gradients, and without the sampling settings that the checkpoint came with."""
+        from transformers import GenerationConfig
+
+        was_training, config = self.model.training, self.model.generation_config
+        self.model.eval()
+        self.model.generation_config = GenerationConfig()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.model.generation_config = config
+            self.model.train(was_training)
+
+    def _generate_batch(self, ids, max_new_tokens: int, stop: Stop, temperature: float) -> list[Output]:
+        from transformers import GenerationConfig
+
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+        )
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, eos_token_id=self.eos or None, pad_token_id=self.pad, **sampling
+        )
+        input_ids, mask = self._left_padded(ids)
+        made = self.model.generate(
+            input_ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=[_StopRule(self, ids, input_ids.shape[1], stop)],
+        )[:, input_ids.shape[1] :].tolist()
+        outputs = []
+        ends = set(self.eos)
+        for prompt, row in zip(ids, made, strict=True):
+            end = next((i for i, token in enumerate(row) if token in ends), None)
+            text, stopped = stop.cut(self._decode([prompt], [row[:end]])[0])
+            outputs.append(Output(text, end is None and not stopped, len(row) if end is None else end + 1))
+        return outputs
+
+    def _decode(self, prompts: list[list[int]], rows: list[list[int]]) -> list[str]:
+        """Text of the new tokens as it follows the prompt: many tokenizers drop a blank that begins a text."""
+        last = [prompt[-4:] for prompt in prompts]
+        decode = self.tokenizer.batch_decode
+        before = decode(last, clean_up_tokenization_spaces=False)
+        whole = decode([a + b for a, b in zip(last, rows, strict=True)], clean_up_tokenization_spaces=False)
+        return [
+            w[len(b) :] if w.startswith(b) else self.tokenizer.decode(row, clean_up_tokenization_spaces=False)
+            for b, w, row in zip(before, whole, rows, strict=True)
+        ]
+
+
+class _StopRule:
+    """transformers' stopping criterion for a :class:`Stop`: rows whose text has ended are done."""
+
+    def __init__(self, engine: HFEngine, prompts: list[list[int]], width: int, stop: Stop):
+        self.engine, self.prompts, self.width, self.stop = engine, prompts, width, stop
+        self.done = torch.zeros(len(prompts), dtype=torch.bool, device=engine.device)
+        self.active = bool(stop.strings) or stop.marker is not None
+        self.ended: set[int] = set()
+
+    def __call__(self, input_ids: torch.Tensor, scores=None, **kwargs) -> torch.Tensor:
+        if self.active and (input_ids.shape[1] - self.width) % _STEPS_BETWEEN_STOP_CHECKS == 0:
+            rows = [i for i in range(len(self.prompts)) if i not in self.ended]
+            new = input_ids[:, self.width :].tolist()
+            texts = self.engine._decode([self.prompts[i] for i in rows], [new[i] for i in rows])
+            for i, text in zip(rows, texts, strict=True):
+                if self.stop.cut(text)[1]:
+                    self.ended.add(i)
+                    self.done[i] = True
+        return self.done
+
+
+class VLLMEngine:
+    """Generation with vLLM, where it is installed: all visible GPUs share the model by tensor parallelism."""
+
+    def __init__(self, model_dir: str | Path, *, dtype: str = "auto", seed: int = 0):
+        if importlib.util.find_spec("vllm") is None:
+            raise bad_input(
+                "vllm is not installed here", field="engine", found="vllm", expected="hf, or pip install vllm"
+            )
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=str(model_dir), dtype=dtype, seed=seed, tensor_parallel_size=max(1, torch.cuda.device_count())
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Stop = Stop(),
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_outputs: OnOutputs | None = None,
+    ) -> list[Output]:
+        """As :meth:`HFEngine.generate`; each prompt has a seed of its own, so that equal prompts give different samples."""
+        from vllm import SamplingParams
+
+        ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
+        settings = [
+            SamplingParams(
+                temperature=temperature, max_tokens=max_new_tokens, stop=list(stop.strings) or None, seed=seed + i
+            )
+            for i in range(len(ids))
+        ]
+        made = self.llm.generate([{"prompt_token_ids": row} for row in ids], settings) if ids else []
+        outputs = []
+        for request in made:
+            text, stopped = stop.cut(request.outputs[0].text)
+            truncated = request.outputs[0].finish_reason == "length" and not stopped
+            outputs.append(Output(text, truncated, len(request.outputs[0].token_ids)))
+        if on_outputs is not None:
+            on_outputs(list(range(len(outputs))), outputs)
+        return outputs
+
+
+def load_engine(
+    model_dir: str | Path,
+    engine: str = "hf",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_tokens: int = 65_536,
+) -> HFEngine | VLLMEngine:
+    """Load a checkpoint folder for generation.
+
+    ``device`` auto is the first GPU, else the CPU; ``dtype`` auto is that of the checkpoint, else a name such as
+    ``bfloat16``. With vLLM, ``device`` and ``batch_tokens`` are vLLM's own affair. Raises :class:`InputError` for a folder
+    that is no checkpoint, an unknown engine, and an engine that is not installed.
+    """
+    if engine not in ENGINES:
+        raise bad_input("unknown", field="engine", found=engine, expected=" or ".join(ENGINES))
+    folder = Path(model_dir)
+    if not (folder / "config.json").is_file():
+        raise bad_input("no checkpoint", file=folder, expected="a folder with config.json, weights and a tokenizer")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise bad_input("unknown", field="dtype", found=dtype, expected="auto, float32, bfloat16 or float16")
+    if engine == "vllm":
+        return VLLMEngine(folder, dtype=dtype)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), local_files_only=True
+        ).to(device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise bad_input("the checkpoint cannot be loaded", file=folder, found=first_line) from error
+    return HFEngine(model, tokenizer, batch_tokens=batch_tokens)

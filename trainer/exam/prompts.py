@@ -1,0 +1,182 @@
+"""Exam prompts: one style object renders questions, demonstrations and ground-truth completions for both exam modes.
+
+Modes: ``answer`` asks for the answer alone, ``explain`` for an explanation that ends with the answer line. A plain prompt
+(base models) ends with a marker, ``答え:`` or ``説明:``, and generation starts right after it. A chat prompt goes through
+the tokenizer's chat template and generation starts the assistant's turn. A prompt never says how many answers are right;
+only the exam's own text does ("2つ選べ").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.questions import Question
+
+MODES = ("answer", "explain")
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where an output ends: before the first of ``strings``, or before the ``end`` of its answer.
+
+    The answer ends at the first ``end`` after the first ``marker`` with something between them; an empty marker means that
+    the output begins with the answer. ``marker=None``: only the strings count.
+    """
+
+    strings: tuple[str, ...] = ()
+    marker: str | None = None
+    end: str = "\n"
+
+    def cut(self, text: str) -> tuple[str, bool]:
+        """Return the text up to its end, and whether the end was there."""
+        found = [at for stop in self.strings if (at := text.find(stop)) >= 0]
+        if self.marker is not None and (marked := text.find(self.marker)) >= 0:
+            begin = marked + len(self.marker)
+            begin += len(text[begin:]) - len(text[begin:].lstrip())
+            if begin < len(text) and (at := text.find(self.end, begin)) >= 0:
+                found.append(at)
+        return (text[: min(found)], True) if found else (text, False)
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How exam prompts look. The defaults are those for Japanese medical examinations.
+
+    ``question`` may use ``{text}`` and ``{choices}``; ``choice`` ``{letter}`` and ``{text}``. ``joint`` stands between question
+    and marker and before the answer line, ``lead`` between a marker and what follows, ``shot_joint`` between worked examples.
+    ``answer_as`` is ``letters`` or ``text`` (the text of the choice). ``answer_end`` ends the answer (see :class:`Stop`),
+    ``stops`` end an output anywhere. ``instruction_*`` open the prompt; ``chat`` uses the tokenizer's chat template, with the
+    ``system`` message if there is one.
+    """
+
+    question: str = "問題: {text}\n{choices}"
+    choice: str = "{letter}. {text}"
+    choice_joint: str = "\n"
+    answer_marker: str = "答え:"
+    explain_marker: str = "説明:"
+    lead: str = " "
+    joint: str = "\n"
+    shot_joint: str = "\n\n"
+    answer_as: str = "letters"
+    answer_joint: str = ","
+    answer_end: str = "\n"
+    stops: tuple[str, ...] = ("\n問題:", "\n【問題】", "\nQuestion:")
+    instruction_answer: str = (
+        "次の医師国家試験の問題に答えてください。「答え: a」または「答え: a,c」のように、正解の記号だけを書いてください。"
+        "選択肢のない計算問題では、記号の代わりに数値を書いてください。"
+    )
+    instruction_explain: str = (
+        "次の医師国家試験の問題について、根拠を説明し、最後の行に「答え: a」または「答え: a,c」のように正解の記号を書いてください。"
+        "選択肢のない計算問題では、記号の代わりに数値を書いてください。"
+    )
+    chat: bool = False
+    system: str = ""
+
+    def __post_init__(self):
+        if self.answer_as not in ("letters", "text"):
+            raise bad_input("unknown", field="answer_as", found=self.answer_as, expected="letters or text")
+        for name in ("answer_marker", "answer_end"):
+            if not getattr(self, name):
+                raise bad_input("empty", field=name, expected="a text")
+        for name, example in (("question", {"text": "", "choices": ""}), ("choice", {"letter": "", "text": ""})):
+            template = getattr(self, name)
+            try:
+                template.format(**example)
+            except (KeyError, IndexError, ValueError) as error:
+                raise bad_input(
+                    "wrong template", field=name, found=template, expected=f"only {sorted(example)}"
+                ) from error
+            if "{text}" not in template:
+                raise bad_input("the template leaves out {text}", field=name, found=template)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> PromptStyle:
+        """Build a style from settings; an unknown name is an :class:`InputError`."""
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise bad_input("unknown setting of a prompt style", field=name, expected=", ".join(sorted(known)))
+        stops = {"stops": tuple(values["stops"])} if "stops" in values else {}
+        return cls(**(values | stops))
+
+    def render_question(self, question: Question) -> str:
+        rendered = (
+            self.choice.format(letter=letter, text=text)
+            for letter, text in zip(question.letters, question.choices, strict=True)
+        )
+        block = self.question.format(text=question.problem_text, choices=self.choice_joint.join(rendered))
+        return block.rstrip() if question.is_numeric else block
+
+    def answer(self, letters: Sequence[str], question: Question) -> str:
+        """The answer as the answer line shows it: letters or the texts of these choices, joined."""
+        if self.answer_as == "letters":
+            return self.answer_joint.join(letters)
+        return self.answer_joint.join(question.choices[question.letters.index(letter)] for letter in letters)
+
+    def key(self, question: Question) -> str:
+        """The official answer as the answer line shows it; the first one where several count."""
+        if question.is_numeric:
+            return question.answer[0]
+        return self.answer(question.accepted[0], question)
+
+    def completion(self, question: Question, mode: str) -> str:
+        """The ground-truth completion: what follows the prompt of :meth:`prompt`, up to the end of the answer.
+
+        In ``explain`` mode the question needs an ``explanation`` (:class:`InputError` without).
+        """
+        line = f"{self.answer_marker}{self.lead}{self.key(question)}"
+        if mode == "answer":
+            return line if self.chat else line.removeprefix(self.answer_marker)
+        if not (question.explanation or "").strip():
+            raise bad_input(
+                "needs an explanation here", field="explanation", found=f"none for question {question.problem_id}"
+            )
+        return f"{'' if self.chat else self.lead}{question.explanation.strip()}{self.joint}{line}"
+
+    def prompt(self, question: Question, mode: str, tokenizer, demonstrations: Sequence[Question] = ()) -> str:
+        """The whole prompt as one string, to be tokenised with ``add_special_tokens=False``.
+
+        A tokenizer that begins every text with its bos token gets that token as text. Raises :class:`InputError` where
+        ``chat`` is set and the tokenizer has no chat template.
+        """
+        if mode not in MODES:
+            raise bad_input("unknown mode", found=mode, expected=" or ".join(MODES))
+        instruction = self.instruction_answer if mode == "answer" else self.instruction_explain
+        if self.chat:
+            return self._chat_prompt(question, mode, tokenizer, demonstrations, instruction)
+        marker = self.answer_marker if mode == "answer" else self.explain_marker
+        blocks = [instruction] if instruction else []
+        for shot in demonstrations:
+            blocks.append(f"{self.render_question(shot)}{self.joint}{marker}{self.completion(shot, mode)}")
+        blocks.append(f"{self.render_question(question)}{self.joint}{marker}")
+        return _bos(tokenizer) + self.shot_joint.join(blocks)
+
+    def _chat_prompt(self, question, mode, tokenizer, demonstrations, instruction) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            raise bad_input("the tokenizer has no chat template", field="chat", expected="a plain prompt (chat: false)")
+        opening = f"{instruction}{self.shot_joint}" if instruction else ""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for shot in demonstrations:
+            messages.append({"role": "user", "content": opening + self.render_question(shot)})
+            messages.append({"role": "assistant", "content": self.completion(shot, mode)})
+        messages.append({"role": "user", "content": opening + self.render_question(question)})
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def stop(self, mode: str) -> Stop:
+        """Where outputs of this mode end. Chat models end their turn themselves, so only ``stops`` cut them."""
+        if self.chat:
+            return Stop(self.stops)
+        return Stop(self.stops, "" if mode == "answer" else self.answer_marker, self.answer_end)
+
+    def parse_settings(self, mode: str) -> dict:
+        """The keyword arguments with which :func:`parse_output` reads outputs of this style and mode."""
+        return {"cue": mode == "answer" and not self.chat, "markers": (self.answer_marker,)}
+
+
+def _bos(tokenizer) -> str:
+    """The bos token as text where the tokenizer puts it before every text, else ``""``."""
+    if tokenizer is None or getattr(tokenizer, "bos_token_id", None) is None:
+        return ""
+    return tokenizer.bos_token if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else ""
