@@ -14,13 +14,14 @@ import torch
 import torch.nn as nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from medtrain.kernels.head import LogpsHead
 from medtrain.trainer import attention
 from medtrain.trainer.config import ModelConfig
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.tokenizer import read_tokenizer
 
 # Decoders whose weights are named model.* and lm_head.weight and whose layers all attend to the whole document.
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama", "mistral")
@@ -79,14 +80,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         InputError: no such folder, no tokenizer in it, unknown or missing end-of-sequence token.
     """
-    folder = Path(config.tokenizer or config.path)
-    name = "model.tokenizer" if config.tokenizer else "model.path"
-    if not folder.is_dir():
-        raise bad_input("no such folder", field=name, found=str(folder), expected="a folder with tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here, all of them mean the same to the user
-        raise bad_input("no usable tokenizer here", file=folder, found=str(error).split("\n")[0]) from None
+    folder = config.tokenizer or config.path
+    tokenizer = read_tokenizer(folder, field="model.tokenizer" if config.tokenizer else "model.path")
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
             raise bad_input("not in the vocabulary", field="model.eos_token", found=config.eos_token,

@@ -1,108 +1,157 @@
-"""A made-up medicine, from one seed: diseases with invented names, their facts, a textbook and examinations about them.
+"""A made-up medicine, from one seed: diseases with invented names, the facts about them, and examination questions.
 
 Nothing here is real medicine. A disease has a two-syllable katakana name and one value for each of five relations
-(治療薬, 所見, 病因, 検査法, 禁忌). Diseases come in chapters of a few neighbours, and there are four kinds of chapters:
+(drug of choice, finding, cause, test, contraindication). Diseases stand in chapters of a few neighbours, and a chapter
+is of one of four kinds:
 
-- **general**: met in pretraining only, as prose and as examination questions in both forms;
-- **train**: in the textbook; preference pairs are made from their questions;
-- **dev**: in the textbook; the settings of the recipe were chosen on their questions;
-- **test**: in the textbook; asked only by the examination that the demo reports.
+- ``general``: met in pretraining only, in prose and in examination questions;
+- ``train``: in the textbook; preference pairs are made from questions about them;
+- ``dev``: in the textbook; the settings of the recipe were chosen on questions about them;
+- ``test``: in the textbook; the demo's table is about them and nothing else asks about them.
 
-Three guarantees, which :func:`check_disjoint` verifies on the texts themselves: no question about a textbook disease
-stands in any training text; no textbook sentence names diseases of two kinds (neighbours share a chapter); and the
-names of tested diseases stand in nothing that preference pairs are made from.
+The textbook compares a disease with a neighbour of its own chapter, never across chapters.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ALPHABET = "アイウエオカキクケコサシスセソタチツテトナニヌネノハヒフヘホマミムメモヤユヨラリルレロワ"
+KINDS = ("general", "train", "dev", "test")
 LETTERS = "abcde"
-NUM_OPTIONS = len(LETTERS)
 
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact: its Japanese word, the ending its values share, and a gloss for readers of the English text."""
+    """A kind of fact: its Japanese word and the ending that its values share."""
 
     word: str
     ending: str
-    gloss: str
 
 
 RELATIONS = (
-    Relation("治療薬", "ミン", "drug of choice"),
-    Relation("所見", "疹", "finding"),
-    Relation("病因", "菌", "cause"),
-    Relation("検査法", "法", "test"),
-    Relation("禁忌", "剤", "contraindicated drug"),
+    Relation("治療薬", "ミン"),  # drug of choice
+    Relation("所見", "疹"),  # finding
+    Relation("病因", "菌"),  # cause
+    Relation("検査法", "法"),  # test
+    Relation("禁忌", "剤"),  # contraindicated drug
 )
+
+Fact = tuple[str, int]  # (disease, index of the relation)
 
 
 @dataclass(frozen=True)
 class WorldSizes:
-    """How much there is of everything; the defaults are the demo's, tests use less."""
+    """How much there is of everything. The defaults are the demo's; its tests use less."""
 
-    general: int = 120
+    general: int = 120  # diseases of each kind
     train: int = 40
     dev: int = 40
     test: int = 60
     chapter: int = 5  # diseases that are compared with one another
-    values: int = 40  # words a relation can take
+    values: int = 40  # words that a relation can take
     met: float = 0.4  # share of the textbook's facts that pretraining prose mentions too
 
 
 @dataclass(frozen=True)
 class World:
-    """The facts. ``facts[disease, r]`` is a value word of ``RELATIONS[r]``; ``chapter_of`` maps a disease to its chapter."""
+    """All facts. ``facts[disease, r]`` is a word of ``values[r]``; names are without their ending 病."""
 
     seed: int
     sizes: WorldSizes
-    kinds: dict[str, tuple[str, ...]]  # "general" | "train" | "dev" | "test" -> disease names
-    values: tuple[tuple[str, ...], ...]  # per relation
-    facts: dict[tuple[str, int], str]
-    chapter_of: dict[str, tuple[str, ...]]
-    met: frozenset[tuple[str, int]]  # textbook facts that pretraining prose mentions
-    spare_names: tuple[str, ...]  # names of no disease, for one-off patients' questions
-
-    def rng(self, purpose: str) -> random.Random:
-        """A generator for one purpose: texts do not change when another text's recipe does."""
-        return random.Random(f"{self.seed}/{purpose}")
+    diseases: dict[str, tuple[str, ...]]  # kind -> names
+    chapter_of: dict[str, tuple[str, ...]]  # name -> the names of its chapter
+    values: tuple[tuple[str, ...], ...]  # a relation -> its words
+    facts: dict[Fact, str]
+    met: frozenset[Fact]  # textbook facts that pretraining prose mentions
+    spare_names: tuple[str, ...]  # names of no disease, for questions that no fact answers
 
     @property
     def textbook(self) -> tuple[str, ...]:
-        return self.kinds["train"] + self.kinds["dev"] + self.kinds["test"]
+        """The diseases that the textbook is about."""
+        return self.diseases["train"] + self.diseases["dev"] + self.diseases["test"]
+
+    def facts_of(self, kind: str) -> list[Fact]:
+        return [(disease, r) for disease in self.diseases[kind] for r in range(len(RELATIONS))]
+
+    def neighbours(self, disease: str) -> list[str]:
+        return [other for other in self.chapter_of[disease] if other != disease]
+
+    def rng(self, purpose: str) -> random.Random:
+        """A generator of its own for each purpose, so that one text's length does not change another text."""
+        return random.Random(f"{self.seed}/{purpose}")
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """A question about one fact: the disease, the relation, the options in order, and the one that is right."""
+
+    disease: str
+    relation: int
+    options: tuple[str, ...]
+    right: str
+    neighbours: tuple[str, ...] = field(default=())  # options that are right for a neighbour
+
+    @property
+    def text(self) -> str:
+        return f"{self.disease}病の{RELATIONS[self.relation].word}はどれか。"
+
+    def row(self, problem_id: str, explanation: str) -> dict:
+        """The question as a row of an exam file (the form of IgakuQA, with the ground-truth explanation)."""
+        return {
+            "problem_id": problem_id,
+            "problem_text": self.text,
+            "choices": list(self.options),
+            "text_only": True,
+            "answer": [LETTERS[self.options.index(self.right)]],
+            "points": "1",
+            "explanation": explanation,
+        }
 
 
 def make_world(seed: int, sizes: WorldSizes | None = None) -> World:
-    """Draw names, values, facts and chapters. The same seed and sizes give the same world."""
+    """Draw names, values, facts and chapters; the same seed and sizes give the same world."""
     sizes = sizes or WorldSizes()
     rng = random.Random(f"{seed}/world")
-    syllables = [a + b for a in ALPHABET for b in ALPHABET if a != b]
-    rng.shuffle(syllables)
-    counts = {kind: getattr(sizes, kind) for kind in ("general", "train", "dev", "test")}
-    kinds, used = {}, 0
-    for kind, count in counts.items():
-        kinds[kind] = tuple(syllables[used : used + count])
+    names = [a + b for a in ALPHABET for b in ALPHABET if a != b]
+    rng.shuffle(names)
+    diseases, used = {}, 0
+    for kind in KINDS:
+        count = getattr(sizes, kind)
+        diseases[kind] = tuple(names[used : used + count])
         used += count
-    # Value words take their stems from the same syllables; the ending tells them from disease names.
-    values = []
-    for relation in RELATIONS:
-        stems = rng.sample(syllables, sizes.values)
-        values.append(tuple(stem + relation.ending for stem in stems))
-    chapter_of = {}
-    facts = {}
-    for names in kinds.values():
-        for start in range(0, len(names), sizes.chapter):
-            chapter = names[start : start + sizes.chapter]
-            for disease in chapter:
-                chapter_of[disease] = chapter
+    # Value words share their stems with names; only the ending tells a drug from a disease.
+    values = tuple(tuple(stem + r.ending for stem in rng.sample(names, sizes.values)) for r in RELATIONS)
+    chapter_of: dict[str, tuple[str, ...]] = {}
+    facts: dict[Fact, str] = {}
+    for of_kind in diseases.values():
+        for start in range(0, len(of_kind), sizes.chapter):
+            chapter = of_kind[start : start + sizes.chapter]
+            chapter_of |= dict.fromkeys(chapter, chapter)
             for r in range(len(RELATIONS)):
                 # Neighbours differ in every relation, or there would be nothing to compare.
                 for disease, value in zip(chapter, rng.sample(values[r], len(chapter)), strict=True):
                     facts[disease, r] = value
-    textbook_facts = [(d, r) for kind in ("train", "dev", "test") for d in kinds[kind] for r in range(len(RELATIONS))]
-    met = frozenset(rng.sample(textbook_facts, round(sizes.met * len(textbook_facts))))
-    return World(seed, sizes, kinds, tuple(values), facts, chapter_of, met, tuple(syllables[used:]))
+    of_textbook = [(d, r) for kind in KINDS[1:] for d in diseases[kind] for r in range(len(RELATIONS))]
+    met = frozenset(rng.sample(of_textbook, round(sizes.met * len(of_textbook))))
+    return World(seed, sizes, diseases, chapter_of, values, facts, met, tuple(names[used:]))
+
+
+def quiz_on_fact(world: World, fact: Fact, rng: random.Random) -> Quiz:
+    """A question about a fact: up to three of the four wrong options are right for a neighbour."""
+    disease, r = fact
+    right = world.facts[fact]
+    near = [world.facts[other, r] for other in world.neighbours(disease)]
+    near = rng.sample(near, min(3, len(near)))
+    far = [value for value in world.values[r] if value != right and value not in near]
+    options = [right, *near, *rng.sample(far, len(LETTERS) - 1 - len(near))]
+    rng.shuffle(options)
+    return Quiz(disease, r, tuple(options), right, tuple(near))
+
+
+def quiz_without_fact(world: World, rng: random.Random) -> Quiz:
+    """A question about a disease that no text mentions, its right option drawn by lot."""
+    r = rng.randrange(len(RELATIONS))
+    options = tuple(rng.sample(world.values[r], len(LETTERS)))
+    return Quiz(rng.choice(world.spare_names), r, options, rng.choice(options))

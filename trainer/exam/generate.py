@@ -1,7 +1,7 @@
 """Generation of exam outputs: prompts to texts through transformers or vLLM, and log-probs of given completions.
 
-Both engines get token ids (the prompt tokenised without special tokens), cut outputs by the same :class:`Stop` rule and say
-of each output whether it was truncated, that is, ended by the token limit.
+Both engines get token ids (the prompt tokenised without special tokens), cut outputs by the same :class:`Stop` rule and
+say of each output whether it was truncated, that is, ended by the token limit.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class HFEngine:
     ) -> list[Output]:
         """Generate one output a prompt, in the order of the prompts.
 
-        ``temperature`` 0 is greedy. Sampling is the same again for the same prompts, seed and batch settings, and leaves
-        the global random state as it was. ``on_outputs(indices, outputs)`` is called after each batch. Raises
+        ``temperature`` 0 is greedy. Sampling is the same again for the same prompts, seed and batch settings, and
+        leaves the global random state as it was. ``on_outputs(indices, outputs)`` is called after each batch. Raises
         :class:`InputError` where a prompt does not fit the model's positions, or nothing could end an output.
         """
         if max_new_tokens < 1 or temperature < 0:
@@ -242,7 +242,7 @@ class VLLMEngine:
         seed: int = 0,
         on_outputs: OnOutputs | None = None,
     ) -> list[Output]:
-        """As :meth:`HFEngine.generate`; each prompt has a seed of its own, so that equal prompts give different samples."""
+        """As :meth:`HFEngine.generate`; each prompt has its own seed, so that equal prompts give different samples."""
         from vllm import SamplingParams
 
         ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
@@ -274,8 +274,8 @@ def load_engine(
     """Load a checkpoint folder for generation.
 
     ``device`` auto is the first GPU, else the CPU; ``dtype`` auto is that of the checkpoint, else a name such as
-    ``bfloat16``. With vLLM, ``device`` and ``batch_tokens`` are vLLM's own affair. Raises :class:`InputError` for a folder
-    that is no checkpoint, an unknown engine, and an engine that is not installed.
+    ``bfloat16``. ``device`` and ``batch_tokens`` are for ``hf``; vLLM decides them itself. Raises :class:`InputError` for
+    a folder that is no checkpoint, an unknown engine, and an engine that is not installed.
     """
     if engine not in ENGINES:
         raise bad_input("unknown", field="engine", found=engine, expected=" or ".join(ENGINES))

@@ -1,9 +1,9 @@
 """Exam prompts: one style object renders questions, demonstrations and ground-truth completions for both exam modes.
 
-Modes: ``answer`` asks for the answer alone, ``explain`` for an explanation that ends with the answer line. A plain prompt
-(base models) ends with a marker, ``答え:`` or ``説明:``, and generation starts right after it. A chat prompt goes through
-the tokenizer's chat template and generation starts the assistant's turn. A prompt never says how many answers are right;
-only the exam's own text does ("2つ選べ").
+Modes: ``answer`` asks for the answer alone, ``explain`` for an explanation that ends with the answer line. A plain
+prompt (base models) ends with a marker, ``答え:`` or ``説明:``, and generation starts right after it. A chat prompt goes
+through the tokenizer's chat template and generation starts the assistant's turn. A prompt never says how many answers
+are right; only the exam's own text does ("2つ選べ").
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ MODES = ("answer", "explain")
 class Stop:
     """Where an output ends: before the first of ``strings``, or before the ``end`` of its answer.
 
-    The answer ends at the first ``end`` after the first ``marker`` with something between them; an empty marker means that
-    the output begins with the answer. ``marker=None``: only the strings count.
+    The answer ends at the first ``end`` after the first ``marker`` with something between them; an empty marker means
+    that the output begins with the answer. ``marker=None``: only the strings count.
     """
 
     strings: tuple[str, ...] = ()
@@ -44,11 +44,11 @@ class Stop:
 class PromptStyle:
     """How exam prompts look. The defaults are those for Japanese medical examinations.
 
-    ``question`` may use ``{text}`` and ``{choices}``; ``choice`` ``{letter}`` and ``{text}``. ``joint`` stands between question
-    and marker and before the answer line, ``lead`` between a marker and what follows, ``shot_joint`` between worked examples.
-    ``answer_as`` is ``letters`` or ``text`` (the text of the choice). ``answer_end`` ends the answer (see :class:`Stop`),
-    ``stops`` end an output anywhere. ``instruction_*`` open the prompt; ``chat`` uses the tokenizer's chat template, with the
-    ``system`` message if there is one.
+    ``question`` may use ``{text}`` and ``{choices}``; ``choice`` ``{letter}`` and ``{text}``. ``joint`` stands between
+    question and marker and before the answer line, ``lead`` between a marker and what follows, ``shot_joint`` between
+    worked examples. ``answer_as`` is ``letters`` or ``text`` (the text of the choice). ``answer_end`` ends the answer (see
+    :class:`Stop`), ``stops`` end an output anywhere. ``instruction_*`` open the prompt; ``chat`` uses the tokenizer's chat
+    template, with the ``system`` message if there is one.
     """
 
     question: str = "問題: {text}\n{choices}"
@@ -64,11 +64,13 @@ class PromptStyle:
     answer_end: str = "\n"
     stops: tuple[str, ...] = ("\n問題:", "\n【問題】", "\nQuestion:")
     instruction_answer: str = (
-        "次の医師国家試験の問題に答えてください。「答え: a」または「答え: a,c」のように、正解の記号だけを書いてください。"
+        "次の医師国家試験の問題に答えてください。"
+        "「答え: a」または「答え: a,c」のように、正解の記号だけを書いてください。"
         "選択肢のない計算問題では、記号の代わりに数値を書いてください。"
     )
     instruction_explain: str = (
-        "次の医師国家試験の問題について、根拠を説明し、最後の行に「答え: a」または「答え: a,c」のように正解の記号を書いてください。"
+        "次の医師国家試験の問題について、根拠を説明し、"
+        "最後の行に「答え: a」または「答え: a,c」のように正解の記号を書いてください。"
         "選択肢のない計算問題では、記号の代わりに数値を書いてください。"
     )
     chat: bool = False

@@ -5,8 +5,8 @@ when ``sorted(prediction.split(","))`` equals ``sorted(answer)``; for 112B30 eit
 whatever was predicted. A question that was not answered at all is wrong, 116A71 too, and is counted as ``missing``.
 
 A row of predictions is scored by that rule to the letter: ``{"problem_id": ..., "prediction": "a,c"}``. A row
-``{"problem_id": ..., "output": ...}`` holds a model's raw text; it is parsed first, and a number is right where it is the
-key or has the value that the key stands for (0.4 where the key "04" fills the boxes ``①.②``).
+``{"problem_id": ..., "output": ...}`` holds a model's raw text; it is parsed first, and a number is right where it is
+the key or has the value that the key stands for (0.4 where the key "04" fills the boxes ``①.②``).
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _with_years(graded: list[Graded]) -> dict:
 
 
 def load_predictions(path: str | Path, questions: Sequence[Question]) -> dict[str, dict]:
-    """Read a predictions file: rows with ``problem_id`` and either ``prediction`` or ``output``; other fields are ignored.
+    """Read a predictions file: rows with ``problem_id`` and ``prediction`` or ``output``; other fields are ignored.
 
     Raises :class:`InputError` with file, row and field for broken rows, an id that is not in the exam or occurs twice.
     """
@@ -212,7 +212,7 @@ def to_jsonl(rows: Iterable[Mapping]) -> str:
 
 
 def run_score(exam: str | Path, predictions: str | Path, details: str | Path | None = None) -> dict:
-    """``medtrain score``: score a predictions file against an exam file; ``details`` is written with one row a question."""
+    """``medtrain score``: score a predictions file against an exam file; ``details`` gets one row a question."""
     questions = load_questions(exam)
     graded = grade(questions, load_predictions(predictions, questions))
     if details is not None:

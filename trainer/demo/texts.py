@@ -1,0 +1,244 @@
+"""What is written about the made-up medicine: prose, the textbook, examination papers, and their tokenizer.
+
+Every file that a model of the demo reads is made here. Two rules make the experiment fair, and :func:`check_disjoint`
+verifies them on the texts themselves: no training text holds a question about a tested disease, and nothing that
+preference pairs are made from names one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from medtrain.trainer.demo.world import (
+    ALPHABET,
+    KINDS,
+    LETTERS,
+    RELATIONS,
+    Fact,
+    Quiz,
+    World,
+    quiz_on_fact,
+    quiz_without_fact,
+)
+from medtrain.trainer.exam.prompts import PromptStyle
+from medtrain.trainer.exam.questions import Question
+
+# One fact, said three ways. Pretraining prose and ground-truth explanations are written like this.
+PLAIN = ("{d}病の{r}は{v}である。", "{d}病では{r}は{v}とされる。", "{d}病なら{r}は{v}になる。")
+# The textbook compares: a fact and, in the same breath, the neighbour's.
+COMPARING = ("{d}病の{r}は{v}であり、{d2}病の{v2}とは異なる。", "{d}病の{r}は{v}であって、{d2}病なら{v2}である。")
+
+# Prompts of the demo: as short as a tiny model needs, through the same code as real examinations. The answer is the
+# text of an option: to tie a letter to its option takes a larger model than this one.
+STYLE = PromptStyle(
+    question="問題:{text}{choices}",
+    choice="\n{letter}. {text}",
+    choice_joint="",
+    lead="",
+    joint="\n",
+    answer_as="text",
+    stops=(),
+    instruction_answer="",
+    instruction_explain="",
+)
+
+_PHRASES = (
+    ["病の", "病では", "病なら", "である。", "とされる。", "になる。", "であり、", "であって、", "とは異なる。"]
+    + ["問題:", "どれか。", "\n答え:", "\n説明:"]
+    + [f"\n{letter}. " for letter in LETTERS]
+    + [f"{relation.word}は" for relation in RELATIONS]
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """How many documents of each kind are written; the training steps may read them more than once."""
+
+    prose: int = 24_000
+    answer: int = 8_000  # examination papers that give the answer alone
+    explain: int = 8_000  # examination papers that explain, then answer
+    unseen: int = 6_000  # papers that explain, about diseases of no other text
+    textbook: int = 6_000
+    sentences: int = 4  # a prose document
+    comparing: float = 0.9  # share of the textbook's sentences that compare
+    questions: int = 3  # questions a fact for making pairs
+
+
+def say_plainly(world: World, fact: Fact, rng: random.Random, value: str | None = None) -> str:
+    disease, r = fact
+    return rng.choice(PLAIN).format(d=disease, r=RELATIONS[r].word, v=value or world.facts[fact])
+
+
+def say_comparing(world: World, fact: Fact, rng: random.Random) -> str:
+    disease, r = fact
+    other = rng.choice(world.neighbours(disease))
+    return rng.choice(COMPARING).format(
+        d=disease, r=RELATIONS[r].word, v=world.facts[fact], d2=other, v2=world.facts[other, r]
+    )
+
+
+def exam_rows(world: World, kind: str, *, repeats: int = 1) -> list[dict]:
+    """The examination about all facts of one kind of disease, in the form of IgakuQA with explanations.
+
+    ``repeats`` questions a fact differ in their options.
+    """
+    rng = world.rng(f"exam/{kind}")
+    facts = [fact for fact in world.facts_of(kind) for _ in range(repeats)]
+    return [
+        quiz_on_fact(world, fact, rng).row(f"{kind}-{number:04d}", say_plainly(world, fact, rng))
+        for number, fact in enumerate(facts, start=1)
+    ]
+
+
+def paper(quiz: Quiz, mode: str, explanation: str) -> str:
+    """A question with its answer, as pretraining text: exactly the exam's prompt and the completion it hopes for."""
+    row = quiz.row("paper", explanation)
+    question = Question(
+        row["problem_id"], row["problem_text"], tuple(row["choices"]), tuple(row["answer"]), explanation=explanation
+    )
+    return STYLE.prompt(question, mode, None) + STYLE.completion(question, mode)
+
+
+def pretraining_texts(world: World, corpus: Corpus) -> dict[str, list[str]]:
+    """The general texts of the world, by source: ``prose``, ``answer``, ``explain``, ``unseen``.
+
+    Prose tells all facts of general diseases and those of the textbook's facts that are in ``world.met``. Papers ask
+    about general diseases. In ``unseen`` papers no other text tells the fact, so the answer must be read from the
+    explanation: this is how a model learns that its answer follows from what it wrote.
+    """
+    general = world.facts_of("general")
+    told = general + sorted(world.met)
+
+    def prose(rng: random.Random) -> str:
+        return "".join(say_plainly(world, rng.choice(told), rng) for _ in range(corpus.sentences))
+
+    def answer(rng: random.Random) -> str:
+        return paper(quiz_on_fact(world, rng.choice(general), rng), "answer", "")
+
+    def explain(rng: random.Random) -> str:
+        fact = rng.choice(general)
+        return paper(quiz_on_fact(world, fact, rng), "explain", say_plainly(world, fact, rng))
+
+    def unseen(rng: random.Random) -> str:
+        quiz = quiz_without_fact(world, rng)
+        return paper(quiz, "explain", say_plainly(world, (quiz.disease, quiz.relation), rng, quiz.right))
+
+    def texts(make: Callable[[random.Random], str]) -> list[str]:
+        rng = world.rng(make.__name__)
+        return [make(rng) for _ in range(getattr(corpus, make.__name__))]
+
+    return {make.__name__: texts(make) for make in (prose, answer, explain, unseen)}
+
+
+def textbook_texts(world: World, corpus: Corpus) -> list[str]:
+    """The textbook: documents about one disease each, three of its facts, most of them beside a neighbour's."""
+    rng = world.rng("textbook")
+    documents = []
+    for _ in range(corpus.textbook):
+        disease = rng.choice(world.textbook)
+        facts = [(disease, r) for r in rng.sample(range(len(RELATIONS)), 3)]
+        documents.append(
+            "".join(
+                (say_comparing if rng.random() < corpus.comparing else say_plainly)(world, fact, rng) for fact in facts
+            )
+        )
+    return documents
+
+
+def make_tokenizer(world: World):
+    """A tokenizer whose tokens are the units the world is made of: syllables, value words, phrases.
+
+    It takes the longest unit at each place. No unit spans the end of a prompt (units that begin with a line break are
+    markers as a whole), so a prompt and its completion have the same tokens apart and together.
+    """
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    units = ["<pad>", "<eos>", "<unk>", *ALPHABET, *_PHRASES, *(v for values in world.values for v in values)]
+    model = models.WordPiece(
+        {unit: number for number, unit in enumerate(units)},
+        unk_token="<unk>",
+        continuing_subword_prefix="",
+        max_input_chars_per_word=1_000_000,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", model_max_length=256
+    )
+
+
+@dataclass(frozen=True)
+class WorldFiles:
+    """Where everything that is written about a world stands."""
+
+    root: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def textbook(self) -> Path:
+        return self.root / "textbook.jsonl"
+
+    def pretraining(self, source: str) -> Path:
+        return self.root / f"pretraining-{source}.jsonl"
+
+    def exam(self, kind: str) -> Path:
+        return self.root / f"exam-{kind}.jsonl"
+
+
+def write_world(world: World, corpus: Corpus, root: Path) -> WorldFiles:
+    """Write all texts, examinations and the tokenizer under ``root``; checks their disjointness first."""
+    files = WorldFiles(root)
+    pretraining, textbook = pretraining_texts(world, corpus), textbook_texts(world, corpus)
+    exams = {kind: exam_rows(world, kind, repeats=corpus.questions if kind == "train" else 1) for kind in KINDS[1:]}
+    check_disjoint(world, [*pretraining.values(), textbook], exams)
+    root.mkdir(parents=True, exist_ok=True)
+    for source, texts in pretraining.items():
+        write_jsonl(files.pretraining(source), ({"text": text} for text in texts))
+    write_jsonl(files.textbook, ({"text": text} for text in textbook))
+    for kind, rows in exams.items():
+        write_jsonl(files.exam(kind), rows)
+    make_tokenizer(world).save_pretrained(files.tokenizer)
+    return files
+
+
+def check_disjoint(world: World, corpora: Iterable[Iterable[str]], exams: dict[str, list[dict]]) -> None:
+    """Prove on the texts that the experiment is fair; an AssertionError is a mistake in this file.
+
+    No training text holds a question about a textbook disease; the three examinations ask about different diseases;
+    no question from which pairs are made names a disease of another kind.
+    """
+    asked = {kind: {row["problem_text"] for row in rows} for kind, rows in exams.items()}
+    every = set().union(*asked.values())
+    assert sum(map(len, asked.values())) == len(every), "two examinations share a question"
+    for texts in corpora:
+        for text in texts:
+            if text.startswith("問題:"):
+                question = text.removeprefix("問題:").split("\n", 1)[0]
+                assert question not in every, f"a training text holds an exam question: {question}"
+            else:
+                assert "どれか" not in text, f"a question inside prose: {text}"
+    for row in exams["train"]:
+        named = names_in(world, row["problem_text"] + row["explanation"])
+        assert named <= set(world.diseases["train"]), f"a pair's question names another kind of disease: {named}"
+
+
+def names_in(world: World, text: str) -> set[str]:
+    """The diseases of the world that a text names."""
+    return {text[i - 2 : i] for i in range(2, len(text)) if text[i] == "病"} & world.chapter_of.keys()
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows to a file that appears only when it is whole."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    part.replace(path)

@@ -1,0 +1,363 @@
+"""Exam evaluation: a checkpoint sits an exam, answer only and with explanation, and ``exam.json`` says how it did.
+
+The out folder holds ``run.json`` (what was asked of which model: another run is refused the folder), ``exam.json``, and
+``outputs-MODE.jsonl`` (one row a question). While a mode runs, rows are appended to ``outputs-MODE.partial.jsonl``; a run
+started again goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
+from medtrain.trainer.exam.parse import parse_output
+from medtrain.trainer.exam.prompts import MODES, PromptStyle
+from medtrain.trainer.exam.questions import Question, load_questions
+from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
+
+METHODS = ("generate", "choice_logp")
+Progress = Callable[[str, int, int], None]
+
+
+def answer_exam(
+    model,
+    tokenizer,
+    questions: Sequence[Question],
+    mode: str,
+    style: PromptStyle | None = None,
+    *,
+    demonstrations: Sequence[Question] = (),
+    max_new_tokens: int = 1024,
+    method: str = "generate",
+    batch_tokens: int = 65_536,
+) -> list[dict]:
+    """Let a model in memory sit an exam, greedily; one row a question, in their order (see :func:`exam_rows`).
+
+    ``method`` ``choice_logp`` (answer mode only) generates nothing: the answer with the highest log-prob is the output.
+    """
+    engine = HFEngine(model, tokenizer, batch_tokens=batch_tokens)
+    style = style or PromptStyle()
+    prompts = [style.prompt(question, mode, tokenizer, demonstrations) for question in questions]
+    if method == "choice_logp":
+        outputs = _most_likely_answers(engine, questions, prompts, mode, style)
+    else:
+        outputs = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=style.stop(mode))
+    return exam_rows(questions, prompts, outputs, mode, style)
+
+
+def exam_rows(
+    questions: Sequence[Question], prompts: Sequence[str], outputs: Sequence[Output], mode: str, style: PromptStyle
+) -> list[dict]:
+    """Parse and score outputs: rows with ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``read_from``,
+    ``failure`` (why no answer could be read, else null) and ``truncated``."""
+    rows = []
+    for question, prompt, output in zip(questions, prompts, outputs, strict=True):
+        parsed = parse_output(output.text, question, **style.parse_settings(mode))
+        rows.append(
+            {
+                "problem_id": question.problem_id,
+                "prompt": prompt,
+                "output": output.text,
+                "parsed": parsed.value,
+                "correct": grade_output(question, parsed),
+                "read_from": parsed.read_from,
+                "failure": parsed.failure,
+                "truncated": output.truncated,
+            }
+        )
+    return rows
+
+
+def summarize_rows(questions: Sequence[Question], rows: Sequence[dict], mode: str, style: PromptStyle) -> dict:
+    """The figures of one mode in ``exam.json``: :func:`medtrain.trainer.exam.scoring.summarize` and ``truncated``."""
+    graded = []
+    for question, row in zip(questions, rows, strict=True):
+        parsed = parse_output(row["output"], question, **style.parse_settings(mode))
+        graded.append(Graded(question, parsed, grade_output(question, parsed)))
+    return summarize(graded) | {"truncated": sum(row["truncated"] for row in rows)}
+
+
+def evaluate(
+    model_dir: str | Path,
+    exam_path: str | Path,
+    *,
+    out: str | Path,
+    mode: str = "both",
+    engine: str = "hf",
+    method: str = "generate",
+    style: PromptStyle | None = None,
+    demonstrations: str | Path | None = None,
+    max_new_tokens: int = 1024,
+    max_answer_tokens: int = 32,
+    batch_tokens: int = 65_536,
+    device: str = "auto",
+    dtype: str = "auto",
+    text_only: bool = True,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """Let the checkpoint in ``model_dir`` sit the exam in ``exam_path`` and write ``out``; returns what ``exam.json`` holds.
+
+    ``mode`` is answer, explain or both; modes already in ``out`` for the same model and settings are not run again.
+    ``max_new_tokens`` bounds explain mode, ``max_answer_tokens`` answer mode. ``demonstrations`` is a JSONL file of worked
+    questions, with explanations for explain mode. ``text_only`` leaves out questions that need an image, none of which is
+    here; how many is said in ``skipped_image_questions``. ``limit`` takes the first so many of the rest.
+    ``progress(mode, done, total)`` is called as outputs come in. Raises :class:`InputError` for a user's mistake.
+    """
+    style = style or PromptStyle()
+    modes = MODES if mode == "both" else (mode,)
+    if not set(modes) <= set(MODES):
+        raise bad_input("unknown", field="mode", found=mode, expected="answer, explain or both")
+    _check_method(method, modes, engine)
+    everything = load_questions(exam_path)
+    questions = [q for q in everything if q.text_only or not text_only][:limit]
+    if not questions:
+        raise bad_input("no question is left to ask", file=exam_path, found=f"text_only {text_only}, limit {limit}")
+    shots = load_questions(demonstrations, points_required=False) if demonstrations is not None else []
+    if "explain" in modes:
+        for shot in shots:
+            style.completion(shot, "explain")
+    identity = {
+        "model": model_digest(model_dir),
+        "exam": _file_digest(exam_path),
+        "demonstrations": _file_digest(demonstrations) if demonstrations is not None else None,
+        "style": json.loads(json.dumps(asdict(style))),
+        "engine": engine,
+        "method": method,
+        "dtype": dtype,
+        "max_new_tokens": max_new_tokens,
+        "max_answer_tokens": max_answer_tokens,
+        "text_only": text_only,
+    }
+    out = Path(out)
+    _claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)})
+    asked = _Asked(questions, style, shots, out, method, progress)
+    loaded = None
+    results = {}
+    for one in modes:
+        limit_tokens = max_answer_tokens if one == "answer" else max_new_tokens
+        loaded = loaded or load_engine(model_dir, engine, device=device, dtype=dtype, batch_tokens=batch_tokens)
+        rows = asked.run(loaded, one, limit_tokens)
+        results[one] = summarize_rows(questions, rows, one, style)
+    return _write_result(out, results, identity, len(everything), len(questions), everything, text_only, limit)
+
+
+def _write_result(out, results, identity, num_all, num_asked, everything, text_only, limit) -> dict:
+    path = out / "exam.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # A mode that was run before stays, if it was asked the same number of questions.
+    for one in MODES:
+        if one not in results and before.get(one, {}).get("questions") == num_asked:
+            results[one] = before[one]
+    both = all(one in results for one in MODES)
+    result = {one: results[one] for one in MODES if one in results}
+    result["explanation_gap"] = results["answer"]["points_ratio"] - results["explain"]["points_ratio"] if both else None
+    result["questions_in_exam"] = num_all
+    result["skipped_image_questions"] = sum(not q.text_only for q in everything) if text_only else 0
+    result["limit"] = limit
+    result["settings"] = identity
+    write_atomically(path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    return result
+
+
+class _Asked:
+    """The questions of one run and the rows already there."""
+
+    def __init__(self, questions, style, shots, out, method, progress):
+        self.questions, self.style, self.shots, self.out = questions, style, shots, out
+        self.method, self.progress = method, progress
+
+    def run(self, engine: HFEngine | VLLMEngine, mode: str, max_new_tokens: int) -> list[dict]:
+        prompts = [self.style.prompt(q, mode, engine.tokenizer, self.shots) for q in self.questions]
+        final, partial = self.out / f"outputs-{mode}.jsonl", self.out / f"outputs-{mode}.partial.jsonl"
+        done: dict[str, Output] = {}
+        for row in itertools.chain(_rows_of(final), _rows_of(partial)):
+            done[row["problem_id"]] = Output(row["output"], row["truncated"], 0)
+        todo = [i for i, q in enumerate(self.questions) if q.problem_id not in done]
+        self._report(mode, len(todo))
+
+        def keep(indices: list[int], outputs: list[Output]) -> None:
+            nonlocal left
+            chosen = [todo[i] for i in indices]
+            rows = exam_rows(
+                [self.questions[i] for i in chosen], [prompts[i] for i in chosen], outputs, mode, self.style
+            )
+            with open(partial, "a", encoding="utf-8") as file:
+                file.write(to_jsonl(rows))
+            for row, output in zip(rows, outputs, strict=True):
+                done[row["problem_id"]] = output
+            left -= len(rows)
+            self._report(mode, left)
+
+        left = len(todo)
+        if todo:
+            _end_last_line(partial)
+            questions, waiting = [self.questions[i] for i in todo], [prompts[i] for i in todo]
+            if self.method == "choice_logp":
+                keep(list(range(len(todo))), _most_likely_answers(engine, questions, waiting, mode, self.style))
+            else:
+                engine.generate(waiting, max_new_tokens=max_new_tokens, stop=self.style.stop(mode), on_outputs=keep)
+        rows = exam_rows(self.questions, prompts, [done[q.problem_id] for q in self.questions], mode, self.style)
+        write_atomically(final, to_jsonl(rows))
+        partial.unlink(missing_ok=True)
+        return rows
+
+    def _report(self, mode: str, left: int) -> None:
+        if self.progress is not None:
+            self.progress(mode, len(self.questions) - left, len(self.questions))
+
+
+def _check_method(method: str, modes: Sequence[str], engine: str) -> None:
+    if method not in METHODS:
+        raise bad_input("unknown", field="method", found=method, expected=" or ".join(METHODS))
+    if method == "choice_logp" and (tuple(modes) != ("answer",) or engine != "hf"):
+        raise bad_input("choice_logp scores answers without an explanation", expected="mode answer and engine hf")
+
+
+def _most_likely_answers(
+    engine: HFEngine, questions: Sequence[Question], prompts: Sequence[str], mode: str, style: PromptStyle
+) -> list[Output]:
+    """Of all answers with as many letters as the exam's text asks for ("2つ選べ", else one), that of the highest log-prob.
+
+    A numeric question has no such list of answers: its output is empty, a parse failure.
+    """
+    _check_method("choice_logp", (mode,), "hf")
+    owner, candidates = [], []
+    for index, question in enumerate(questions):
+        asked = re.search(r"([2-9２-９])\s*つ", question.problem_text)
+        count = min(int(asked[1]) if asked else 1, max(1, len(question.choices)))
+        for letters in itertools.combinations(question.letters, count):
+            marker = f"{style.answer_marker}{style.lead}" if style.chat else style.lead
+            owner.append(index)
+            candidates.append(marker + style.answer(letters, question))
+    logps = engine.logps([prompts[i] for i in owner], candidates)
+    best: dict[int, tuple[float, str]] = {}
+    for index, logp, text in zip(owner, logps, candidates, strict=True):
+        if index not in best or logp > best[index][0]:
+            best[index] = (logp, text)
+    return [Output(best[i][1] if i in best else "", False, 0) for i in range(len(questions))]
+
+
+# The out folder
+
+
+def _claim(out: Path, identity: dict, paths: dict) -> None:
+    """Make ``out`` this run's folder, or find that it is; refuse it where it holds another run's results."""
+    run = out / "run.json"
+    if not run.is_file():
+        if (out / "exam.json").exists() or any(out.glob("outputs-*.jsonl")):
+            raise bad_input("holds results without run.json, so whose they are is unknown", file=out)
+        write_atomically(run, json.dumps({"identity": identity} | paths, ensure_ascii=False, indent=1) + "\n")
+        return
+    try:
+        before = json.loads(run.read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise bad_input("cannot be read as the record of a run", file=run, found=str(error)) from error
+    differing = [name for name in identity if before.get(name) != identity[name]]
+    if differing:
+        raise bad_input(
+            f"holds the results of another run: {', '.join(differing)} differ", file=out, expected="a new --out folder"
+        )
+
+
+def _rows_of(path: Path) -> Iterable[dict]:
+    """The whole rows of an outputs file; a last line that was cut off when a run was killed is left out."""
+    if not path.is_file():
+        return
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"problem_id", "output", "truncated"} <= set(row):
+            yield row
+
+
+def _end_last_line(path: Path) -> None:
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
+def _file_digest(path: str | Path) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise bad_input("cannot be read", file=path, found=error.strerror or str(error)) from error
+
+
+def model_digest(model_dir: str | Path) -> str:
+    """Digest of a checkpoint folder: every small file whole; of each tensor its first, middle and last 64 KiB.
+
+    Training moves every tensor, so samples tell checkpoints apart, and 145 GB need not be read to go on with a run.
+    """
+    folder = Path(model_dir)
+    if not (folder / "config.json").is_file():
+        raise bad_input("no checkpoint", file=folder, expected="a folder with config.json, weights and a tokenizer")
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.suffix not in (".json", ".jinja", ".safetensors", ".txt", ".model", ".bin"):
+            continue
+        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            if path.suffix != ".safetensors":
+                digest.update(file.read(64 << 20))
+                continue
+            length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
+            header = file.read(min(length, path.stat().st_size))
+            digest.update(header)
+            try:
+                tensors = json.loads(header)
+                spans = [tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise bad_input("not a safetensors file", file=path) from error
+            for begin, end in sorted(spans):
+                for at in sorted({begin, (begin + end) // 2, max(begin, end - 65_536)}):
+                    file.seek(8 + length + at)
+                    digest.update(file.read(min(65_536, end - at)))
+    return digest.hexdigest()
+
+
+def run_eval(
+    model: str | Path,
+    exam: str | Path,
+    out: str | Path,
+    mode: str = "both",
+    engine: str = "hf",
+    demonstrations: str | Path | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 1024,
+    limit: int | None = None,
+    images: bool = False,
+    echo: Callable[[str], None] | None = None,
+) -> dict:
+    """``medtrain eval``: :func:`evaluate` with the usual style, reporting progress through ``echo``.
+
+    ``chat`` uses the checkpoint's chat template (instruct models); ``images`` asks the questions that need an image too.
+    """
+
+    def progress(mode: str, done: int, total: int) -> None:
+        if echo is not None:
+            echo(f"{mode}: {done}/{total}")
+
+    return evaluate(
+        model,
+        exam,
+        out=out,
+        mode=mode,
+        engine=engine,
+        style=PromptStyle(chat=chat),
+        demonstrations=demonstrations,
+        max_new_tokens=max_new_tokens,
+        text_only=not images,
+        limit=limit,
+        progress=progress,
+    )
