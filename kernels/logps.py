@@ -216,7 +216,8 @@ class _Walk:
             if unit_gradient:
                 unit[outside] = unit_outside
 
-        rise = self.offset - target_logits if len(outside) else torch.full_like(self.total, OFFSET)
+        # Not the constant 40: m was rounded, and its difference to z_y is the offset that the walk really used.
+        rise = self.offset - target_logits
         # -softplus(t); torch's softplus drops the last 2e-9 nats beyond t = 20.
         self.logps = torch.nn.functional.logsigmoid(-(self.total.log() + rise))
         self.inverse = (self.total + torch.exp(-rise)).reciprocal()

@@ -10,7 +10,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-WORDS = ["熱", "咳", "の", "患者", "に", "薬", "を", "与える", "与えない", "病", "は", "答え", ":", "a", "b", "c", "。", "理由"]
+WORDS = [
+    "熱",
+    "咳",
+    "の",
+    "患者",
+    "に",
+    "薬",
+    "を",
+    "与える",
+    "与えない",
+    "病",
+    "は",
+    "答え",
+    ":",
+    "a",
+    "b",
+    "c",
+    "。",
+    "理由",
+]
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

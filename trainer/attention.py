@@ -95,7 +95,9 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayou
     return torch.cat(pieces).index_select(0, layout.inverse)
 
 
-def _torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
+def _torch_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float
+) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     options = {}

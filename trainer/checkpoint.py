@@ -81,9 +81,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    folder: Path, policy: PolicyModel, optimizer: torch.optim.Optimizer | None, world: World
-) -> dict:
+def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Optimizer | None, world: World) -> dict:
     """Fill ``policy`` (and ``optimizer``) from a complete checkpoint, each rank its own shards; returns its state.
 
     Raises:

@@ -59,5 +59,26 @@ def rpo(config: str, overrides: tuple[str, ...]) -> None:
     _train("rpo", config, overrides)
 
 
+@main.command()
+@click.argument("run_or_checkpoint", type=click.Path())
+@click.argument("out_dir", type=click.Path())
+def export(run_or_checkpoint: str, out_dir: str) -> None:
+    """Write a run's last checkpoint, or the one named, as a Hugging Face folder."""
+    from medtrain.trainer.loop import export_run
+
+    click.echo(export_run(run_or_checkpoint, out_dir))
+
+
+@main.command()
+@CONFIG
+@OVERRIDES
+def check(config: str, overrides: tuple[str, ...]) -> None:
+    """Read and check settings, tokenizer, weights and data; train nothing, write nothing but the token cache."""
+    from medtrain.trainer.config import load_config
+    from medtrain.trainer.loop import check as check_config
+
+    click.echo(check_config(load_config(None, config, overrides)))
+
+
 if __name__ == "__main__":
     main()

@@ -152,10 +152,11 @@ FREE_SETTINGS = (
 )
 
 
-def load_config(stage: Stage, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(stage: Stage | None, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``KEY=VALUE`` overrides (YAML values), return a validated :class:`Config`.
 
-    Relative paths inside are relative to the working directory, as for any other command line tool.
+    Relative paths inside are relative to the working directory, as for any other command line tool. A ``stage`` of None is
+    read from the file: its ``stage``, or rpo where it has ``data.pairs`` and no ``data.sources``, else cpt.
 
     Raises:
         InputError: unreadable file, bad YAML, unknown key, wrong type, value out of range.
@@ -179,6 +180,11 @@ def load_config(stage: Stage, path: str | Path | None, overrides: typing.Sequenc
             raise bad_input("not a config", file=path, found=type(tree).__name__, expected="a mapping of sections")
     for override in overrides:
         _apply_override(tree, override)
+    if stage is None:
+        data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
+        stage = tree.get("stage") or ("rpo" if data.get("pairs") and not data.get("sources") else "cpt")
+        if stage not in typing.get_args(Stage):
+            raise bad_input("not a known choice", file=path, field="stage", found=stage, expected="cpt | rpo")
     return config_from_dict(stage, tree, file=path)
 
 
@@ -263,8 +269,10 @@ def _unknown_key(name: str, file) -> InputError:
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     if not near:
         near = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
-    hint = f"the nearest known key, '{near[0]}'" if near else "one of the sections " + ", ".join(
-        k for k in keys if "." not in k
+    hint = (
+        f"the nearest known key, '{near[0]}'"
+        if near
+        else "one of the sections " + ", ".join(k for k in keys if "." not in k)
     )
     return bad_input("unknown key", file=file, field=name, expected=hint)
 
@@ -329,12 +337,16 @@ def _validate(config: Config, file) -> None:
     require(model.keep_bytes is None or model.keep_bytes >= 0, "model.keep_bytes", model.keep_bytes, "0 or more")
     rows = "data.sources" if config.stage == "cpt" else "data.pairs"
     if not (data.sources if config.stage == "cpt" else data.pairs):
-        raise bad_input("missing", file=file, field=rows, expected=f"a list of {{path, weight, name}} for {config.stage}")
+        raise bad_input(
+            "missing", file=file, field=rows, expected=f"a list of {{path, weight, name}} for {config.stage}"
+        )
     if config.run.out is None:
         raise bad_input("missing", file=file, field="run.out", expected="the run folder")
     if (optim.steps is None) == (optim.epochs is None):
         found = "neither" if optim.steps is None else "both"
-        raise bad_input("how long to train", file=file, field="optim", found=found, expected="steps or epochs, one of them")
+        raise bad_input(
+            "how long to train", file=file, field="optim", found=found, expected="steps or epochs, one of them"
+        )
     require(optim.steps is None or optim.steps >= 1, "optim.steps", optim.steps, "1 or more")
     require(optim.epochs is None or optim.epochs > 0, "optim.epochs", optim.epochs, "more than 0")
     for name in ("batch_tokens", "batch_pairs", "micro_batch_tokens"):

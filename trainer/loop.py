@@ -7,6 +7,7 @@ function of (weights, optimizer state, step number), so a run started again goes
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import signal
@@ -24,10 +25,10 @@ from transformers.utils import logging as transformers_logging
 
 from medtrain.kernels.logps import select_path
 from medtrain.trainer.attention import select_backend
-from medtrain.trainer.checkpoint import load_checkpoint, save_checkpoint
-from medtrain.trainer.config import Config
+from medtrain.trainer.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from medtrain.trainer.config import Config, config_from_dict
 from medtrain.trainer.distributed import World, join_world
-from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.errors import bad_input
 from medtrain.trainer.model import PolicyModel, build_model, load_model_config, load_tokenizer, num_parameters
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
 from medtrain.trainer.progress import Display, duration
@@ -118,6 +119,11 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     objective, steps = prepared.objective, prepared.steps
     folder = RunFolder(config.run.out)
     folder.check(config.settings(), objective.digests)
+    last = folder.last_checkpoint()
+    if last is not None and last[0] == steps and folder.model.is_dir():
+        row = folder.last_row()
+        display.say(_summary(folder, row, 0, 0.0))
+        return TrainResult(folder.root, folder.model, row)
     world.barrier()  # all ranks have looked before rank 0 writes
     if world.is_main:
         _start_folder(folder, config, prepared, world)
@@ -141,7 +147,6 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
 
     state = {"tokens_total": 0, "pairs_total": 0}
     done = 0
-    last = folder.last_checkpoint()
     if last is not None:
         loaded = load_checkpoint(last[1], policy, optimizer, world)
         state, done = {key: loaded[key] for key in state}, loaded["step"]
@@ -235,17 +240,57 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     return TrainResult(folder.root, folder.model, row)
 
 
-def export_checkpoint(config: Config, run: RunFolder, checkpoint: Path, out: Path) -> Path:
-    """Export one checkpoint of a run as a HF folder (``medtrain export``)."""
+def check(config: Config) -> str:
+    """Everything a run does before its folder is touched; returns a summary to print.
+
+    Raises:
+        InputError: whatever ``train`` would raise.
+    """
     _quiet_libraries()
-    compute_dtype = _compute_dtype(config)
-    with join_world(needs_group=compute_dtype != torch.float32) as world:
+    with join_world() as world:
+        prepared = prepare(config, world, Display(enabled=world.is_main))
+        RunFolder(config.run.out).check(config.settings(), prepared.objective.digests)
+        total, _ = num_parameters(prepared.hf_config)
+        ledger = prepared.objective.ledger["total"]
+        lines = [
+            f"stage:  {config.stage}, {prepared.steps:,} steps",
+            f"model:  {prepared.hf_config.model_type}, {total / 1e6:,.1f} M parameters, vocabulary {prepared.hf_config.vocab_size:,}",
+            f"data:   {ledger['kept']['rows']:,} rows kept, {ledger['refused']['rows']:,} refused, {ledger['cut']['tokens']:,} tokens cut",
+            f"device: {world.size} x {device_name(world.device)}",
+            "paths:  " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items()),
+            "nothing is wrong",
+        ]
+        return "\n".join(lines)
+
+
+def export_run(run_or_checkpoint: str | Path, out: str | Path) -> Path:
+    """Export a run's last checkpoint, or the checkpoint folder named, as a HF folder; returns ``out``.
+
+    Raises:
+        InputError: no run, no complete checkpoint, or an ``out`` that is already something.
+    """
+    _quiet_libraries()
+    place, out = Path(run_or_checkpoint), Path(out)
+    root = place.parent.parent if place.parent.name == "checkpoints" else place
+    folder = RunFolder(root)
+    if not folder.manifest.is_file():
+        raise bad_input(
+            "neither a run folder nor one of its checkpoints", file=place, expected="manifest.json of a run"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise bad_input("already exists", file=out, expected="a new folder")
+    complete = complete_checkpoints(folder.checkpoints)
+    chosen = [path for _, path in complete if root == place or path.name == place.name]
+    if not chosen:
+        raise bad_input("no complete checkpoint", file=place, found=", ".join(p.name for _, p in complete) or "none")
+    manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
+    config = config_from_dict(manifest["stage"], manifest["settings"], file=folder.manifest)
+    compute_dtype = getattr(torch, manifest["paths"]["compute"])
+    with join_world() as world:
         tokenizer = load_tokenizer(config.model)
         hf_config = load_model_config(config.model, tokenizer)
-        policy = build_model(
-            config.model, hf_config, world, compute_dtype, backend=select_backend(world.device, compute_dtype)
-        )
-        load_checkpoint(checkpoint, policy, None, world)
+        policy = build_model(config.model, hf_config, world, torch.float32, backend="sdpa")
+        load_checkpoint(chosen[-1], policy, None, world)
         dtype = _export_dtype(config, compute_dtype)
         return export_model(policy, tokenizer, out, world, dtype=dtype, source=config.model.path)
 
@@ -395,6 +440,3 @@ def _stop_signal() -> Iterator[_Stop]:
 def _quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-__all__ = ["InputError", "Prepared", "TrainResult", "export_checkpoint", "prepare", "train"]

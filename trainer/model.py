@@ -88,7 +88,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
                             expected=f"a token of {folder}")  # fmt: skip
         tokenizer.eos_token = config.eos_token
     if tokenizer.eos_token_id is None:
-        raise bad_input("the tokenizer has no end-of-sequence token", file=folder, expected="model.eos_token to name it")
+        raise bad_input(
+            "the tokenizer has no end-of-sequence token", file=folder, expected="model.eos_token to name it"
+        )
     return tokenizer
 
 
@@ -101,7 +103,9 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
     if config.path is not None:
         folder = Path(config.path)
         if not (folder / "config.json").is_file():
-            raise bad_input("not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it")
+            raise bad_input(
+                "not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it"
+            )
         try:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
@@ -118,7 +122,9 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
     if any(kind != "full_attention" for kind in layer_types) or window is not None:
         raise bad_input("sliding-window attention is not supported", **where, expected="full attention in every layer")
     if getattr(hf_config, "attention_dropout", 0.0):
-        raise bad_input("attention dropout is not supported", **where, found=hf_config.attention_dropout, expected="0.0")
+        raise bad_input(
+            "attention dropout is not supported", **where, found=hf_config.attention_dropout, expected="0.0"
+        )
     _check_tokenizer_fits(config, hf_config, tokenizer, where)
     return hf_config
 

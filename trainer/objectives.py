@@ -133,9 +133,7 @@ class Rpo:
         def load(sources) -> list[PairSet]:
             found = []
             for source in name_sources(sources):
-                pairs = load_pairs(
-                    source, tokenizer, max_length=config.data.max_length, overlong=config.data.overlong
-                )
+                pairs = load_pairs(source, tokenizer, max_length=config.data.max_length, overlong=config.data.overlong)
                 say(f"{source.name}: {pairs.num_pairs:,} pairs, {len(pairs.tokens):,} tokens")
                 found.append(pairs)
             return found
@@ -164,9 +162,7 @@ class Rpo:
                 self.reference[id(pairs)] = torch.zeros(pairs.num_pairs, 2, dtype=torch.float64)
             return
         for pairs in [*self.sources, *self.heldout]:
-            cache = ReferenceCache(
-                folder, pairs, self.digests["weights"], policy.compute_dtype, policy.backend
-            )
+            cache = ReferenceCache(folder, pairs, self.digests["weights"], policy.compute_dtype, policy.backend)
             missing, parts = len(cache.missing()), len(cache.parts())
             cache.fill(policy, self.capacity, world)
             off = cache.check(policy, self.capacity, world)

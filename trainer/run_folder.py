@@ -91,6 +91,10 @@ class RunFolder:
         temporary.write_bytes(b"".join(kept))
         temporary.replace(self.metrics)
 
+    def last_row(self) -> dict[str, Any]:
+        """The last row of metrics.jsonl of a run that is complete."""
+        return json.loads(self.metrics.read_text(encoding="utf-8").splitlines()[-1])
+
     def append_metrics(self, row: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -65,7 +65,9 @@ class Checkpoint:
         """sha256 over the files' contents (in name order)."""
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             digests = list(pool.map(file_sha256, self.files))
-        return hashlib.sha256("".join(f"{p.name}:{d}\n" for p, d in zip(self.files, digests, strict=True)).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f"{p.name}:{d}\n" for p, d in zip(self.files, digests, strict=True)).encode()
+        ).hexdigest()
 
     def check(self, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
         """Compare with the model's parameter shapes before anything is allocated.

@@ -1,8 +1,8 @@
 """Exam evaluation: a checkpoint sits an exam, answer only and with explanation, and ``exam.json`` says how it did.
 
 The out folder holds ``run.json`` (what was asked of which model: another run is refused the folder), ``exam.json``, and
-``outputs-MODE.jsonl`` (one row a question). While a mode runs, rows are appended to ``outputs-MODE.partial.jsonl``; a run
-started again goes on from there.
+``outputs-MODE.jsonl`` (one row a question). While a mode runs, rows are appended to ``outputs-MODE.partial.jsonl``; a
+run started again goes on from there.
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ def answer_exam(
 def exam_rows(
     questions: Sequence[Question], prompts: Sequence[str], outputs: Sequence[Output], mode: str, style: PromptStyle
 ) -> list[dict]:
-    """Parse and score outputs: rows with ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``read_from``,
-    ``failure`` (why no answer could be read, else null) and ``truncated``."""
+    """Parse and score outputs, one row each.
+
+    Fields: ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``read_from``, ``failure`` (why no answer could
+    be read, else null), ``truncated``.
+    """
     rows = []
     for question, prompt, output in zip(questions, prompts, outputs, strict=True):
         parsed = parse_output(output.text, question, **style.parse_settings(mode))
@@ -104,12 +107,12 @@ def evaluate(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict:
-    """Let the checkpoint in ``model_dir`` sit the exam in ``exam_path`` and write ``out``; returns what ``exam.json`` holds.
+    """Let the checkpoint in ``model_dir`` sit the exam in ``exam_path`` and write ``out``; returns ``exam.json``.
 
-    ``mode`` is answer, explain or both; modes already in ``out`` for the same model and settings are not run again.
-    ``max_new_tokens`` bounds explain mode, ``max_answer_tokens`` answer mode. ``demonstrations`` is a JSONL file of worked
-    questions, with explanations for explain mode. ``text_only`` leaves out questions that need an image, none of which is
-    here; how many is said in ``skipped_image_questions``. ``limit`` takes the first so many of the rest.
+    ``mode`` is answer, explain or both; outputs already in ``out`` for the same model and settings are not made again.
+    ``max_new_tokens`` bounds explain mode, ``max_answer_tokens`` answer mode. ``demonstrations`` is a JSONL file of
+    worked questions, with explanations for explain mode. ``text_only`` leaves out questions that need an image, none of
+    which is here; how many is said in ``skipped_image_questions``. ``limit`` takes the first so many of the rest.
     ``progress(mode, done, total)`` is called as outputs come in. Raises :class:`InputError` for a user's mistake.
     """
     style = style or PromptStyle()
@@ -136,83 +139,68 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "max_answer_tokens": max_answer_tokens,
         "text_only": text_only,
+        "limit": limit,
     }
     out = Path(out)
     _claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)})
-    asked = _Asked(questions, style, shots, out, method, progress)
-    loaded = None
-    results = {}
-    for one in modes:
-        limit_tokens = max_answer_tokens if one == "answer" else max_new_tokens
-        loaded = loaded or load_engine(model_dir, engine, device=device, dtype=dtype, batch_tokens=batch_tokens)
-        rows = asked.run(loaded, one, limit_tokens)
-        results[one] = summarize_rows(questions, rows, one, style)
-    return _write_result(out, results, identity, len(everything), len(questions), everything, text_only, limit)
+    loaded: list[HFEngine | VLLMEngine] = []
 
+    def engine_when_needed() -> HFEngine | VLLMEngine:
+        if not loaded:
+            loaded.append(load_engine(model_dir, engine, device=device, dtype=dtype, batch_tokens=batch_tokens))
+        return loaded[0]
 
-def _write_result(out, results, identity, num_all, num_asked, everything, text_only, limit) -> dict:
+    # A mode that was run before stays: the folder is this run's, so it was asked the same.
     path = out / "exam.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    # A mode that was run before stays, if it was asked the same number of questions.
-    for one in MODES:
-        if one not in results and before.get(one, {}).get("questions") == num_asked:
-            results[one] = before[one]
-    both = all(one in results for one in MODES)
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for one in modes:
+        num_tokens = max_answer_tokens if one == "answer" else max_new_tokens
+        rows = _sit(engine_when_needed, questions, shots, one, style, method, num_tokens, out, progress)
+        results[one] = summarize_rows(questions, rows, one, style)
     result = {one: results[one] for one in MODES if one in results}
-    result["explanation_gap"] = results["answer"]["points_ratio"] - results["explain"]["points_ratio"] if both else None
-    result["questions_in_exam"] = num_all
+    both = len(result) == len(MODES)
+    result["explanation_gap"] = result["answer"]["points_ratio"] - result["explain"]["points_ratio"] if both else None
+    result["questions_in_exam"] = len(everything)
     result["skipped_image_questions"] = sum(not q.text_only for q in everything) if text_only else 0
-    result["limit"] = limit
     result["settings"] = identity
     write_atomically(path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     return result
 
 
-class _Asked:
-    """The questions of one run and the rows already there."""
+def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_tokens, out, progress) -> list[dict]:
+    """Run one mode, going on from the rows that are there, and leave ``outputs-MODE.jsonl`` behind; returns its rows."""
+    final, partial = out / f"outputs-{mode}.jsonl", out / f"outputs-{mode}.partial.jsonl"
+    done = {row["problem_id"]: row for row in itertools.chain(_rows_of(final), _rows_of(partial))}
+    todo = [question for question in questions if question.problem_id not in done]
 
-    def __init__(self, questions, style, shots, out, method, progress):
-        self.questions, self.style, self.shots, self.out = questions, style, shots, out
-        self.method, self.progress = method, progress
+    def report() -> None:
+        if progress is not None:
+            progress(mode, sum(question.problem_id in done for question in questions), len(questions))
 
-    def run(self, engine: HFEngine | VLLMEngine, mode: str, max_new_tokens: int) -> list[dict]:
-        prompts = [self.style.prompt(q, mode, engine.tokenizer, self.shots) for q in self.questions]
-        final, partial = self.out / f"outputs-{mode}.jsonl", self.out / f"outputs-{mode}.partial.jsonl"
-        done: dict[str, Output] = {}
-        for row in itertools.chain(_rows_of(final), _rows_of(partial)):
-            done[row["problem_id"]] = Output(row["output"], row["truncated"], 0)
-        todo = [i for i, q in enumerate(self.questions) if q.problem_id not in done]
-        self._report(mode, len(todo))
+    report()
+    if todo:
+        engine = engine_when_needed()
+        prompts = [style.prompt(question, mode, engine.tokenizer, shots) for question in todo]
+        _end_last_line(partial)
 
         def keep(indices: list[int], outputs: list[Output]) -> None:
-            nonlocal left
-            chosen = [todo[i] for i in indices]
-            rows = exam_rows(
-                [self.questions[i] for i in chosen], [prompts[i] for i in chosen], outputs, mode, self.style
-            )
+            rows = exam_rows([todo[i] for i in indices], [prompts[i] for i in indices], outputs, mode, style)
             with open(partial, "a", encoding="utf-8") as file:
                 file.write(to_jsonl(rows))
-            for row, output in zip(rows, outputs, strict=True):
-                done[row["problem_id"]] = output
-            left -= len(rows)
-            self._report(mode, left)
+            done.update((row["problem_id"], row) for row in rows)
+            report()
 
-        left = len(todo)
-        if todo:
-            _end_last_line(partial)
-            questions, waiting = [self.questions[i] for i in todo], [prompts[i] for i in todo]
-            if self.method == "choice_logp":
-                keep(list(range(len(todo))), _most_likely_answers(engine, questions, waiting, mode, self.style))
-            else:
-                engine.generate(waiting, max_new_tokens=max_new_tokens, stop=self.style.stop(mode), on_outputs=keep)
-        rows = exam_rows(self.questions, prompts, [done[q.problem_id] for q in self.questions], mode, self.style)
-        write_atomically(final, to_jsonl(rows))
-        partial.unlink(missing_ok=True)
-        return rows
-
-    def _report(self, mode: str, left: int) -> None:
-        if self.progress is not None:
-            self.progress(mode, len(self.questions) - left, len(self.questions))
+        if method == "choice_logp":
+            keep(list(range(len(todo))), _most_likely_answers(engine, todo, prompts, mode, style))
+        else:
+            engine.generate(prompts, max_new_tokens=max_new_tokens, stop=style.stop(mode), on_outputs=keep)
+    rows = [done[question.problem_id] for question in questions]
+    outputs = [Output(row["output"], row["truncated"], 0) for row in rows]
+    # Read again even where nothing was generated: the parser may have learnt since.
+    rows = exam_rows(questions, [row["prompt"] for row in rows], outputs, mode, style)
+    write_atomically(final, to_jsonl(rows))
+    partial.unlink(missing_ok=True)
+    return rows
 
 
 def _check_method(method: str, modes: Sequence[str], engine: str) -> None:
@@ -225,7 +213,7 @@ def _check_method(method: str, modes: Sequence[str], engine: str) -> None:
 def _most_likely_answers(
     engine: HFEngine, questions: Sequence[Question], prompts: Sequence[str], mode: str, style: PromptStyle
 ) -> list[Output]:
-    """Of all answers with as many letters as the exam's text asks for ("2つ選べ", else one), that of the highest log-prob.
+    """Of all answers with as many letters as the exam's text asks for ("2つ選べ", else one), the most likely one.
 
     A numeric question has no such list of answers: its output is empty, a parse failure.
     """
@@ -277,7 +265,7 @@ def _rows_of(path: Path) -> Iterable[dict]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and {"problem_id", "output", "truncated"} <= set(row):
+        if isinstance(row, dict) and {"problem_id", "prompt", "output", "truncated"} <= set(row):
             yield row
 
 
@@ -341,7 +329,7 @@ def run_eval(
 ) -> dict:
     """``medtrain eval``: :func:`evaluate` with the usual style, reporting progress through ``echo``.
 
-    ``chat`` uses the checkpoint's chat template (instruct models); ``images`` asks the questions that need an image too.
+    ``chat`` uses the checkpoint's chat template (instruct models); ``images`` asks what needs an image too.
     """
 
     def progress(mode: str, done: int, total: int) -> None:

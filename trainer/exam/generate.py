@@ -7,7 +7,6 @@ say of each output whether it was truncated, that is, ended by the token limit.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from medtrain.trainer.exam.prompts import Stop
 ENGINES = ("hf", "vllm")
 # Stop rules need decoded text; looking every few steps costs little and generates at most this many tokens too many.
 _STEPS_BETWEEN_STOP_CHECKS = 8
+_VLLM_PORTION = 512
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class HFEngine:
     def __init__(self, model, tokenizer, *, batch_tokens: int = 65_536, max_rows: int = 256):
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.max_rows = batch_tokens, max_rows
-        self.device = next(model.parameters()).device
         configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         eos = [configured] if isinstance(configured, int) else list(configured or [])
         if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos:
@@ -53,12 +52,16 @@ class HFEngine:
         # Padding is masked and what follows an end is cut off, so that any id will do where the tokenizer names none.
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos[0] if eos else 0)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def generate(
         self,
         prompts: Sequence[str],
         *,
         max_new_tokens: int,
-        stop: Stop = Stop(),
+        stop: Stop | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         on_outputs: OnOutputs | None = None,
@@ -71,6 +74,7 @@ class HFEngine:
         """
         if max_new_tokens < 1 or temperature < 0:
             raise bad_input("max_new_tokens must be 1 or more and temperature 0 or more")
+        stop = stop or Stop()
         if not self.eos and not stop.strings and stop.marker is None:
             raise bad_input(
                 "nothing could end an output: the model and its tokenizer name no eos token and there is no stop string"
@@ -114,12 +118,12 @@ class HFEngine:
 
     def _check_lengths(self, ids: list[list[int]], max_new_tokens: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        for row in ids:
+        for number, row in enumerate(ids, start=1):
             if not row:
-                raise bad_input("an empty prompt: it has no tokens to go on from")
+                raise bad_input(f"prompt {number} is empty: it has no tokens to go on from")
             if limit is not None and len(row) + max_new_tokens > limit:
                 raise bad_input(
-                    "a prompt is too long for the model",
+                    f"prompt {number} is too long for the model",
                     found=f"{len(row)} prompt tokens + {max_new_tokens} new ones",
                     expected=f"at most {limit}, its max_position_embeddings; fewer demonstrations or new tokens help",
                 )
@@ -221,12 +225,10 @@ class VLLMEngine:
     """Generation with vLLM, where it is installed: all visible GPUs share the model by tensor parallelism."""
 
     def __init__(self, model_dir: str | Path, *, dtype: str = "auto", seed: int = 0):
-        if importlib.util.find_spec("vllm") is None:
-            raise bad_input(
-                "vllm is not installed here", field="engine", found="vllm", expected="hf, or pip install vllm"
-            )
-        from vllm import LLM
-
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise bad_input("vllm is not installed here", field="engine", found=str(error), expected="hf") from error
         self.llm = LLM(
             model=str(model_dir), dtype=dtype, seed=seed, tensor_parallel_size=max(1, torch.cuda.device_count())
         )
@@ -237,7 +239,7 @@ class VLLMEngine:
         prompts: Sequence[str],
         *,
         max_new_tokens: int,
-        stop: Stop = Stop(),
+        stop: Stop | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         on_outputs: OnOutputs | None = None,
@@ -245,21 +247,26 @@ class VLLMEngine:
         """As :meth:`HFEngine.generate`; each prompt has its own seed, so that equal prompts give different samples."""
         from vllm import SamplingParams
 
+        stop = stop or Stop()
         ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
-        settings = [
-            SamplingParams(
-                temperature=temperature, max_tokens=max_new_tokens, stop=list(stop.strings) or None, seed=seed + i
-            )
-            for i in range(len(ids))
-        ]
-        made = self.llm.generate([{"prompt_token_ids": row} for row in ids], settings) if ids else []
-        outputs = []
-        for request in made:
-            text, stopped = stop.cut(request.outputs[0].text)
-            truncated = request.outputs[0].finish_reason == "length" and not stopped
-            outputs.append(Output(text, truncated, len(request.outputs[0].token_ids)))
-        if on_outputs is not None:
-            on_outputs(list(range(len(outputs))), outputs)
+        outputs: list[Output] = []
+        # Handed over in portions, so that a run that is killed has kept most of its outputs.
+        for first in range(0, len(ids), _VLLM_PORTION):
+            portion = range(first, min(first + _VLLM_PORTION, len(ids)))
+            settings = [
+                SamplingParams(
+                    temperature=temperature, max_tokens=max_new_tokens, stop=list(stop.strings) or None, seed=seed + i
+                )
+                for i in portion
+            ]
+            made = []
+            for request in self.llm.generate([{"prompt_token_ids": ids[i]} for i in portion], settings):
+                text, stopped = stop.cut(request.outputs[0].text)
+                truncated = request.outputs[0].finish_reason == "length" and not stopped
+                made.append(Output(text, truncated, len(request.outputs[0].token_ids)))
+            outputs += made
+            if on_outputs is not None:
+                on_outputs(list(portion), made)
         return outputs
 
 
@@ -274,8 +281,8 @@ def load_engine(
     """Load a checkpoint folder for generation.
 
     ``device`` auto is the first GPU, else the CPU; ``dtype`` auto is that of the checkpoint, else a name such as
-    ``bfloat16``. ``device`` and ``batch_tokens`` are for ``hf``; vLLM decides them itself. Raises :class:`InputError` for
-    a folder that is no checkpoint, an unknown engine, and an engine that is not installed.
+    ``bfloat16``. ``device`` and ``batch_tokens`` are for ``hf``; vLLM decides them itself. Raises :class:`InputError`
+    for a folder that is no checkpoint, an unknown engine, and an engine that is not installed.
     """
     if engine not in ENGINES:
         raise bad_input("unknown", field="engine", found=engine, expected=" or ".join(ENGINES))

@@ -2,8 +2,8 @@
 
 Strategies: ``explanation`` prefers the ground-truth explanation with its answer line over the model's own wrong path;
 ``sampled`` prefers a right path over a wrong one (Pang et al., Iterative Reasoning Preference Optimization,
-arXiv:2404.19733, section 2); ``both`` makes both kinds. Prompts are those of explain mode, and completions begin exactly
-where generation begins, so that training scores what the model itself would write.
+arXiv:2404.19733, section 2); ``both`` makes both kinds. Prompts are those of explain mode, and completions begin
+exactly where generation begins, so that training scores what the model itself would write.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ def build_pairs(
     """Grade paths and pair them up.
 
     Returns rows ``{prompt, chosen, rejected, question_id, strategy}`` in the order of the questions, at most
-    ``max_per_question`` each (an even share of both kinds under ``both``, as far as there are enough), drawn by ``seed``
-    and question id alone; and a summary: ``pairs`` (by strategy), ``questions``, ``questions_with_pairs``,
-    ``without_pairs`` (reason -> questions), ``paths`` (right, wrong, unparsed, truncated, duplicate) and ``left_out_by_cap``.
+    ``max_per_question`` each (an even share of both kinds under ``both``, as far as there are enough), drawn by
+    ``seed`` and question id alone; and a summary: ``pairs`` (by strategy), ``questions``, ``questions_with_pairs``,
+    ``without_pairs`` (reason -> questions), ``paths`` (right, wrong, unparsed, truncated, duplicate) and
+    ``left_out_by_cap``.
 
-    A path that was cut off is neither chosen nor rejected, for training would put an eos where the model never ended. Nor
-    is one whose answer cannot be read: that it is wrong would be a guess.
+    A path that was cut off is neither chosen nor rejected, for training would put an eos where the model never ended.
+    Nor is one whose answer cannot be read: that it is wrong would be a guess.
     """
     if strategy not in STRATEGIES:
         raise bad_input("unknown", field="strategy", found=strategy, expected=", ".join(STRATEGIES))
@@ -95,12 +96,13 @@ def build_pairs(
         paths = paths_by_question.get(question.problem_id, ())
         graded = _grade_paths(question, paths, style)
         paths_seen.update({kind: len(members) for kind, members in graded.items()})
-        made = _pair_up(question, graded, strategy, max_per_question, seed, style)
+        possible = _pair_up(question, graded, strategy, seed, style)
+        made = _capped(*possible, max_per_question)
         if not made:
             reasons[_why_none(question, paths, graded, strategy)] += 1
             continue
         with_pairs += 1
-        left_out += max(0, _possible(question, graded, strategy) - len(made))
+        left_out += sum(map(len, possible)) - len(made)
         rows += [
             {
                 "prompt": paths[0].prompt,
@@ -147,8 +149,9 @@ def _grade_paths(question: Question, paths: Sequence[ReasoningPath], style: Prom
 
 
 def _pair_up(
-    question: Question, graded: dict[str, list[str]], strategy: str, cap: int, seed: int, style: PromptStyle
-) -> list[tuple[str, str, str]]:
+    question: Question, graded: dict[str, list[str]], strategy: str, seed: int, style: PromptStyle
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """All pairs (strategy, chosen, rejected) with the ground truth, and all of sampled paths, in the order of use."""
     draw = random.Random(f"{seed}:{question.problem_id}")
     right, wrong = list(graded["right"]), list(graded["wrong"])
     draw.shuffle(right)
@@ -159,23 +162,17 @@ def _pair_up(
         explained = [("explanation", truth, text) for text in wrong]
     if strategy != "explanation":
         # Diagonals of the right x wrong table: every path is used before one is used twice.
-        longer, shorter = max(len(right), len(wrong)), min(len(right), len(wrong))
-        steps = (
-            [(i % len(right), (i + shift) % len(wrong)) for shift in range(shorter) for i in range(longer)]
-            if shorter
-            else []
-        )
-        sampled = [("sampled", right[r], wrong[w]) for r, w in dict.fromkeys(steps)]
-    share = cap - min(len(sampled), cap // 2) if explained else 0
+        size = max(len(right), len(wrong))
+        table = [(r, w) for r in range(len(right)) for w in range(len(wrong))]
+        table.sort(key=lambda cell: (cell[1] - cell[0]) % size)
+        sampled = [("sampled", right[r], wrong[w]) for r, w in table]
+    return explained, sampled
+
+
+def _capped(explained: list, sampled: list, cap: int) -> list:
+    share = max(cap - cap // 2, cap - len(sampled))
     made = explained[:share]
-    made += sampled[: cap - len(made)]
-    return made
-
-
-def _possible(question: Question, graded: dict[str, list[str]], strategy: str) -> int:
-    right, wrong = len(graded["right"]), len(graded["wrong"])
-    explained = wrong if strategy != "sampled" and question.explanation else 0
-    return explained + (right * wrong if strategy != "explanation" else 0)
+    return made + sampled[: cap - len(made)]
 
 
 def _why_none(question: Question, paths, graded: dict[str, list[str]], strategy: str) -> str:
@@ -207,10 +204,10 @@ def run_pairs(
     device: str = "auto",
     dtype: str = "auto",
 ) -> dict:
-    """``medtrain pairs``: sample from a checkpoint, build pairs, write them to the JSONL file ``out``; returns the summary.
+    """``medtrain pairs``: sample from a checkpoint, build pairs, write the JSONL file ``out``; returns the summary.
 
-    Questions that need an image are left out and counted as ``skipped_image_questions``. Raises :class:`InputError` where
-    not one pair came about, after the summary's reasons.
+    Questions that need an image are left out and counted as ``skipped_image_questions``. Raises :class:`InputError`,
+    with the summary, where not one pair came about.
     """
     everything = load_questions(questions, points_required=False)
     asked = [question for question in everything if question.text_only]

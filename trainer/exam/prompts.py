@@ -1,9 +1,9 @@
 """Exam prompts: one style object renders questions, demonstrations and ground-truth completions for both exam modes.
 
 Modes: ``answer`` asks for the answer alone, ``explain`` for an explanation that ends with the answer line. A plain
-prompt (base models) ends with a marker, ``答え:`` or ``説明:``, and generation starts right after it. A chat prompt goes
-through the tokenizer's chat template and generation starts the assistant's turn. A prompt never says how many answers
-are right; only the exam's own text does ("2つ選べ").
+prompt (base models) ends with a marker, ``答え:`` or ``説明:``, and generation starts right after it. A chat prompt
+goes through the tokenizer's chat template and generation starts the assistant's turn. A prompt never says how many
+answers are right; only the exam's own text does ("2つ選べ").
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class PromptStyle:
 
     ``question`` may use ``{text}`` and ``{choices}``; ``choice`` ``{letter}`` and ``{text}``. ``joint`` stands between
     question and marker and before the answer line, ``lead`` between a marker and what follows, ``shot_joint`` between
-    worked examples. ``answer_as`` is ``letters`` or ``text`` (the text of the choice). ``answer_end`` ends the answer (see
-    :class:`Stop`), ``stops`` end an output anywhere. ``instruction_*`` open the prompt; ``chat`` uses the tokenizer's chat
-    template, with the ``system`` message if there is one.
+    worked examples. ``answer_as`` is ``letters`` or ``text`` (the text of the choice). ``answer_end`` ends the answer
+    (see :class:`Stop`), ``stops`` end an output anywhere. ``instruction_*`` open the prompt; ``chat`` uses the
+    tokenizer's chat template, with the ``system`` message if there is one.
     """
 
     question: str = "問題: {text}\n{choices}"

@@ -1,0 +1,153 @@
+"""The command line: every mistake is one clear line and exit status 2, and nothing is left behind."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from helpers import write_jsonl
+
+from medtrain.trainer.cli import main
+
+
+def call(*words):
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def write_config(tree, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True))
+    return path
+
+
+def refused(stage, tree, tmp_path, *parts):
+    """Run, expect status 2 and one line with all ``parts``; no run folder may be there."""
+    result = call(stage, write_config(tree, tmp_path))
+    lines = [line for line in result.stderr.splitlines() if line.startswith("medtrain: ")]
+    assert result.exit_code == 2, result.stderr
+    assert len(lines) == 1 and result.stderr.splitlines()[-1] == lines[0]
+    for part in parts:
+        assert part in lines[0], lines[0]
+    assert not (tmp_path / tree["run"]["out"]).exists()
+    return lines[0]
+
+
+def set_path(tree, dotted, value):
+    *sections, last = dotted.split(".")
+    for section in sections:
+        tree = tree[int(section)] if section.isdigit() else tree.setdefault(section, {})
+    tree[last] = value
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "parts"),
+    [
+        ("optim.step", 5, ["optim.step", "unknown key", "'optim.steps'"]),
+        ("optim.steps", 0, ["optim.steps", "found 0", "1 or more"]),
+        ("data.sources.0.path", "nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
+        ("model.tokenizer", "nowhere", ["model.tokenizer", "nowhere", "no such folder"]),
+        ("optim.micro_batch_tokens", 8, ["optim.micro_batch_tokens", "too small for a window"]),
+        ("optim.batch_tokens", 8, ["optim.batch_tokens", "too small"]),
+        ("optim.warmup_steps", 6, ["optim.warmup_steps", "below the 6 steps"]),
+        ("data.seq_len", 10**6, ["data.seq_len", "max_position_embeddings"]),
+        ("model.eos_token", "<stop>", ["model.eos_token", "not in the vocabulary"]),
+    ],
+)
+def test_wrong_settings(cpt_tree, tmp_path, setting, value, parts):
+    set_path(cpt_tree, setting, value)
+    refused("cpt", cpt_tree, tmp_path, *parts)
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ('{"text": "熱', ["row 3", "not valid JSON"]),
+        ('{"text": ""}', ["row 3", "'text'", "empty text"]),
+        ('{"text": "  "}', ["row 3", "'text'", "empty text"]),
+        ('{"text": 7}', ["row 3", "'text'", "wrong type", "a string"]),
+        ('{"txt": "熱"}', ["row 3", "'text'", "missing"]),
+        ("[1]", ["row 3", "a JSON object"]),
+    ],
+)
+def test_wrong_documents(cpt_tree, tmp_path, line, parts):
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "熱 咳"}\n{"text": "薬 を"}\n' + line + "\n", encoding="utf-8")
+    cpt_tree["data"]["sources"][0]["path"] = str(path)
+    refused("cpt", cpt_tree, tmp_path, "documents.jsonl", *parts)
+
+
+GOOD = {"prompt": "熱 の", "chosen": "答え : a", "rejected": "答え : b"}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"rejected": GOOD["chosen"]}, ["row 2", "'rejected'", "identical to 'chosen'"]),
+        ({"chosen": ""}, ["row 2", "'chosen'", "empty"]),
+        ({"rejected": 3}, ["row 2", "'rejected'", "wrong type"]),
+        ({"prompt": None}, ["row 2", "'prompt'", "wrong type"]),
+        ({"chosen": "熱 " * 70}, ["row 2", "overlong", "73 tokens", "at most 64"]),
+        ({"prompt": [{"role": "user", "content": "熱"}]}, ["row 2", "mixed"]),
+    ],
+)
+def test_wrong_pairs(rpo_tree, tmp_path, change, parts):
+    path = write_jsonl(tmp_path / "p.jsonl", [GOOD, GOOD | change])
+    rpo_tree["data"]["pairs"][0]["path"] = str(path)
+    rpo_tree["optim"]["batch_pairs"] = 1
+    refused("rpo", rpo_tree, tmp_path, "p.jsonl", *parts)
+
+
+def test_wrong_weights(cpt_tree, rpo_tree, tmp_path):
+    assert call("cpt", write_config(cpt_tree, tmp_path)).exit_code == 0
+    model = tmp_path / "cpt" / "model"
+    rpo_tree["model"] = {"path": str(tmp_path / "copy")}
+    shutil.copytree(model, tmp_path / "copy")
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refused("rpo", rpo_tree, tmp_path, "model.safetensors", "truncated")
+    weights.unlink()
+    refused("rpo", rpo_tree, tmp_path, "no weights here")
+    shutil.copy(model / "model.safetensors", weights)
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
+    refused("rpo", rpo_tree, tmp_path, "tokenizer does not fit")
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"intermediate_size": 7}))
+    refused("rpo", rpo_tree, tmp_path, "wrong shape")
+
+
+def test_a_run_folder_of_another_run_is_refused(cpt_tree, tmp_path):
+    path = write_config(cpt_tree, tmp_path)
+    assert call("cpt", path).exit_code == 0
+    result = call("cpt", path, "optim.lr=0.5")
+    assert result.exit_code == 2 and "another run" in result.stderr and "optim.lr" in result.stderr
+    again = call("cpt", path)
+    assert again.exit_code == 0 and "already complete" in again.stderr
+
+
+def test_export_of_a_checkpoint_is_the_model_of_the_run(cpt_tree, tmp_path):
+    cpt_tree["checkpoint"] = {"every": 3}
+    assert call("cpt", write_config(cpt_tree, tmp_path)).exit_code == 0
+    run = tmp_path / "cpt"
+    assert call("export", run, tmp_path / "last").exit_code == 0
+    assert (tmp_path / "last" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+    assert call("export", run / "checkpoints" / "step-00000003", tmp_path / "third").exit_code == 0
+    assert (tmp_path / "third" / "model.safetensors").read_bytes() != (run / "model" / "model.safetensors").read_bytes()
+    for words in (
+        (run, tmp_path / "last"),
+        (tmp_path, tmp_path / "x"),
+        (run / "checkpoints" / "step-00000004", tmp_path / "x"),
+    ):
+        assert call("export", *words).exit_code == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_check_reads_everything_and_writes_no_run(rpo_tree, tmp_path):
+    result = call("check", write_config(rpo_tree, tmp_path))
+    assert result.exit_code == 0 and "nothing is wrong" in result.stdout and "rpo, 6 steps" in result.stdout
+    assert not (tmp_path / "rpo").exists()
+    rpo_tree["data"]["pairs"][0]["path"] = "gone.jsonl"
+    assert call("check", write_config(rpo_tree, tmp_path)).exit_code == 2
