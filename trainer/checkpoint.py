@@ -23,7 +23,6 @@ from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.model import PolicyModel
 
-
 # What torch says of a run of one process, where it is right and nothing is wrong.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 

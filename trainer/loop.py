@@ -250,12 +250,14 @@ def check(config: Config) -> str:
     with join_world() as world:
         prepared = prepare(config, world, Display(enabled=world.is_main))
         RunFolder(config.run.out).check(config.settings(), prepared.objective.digests)
-        total, _ = num_parameters(prepared.hf_config)
+        hf_config = prepared.hf_config
+        total, _ = num_parameters(hf_config)
         ledger = prepared.objective.ledger["total"]
         lines = [
             f"stage:  {config.stage}, {prepared.steps:,} steps",
-            f"model:  {prepared.hf_config.model_type}, {total / 1e6:,.1f} M parameters, vocabulary {prepared.hf_config.vocab_size:,}",
-            f"data:   {ledger['kept']['rows']:,} rows kept, {ledger['refused']['rows']:,} refused, {ledger['cut']['tokens']:,} tokens cut",
+            f"model:  {hf_config.model_type}, {total / 1e6:,.1f} M parameters, vocabulary {hf_config.vocab_size:,}",
+            f"data:   {ledger['kept']['rows']:,} rows kept, {ledger['refused']['rows']:,} refused, "
+            f"{ledger['cut']['tokens']:,} tokens cut",
             f"device: {world.size} x {device_name(world.device)}",
             "paths:  " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items()),
             "nothing is wrong",

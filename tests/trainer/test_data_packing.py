@@ -23,8 +23,9 @@ def test_every_item_once_within_capacity_and_as_many_micro_batches_on_each_rank(
     assert loads(plan, lengths).max() <= capacity
     # Best-fit decreasing never leaves two bins that would fit into one.
     assert (len(plan) - 1) * world_size * capacity < 2 * sum(lengths) + capacity
-    if len(lengths) >= len(plan) * world_size:
-        assert all(items for ranks in plan for items in ranks)
+    by_rank = loads(plan, lengths)
+    assert (by_rank.min(axis=1)[:-1] >= by_rank.max(axis=1)[1:]).all(), "a micro-batch mixes full and light ranks"
+    assert by_rank[:-1].min(initial=1) > 0, "only the last may leave a rank without work"
     assert plan == pack(np.array(lengths), capacity, world_size)
 
 
@@ -39,14 +40,19 @@ def test_ranks_are_balanced_and_micro_batches_few(world_size):
     assert by_rank.max(axis=1).sum() <= 1.01 * lengths.sum() / world_size
 
 
+def test_the_last_micro_batch_is_as_full_as_the_others():
+    lengths = [30] * 100
+    by_rank = loads(pack(lengths, 300, 4), lengths)  # ten bins for best fit alone: 8 full, then 2 full beside 2 empty
+    assert by_rank.shape == (3, 4) and by_rank.min() >= 240 and by_rank.max() <= 270
+
+
 def test_an_overfull_spreading_gives_way_to_best_fit():
     # Spread longest first onto the least loaded, 6+4+4 would go over 12; best fit has 6+6 and 4+4+4.
-    plan = pack([6, 6, 4, 4, 4], 12, 1)
-    assert loads(plan, [6, 6, 4, 4, 4]).ravel().tolist() == [12, 12]
+    assert loads(pack([6, 6, 4, 4, 4], 12, 1), [6, 6, 4, 4, 4]).ravel().tolist() == [12, 12]
     assert loads(pack([6, 6, 4, 4, 4], 12, 2), [6, 6, 4, 4, 4]).tolist() == [[12, 12]]
-    # Three ranks: one more bin, made by halving, none empty.
-    lengths = [6, 6, 4, 4, 4, 6, 6, 4, 4, 4]
-    assert loads(pack(lengths, 12, 3), lengths).min() > 0
+    # Eleven bins filled to the brim for twelve ranks: even over twelve bins, spreading overfills one.
+    lengths = [2] * 2 + [3] * 6 + [4] * 5 + [5] * 6 + [6] * 4 + [7] * 4 + [8]
+    assert loads(pack(lengths, 12, 12), lengths).tolist() == [[12] * 11 + [0]]
 
 
 def test_fewer_items_than_ranks_leave_empty_places_and_no_rank_out():

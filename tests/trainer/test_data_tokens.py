@@ -111,6 +111,14 @@ def test_the_cache_is_used_again_until_the_text_the_tokenizer_the_eos_or_the_fie
     assert is_made(make_tokenizer())
 
 
+def test_the_digest_follows_the_eos_where_nothing_else_changes():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    before, state = tokenizer_digest(tokenizer), tokenizer.backend_tokenizer.to_str()
+    tokenizer.eos_token = "<end>"
+    assert tokenizer.backend_tokenizer.to_str() == state and tokenizer_digest(tokenizer) != before
+
+
 def test_a_truncation_setting_left_in_the_tokenizer_cuts_nothing(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(2)

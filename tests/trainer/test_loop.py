@@ -201,8 +201,17 @@ def test_sft_is_the_nll_term_alone(rpo_tree, tmp_path):
         assert row["loss"] == pytest.approx(row["nll_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"loss": "ipo"}, {"loss": "hinge"}, {"loss": "simpo", "beta": 2.0},
-                                      {"loss": "robust", "label_smoothing": 0.1}, {"nll_norm": "token"}, {"alpha": 0.0}])  # fmt: skip
+LOSSES = [
+    {"loss": "ipo"},
+    {"loss": "hinge"},
+    {"loss": "simpo", "beta": 2.0},
+    {"loss": "robust", "label_smoothing": 0.1},
+    {"nll_norm": "token"},
+    {"alpha": 0.0},
+]
+
+
+@pytest.mark.parametrize("settings", LOSSES)
 def test_every_loss_trains_and_two_budgets_agree(rpo_tree, tmp_path, settings):
     rpo_tree["rpo"] |= settings
     run("rpo", rpo_tree, tmp_path / "a", optim__steps=3)

@@ -3,7 +3,7 @@
 The number of micro-batches is what best-fit decreasing needs, rounded up to a multiple of the ranks. Then the items are
 spread evenly over that many (longest first, onto the least loaded): the ranks wait for each other in every micro-batch,
 so a step takes as long as its fullest ones, and evenly filled ones need less memory too. Where spreading would overfill
-one, best-fit's own filling stays.
+one, nearly all are full, and best fit's own filling stays, made up with empty ones.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, world_size: int) ->
     """Return ``plan[micro_batch][rank]``: the indices into ``lengths`` of the items that rank takes there.
 
     Every item is in exactly one, no one holds more than ``capacity`` tokens, and all ranks have the same number of
-    micro-batches. Neighbours in load stand beside each other, so the ranks are balanced within each micro-batch. Some
-    are empty only if there are fewer items than places. A function of its arguments alone.
+    micro-batches; a rank may have nothing in the last. Neighbours in load stand beside each other, so the ranks are
+    balanced within each micro-batch. A function of its arguments alone.
     """
     lengths = np.asarray(lengths).tolist()
     assert lengths and world_size > 0 and max(lengths) <= capacity
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bins = _best_fit(lengths, longest_first, capacity)
     num_bins = -(-len(bins) // world_size) * world_size
-    bins = _spread(lengths, longest_first, capacity, num_bins) or _split(lengths, bins, num_bins)
+    bins = _spread(lengths, longest_first, capacity, num_bins) or bins + [[] for _ in range(num_bins - len(bins))]
     loads = [sum(lengths[i] for i in items) for items in bins]
     by_load = [bins[b] for b in sorted(range(num_bins), key=lambda b: -loads[b])]
     plan = [by_load[j : j + world_size] for j in range(0, num_bins, world_size)]
@@ -74,24 +74,3 @@ def _spread(lengths: list[int], longest_first: list[int], capacity: int, num_bin
         bins[b].append(i)
         heapq.heapreplace(heap, (load + lengths[i], b))
     return bins
-
-
-def _split(lengths: list[int], bins: list[list[int]], num_bins: int) -> list[list[int]]:
-    """Halve the fullest bins of two or more items until there are ``num_bins``; what is still missing is empty."""
-    heap = [(-sum(lengths[i] for i in items), b) for b, items in enumerate(bins) if len(items) > 1]
-    heapq.heapify(heap)
-    bins = list(bins)
-    while len(bins) < num_bins and heap:
-        _, b = heapq.heappop(heap)
-        halves: list[list[int]] = [[], []]
-        loads = [0, 0]
-        for i in bins[b]:  # longest first, as best fit put them there
-            side = loads[1] < loads[0]
-            halves[side].append(i)
-            loads[side] += lengths[i]
-        bins[b] = halves[0]
-        bins.append(halves[1])
-        for c, half, load in ((b, halves[0], loads[0]), (len(bins) - 1, halves[1], loads[1])):
-            if len(half) > 1:
-                heapq.heappush(heap, (-load, c))
-    return bins + [[] for _ in range(num_bins - len(bins))]
