@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         return TrainResult(folder.root, folder.model, row)
     world.barrier()  # all ranks have looked before rank 0 writes
     if world.is_main:
-        _start_folder(folder, config, prepared, world)
+        _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
 
     total, multiplied = num_parameters(prepared.hf_config)
     display.say(
@@ -287,7 +288,7 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path) -> Path:
         raise bad_input("no complete checkpoint", file=place, found=", ".join(p.name for _, p in complete) or "none")
     manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
     config = config_from_dict(manifest["stage"], manifest["settings"], file=folder.manifest)
-    compute_dtype = getattr(torch, manifest["paths"]["compute"])
+    compute_dtype = getattr(torch, manifest["starts"][-1]["paths"]["compute"])
     with join_world() as world:
         tokenizer = load_tokenizer(config.model)
         hf_config = load_model_config(config.model, tokenizer)
@@ -297,19 +298,25 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path) -> Path:
         return export_model(policy, tokenizer, out, world, dtype=dtype, source=config.model.path)
 
 
-def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World) -> None:
+def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World, step: int) -> None:
+    start = {
+        "from_step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "commit": commit(),
+        "versions": versions(),
+        "device": device_name(world.device),
+        "world_size": world.size,
+        "paths": prepared.paths,
+    }
     folder.write_manifest(
         {
             "stage": config.stage,
             "settings": config.settings(),
             "steps": prepared.steps,
-            "paths": prepared.paths,
             "digests": prepared.objective.digests,
-            "versions": versions(),
-            "commit": commit(),
-            "device": device_name(world.device),
-            "world_size": world.size,
-            "command": sys.argv,
+            # One entry each time the run was started, so that a curve can be traced to what computed it.
+            "starts": [*folder.starts(), start],
         }
     )
     write_json(folder.ledger, prepared.objective.ledger)

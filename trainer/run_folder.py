@@ -70,6 +70,10 @@ class RunFolder:
         found = complete_checkpoints(self.checkpoints)
         return found[-1] if found else None
 
+    def starts(self) -> list[dict[str, Any]]:
+        """What the manifest says of earlier starts of this run."""
+        return json.loads(self.manifest.read_text(encoding="utf-8"))["starts"] if self.manifest.is_file() else []
+
     def write_manifest(self, content: dict[str, Any]) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.manifest, content)

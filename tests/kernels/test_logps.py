@@ -271,12 +271,13 @@ def peaked(dtype, num_rows=520, hidden_size=96, vocab_size=4001):
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
-def test_large_logits_cost_no_more_than_their_own_rounding():
-    # z_y = 20,000 rounds the offset z_y + 40 by up to 1e-3; the log-probability must not inherit that.
+def test_rounding_of_the_offset_does_not_reach_the_logps():
+    # Logits on float32's grid of 2**-9 just below 2**15; plus 40 they lie beyond it, where the grid is 2**-8.
     targets = torch.tensor([1, 2, 0])
-    hidden = torch.tensor([[20_000.1, 20_000.3, 19_990.7], [19_999.9, 20_000.7, 20_003.1], [20_001.3, 20_001.9, 0.0]])
-    logps = chunked_logps(hidden, torch.eye(3), targets)
-    torch.testing.assert_close(logps.double(), reference_logps(hidden, torch.eye(3), targets), rtol=1e-5, atol=1e-6)
+    logits = 32_760 + torch.tensor([[1.0, 3.0, -700.0], [101.0, 501.0, 1.0], [5.0, 7.0, 0.0]]) * 2**-9
+    logps = chunked_logps(logits, torch.eye(3), targets)
+    wanted = reference_logps(logits, torch.eye(3), targets)
+    torch.testing.assert_close(logps.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep_bytes", [None, 0])

@@ -134,7 +134,7 @@ def test_names_are_filled_in_and_unique():
     assert text == "y: field 'name': two sources have this name (found n)"
 
 
-@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), True, "2"])
 def test_a_weight_must_be_a_number_above_zero(weight):
     assert "field 'weight'" in message(lambda: Source("a.jsonl", weight=weight))
 

@@ -37,7 +37,8 @@ class Source:
 
     def __post_init__(self) -> None:
         weight = self.weight
-        if weight is not None and (isinstance(weight, bool) or not math.isfinite(weight) or weight <= 0):
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and math.isfinite(weight) and weight > 0):
             raise bad_input("wrong weight", file=self.path, field="weight", found=weight, expected="a number above 0")
 
 
