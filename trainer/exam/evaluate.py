@@ -58,8 +58,8 @@ def exam_rows(
 ) -> list[dict]:
     """Parse and score outputs, one row each.
 
-    Fields: ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``read_from``, ``failure`` (why no answer could
-    be read, else null), ``truncated``.
+    Fields: ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``read_from``, ``failure`` (why no
+    answer could be read, else null), ``truncated``.
     """
     rows = []
     for question, prompt, output in zip(questions, prompts, outputs, strict=True):
@@ -121,12 +121,17 @@ def evaluate(
         raise bad_input("unknown", field="mode", found=mode, expected="answer, explain or both")
     _check_method(method, modes, engine)
     everything = load_questions(exam_path)
+    if limit is not None and limit < 1:
+        raise bad_input("must be 1 or more", field="limit", found=limit)
     questions = [q for q in everything if q.text_only or not text_only][:limit]
     if not questions:
         raise bad_input("no question is left to ask", file=exam_path, found=f"text_only {text_only}, limit {limit}")
     shots = load_questions(demonstrations, points_required=False) if demonstrations is not None else []
-    if "explain" in modes:
-        for shot in shots:
+    texts = {question.problem_text for question in everything}
+    for row, shot in enumerate(shots, start=1):
+        if shot.problem_text in texts:
+            raise bad_input("a demonstration that the exam asks", file=demonstrations, row=row, found=shot.problem_id)
+        if "explain" in modes:
             style.completion(shot, "explain")
     identity = {
         "model": model_digest(model_dir),
@@ -168,7 +173,7 @@ def evaluate(
 
 
 def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_tokens, out, progress) -> list[dict]:
-    """Run one mode, going on from the rows that are there, and leave ``outputs-MODE.jsonl`` behind; returns its rows."""
+    """Run one mode, going on from the rows that are there, write ``outputs-MODE.jsonl`` and return its rows."""
     final, partial = out / f"outputs-{mode}.jsonl", out / f"outputs-{mode}.partial.jsonl"
     done = {row["problem_id"]: row for row in itertools.chain(_rows_of(final), _rows_of(partial))}
     todo = [question for question in questions if question.problem_id not in done]
@@ -240,9 +245,10 @@ def _most_likely_answers(
 def _claim(out: Path, identity: dict, paths: dict) -> None:
     """Make ``out`` this run's folder, or find that it is; refuse it where it holds another run's results."""
     run = out / "run.json"
-    if not run.is_file():
-        if (out / "exam.json").exists() or any(out.glob("outputs-*.jsonl")):
-            raise bad_input("holds results without run.json, so whose they are is unknown", file=out)
+    has_results = (out / "exam.json").exists() or any(out.glob("outputs-*.jsonl"))
+    if has_results and not run.is_file():
+        raise bad_input("holds results without run.json, so whose they are is unknown", file=out)
+    if not has_results:
         write_atomically(run, json.dumps({"identity": identity} | paths, ensure_ascii=False, indent=1) + "\n")
         return
     try:

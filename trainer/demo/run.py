@@ -1,0 +1,271 @@
+"""The whole recipe in miniature: pretraining, CPT, pairs, RPO and the examination, on made-up medicine, in minutes.
+
+Every stage goes the product's own way: the same training loop, pair builder and examination as for real models. Run it
+again with the same folder and seed, and it goes on from where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from medtrain.trainer.demo.recipe import RECIPE, Recipe
+from medtrain.trainer.demo.table import conclusions, draw_table, format_table
+from medtrain.trainer.demo.texts import STYLE, WorldFiles, names_in, write_jsonl, write_world
+from medtrain.trainer.demo.world import World, make_world
+from medtrain.trainer.errors import bad_input
+
+ARMS = ("base", "cpt", "rpo", "cpt_rpo", "cpt_sft", "cpt_dpo")
+_NUM_THREADS = 2  # the model is so small that more threads only wait for one another
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run of the demo: its folder, seed and settings; ``say`` prints a line."""
+
+    out: Path
+    seed: int
+    recipe: Recipe
+    say: Callable[[str], None]
+
+    @property
+    def files(self) -> WorldFiles:
+        return WorldFiles(self.out / "world")
+
+    def model(self, arm: str) -> Path:
+        return self.out / arm / "model"
+
+    def pairs(self, arm: str) -> Path:
+        return self.out / "pairs" / f"{arm}.jsonl"
+
+
+def run_demo(out: Path | str, seed: int = 0, quiet: bool = False, recipe: Recipe = RECIPE) -> dict:
+    """Run all stages that ``out`` does not hold yet; returns what ``OUT/table.json`` holds.
+
+    Prints the table and writes ``table.json``, ``table.png``, and one folder a model. Raises :class:`InputError` where
+    ``out`` holds something else than a demo of this seed and these settings.
+    """
+    import torch
+
+    demo = Demo(Path(out), seed, recipe, (lambda line: None) if quiet else lambda line: print(line, flush=True))
+    _claim(demo)
+    began = time.monotonic()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, _NUM_THREADS))
+    try:
+        world = make_world(seed, recipe.sizes)
+        demo.say(_INTRODUCTION.format(out=demo.out, seed=seed, **_counts(demo)))
+        with _stage(demo, "world", f"{len(world.facts):,} facts, their texts, the examination"):
+            if not (demo.files.root / "tokenizer").is_dir():
+                write_world(world, recipe.corpus, demo.files.root)
+        with _stage(demo, "base", f"pretraining, {recipe.base_steps:,} steps"):
+            pretrain(demo)
+        with _stage(demo, "cpt", f"base, then the textbook, {recipe.cpt_steps:,} steps"):
+            continue_pretraining(demo)
+        for start in ("cpt", "base"):
+            with _stage(demo, "pairs", f"wrong reasoning sampled from {start}"):
+                make_pairs(demo, world, start)
+        preferences = {
+            "cpt_rpo": ("cpt", {}, "cpt, then RPO on its pairs"),
+            "rpo": ("base", {}, "base, then RPO on its pairs: no textbook"),
+            "cpt_sft": ("cpt", {"loss": "sft"}, "control: the chosen side alone"),
+            "cpt_dpo": ("cpt", {"alpha": 0.0}, "control: DPO, no likelihood term"),
+        }
+        for arm, (start, settings, what) in preferences.items():
+            with _stage(demo, arm, what):
+                prefer(demo, arm, start, **settings)
+        with _stage(demo, "exam", f"{len(ARMS)} models, with and without explanation"):
+            table = {arm: sit_exam(demo, arm, "test") for arm in ARMS}
+    finally:
+        torch.set_num_threads(threads)
+    _write_json(demo.out / "table.json", table)
+    rows = {arm: exam_rows(demo, arm, "test") for arm in ARMS}
+    draw_table(rows, demo.out / "table.png", seed=seed)
+    demo.say("\n" + format_table(table, rows))
+    demo.say("\n" + conclusions(table, rows))
+    demo.say(f"\ntable: {demo.out / 'table.json'}   picture: {demo.out / 'table.png'}")
+    demo.say(f"all of it took {time.monotonic() - began:.0f} s")
+    return table
+
+
+def pretrain(demo: Demo) -> None:
+    recipe = demo.recipe
+    shape = {
+        "model_type": "qwen2",
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": 2 * recipe.hidden_size,
+        "num_hidden_layers": recipe.num_hidden_layers,
+        "num_attention_heads": recipe.num_attention_heads,
+        "num_key_value_heads": recipe.num_attention_heads,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    _train(
+        demo,
+        "cpt",
+        "base",
+        model={"init": shape, "tokenizer": str(demo.files.tokenizer)},
+        data={"sources": _sources(demo, recipe.base_shares), "seq_len": 256},
+        optim={"lr": recipe.base_lr, "steps": recipe.base_steps, "batch_tokens": recipe.base_tokens}
+        | {"warmup_steps": min(50, recipe.base_steps // 10), "weight_decay": 0.01},
+    )
+
+
+def continue_pretraining(demo: Demo) -> None:
+    recipe = demo.recipe
+    total = sum(recipe.replay_shares.values())
+    shares = {name: recipe.replay * share / total for name, share in recipe.replay_shares.items()}
+    textbook = {"path": str(demo.files.textbook), "weight": 1 - recipe.replay, "name": "textbook"}
+    _train(
+        demo,
+        "cpt",
+        "cpt",
+        model={"path": str(demo.model("base"))},
+        data={"sources": [textbook, *_sources(demo, shares)], "seq_len": 256},
+        optim={"lr": recipe.cpt_lr, "steps": recipe.cpt_steps, "batch_tokens": recipe.cpt_tokens}
+        | {"warmup_steps": min(10, recipe.cpt_steps // 10), "weight_decay": 0.01},
+    )
+
+
+def make_pairs(demo: Demo, world: World, start: str) -> None:
+    """Pairs of one model: its own wrong explanations about train diseases against the ground truth's.
+
+    A model may name any disease while it reasons; pairs that name one of another kind are left out and counted.
+    """
+    from medtrain.trainer.exam.pairs import run_pairs
+
+    final = demo.pairs(start)
+    if final.is_file():
+        return
+    final.parent.mkdir(exist_ok=True)
+    raw = final.with_name(f"{start}-all.jsonl")
+    run_pairs(
+        demo.model(start),
+        demo.files.exam("train"),
+        raw,
+        strategy="explanation",
+        num_paths=demo.recipe.num_paths,
+        seed=demo.seed,
+        max_new_tokens=demo.recipe.max_new_tokens,
+        style=STYLE,
+        dtype="float32",
+    )
+    rows = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
+    allowed = set(world.diseases["train"]) | set(world.diseases["general"])
+    kept = [row for row in rows if names_in(world, row["prompt"] + row["chosen"] + row["rejected"]) <= allowed]
+    write_jsonl(final, kept)
+    demo.say(f"         {len(kept)} pairs; {len(rows) - len(kept)} left out, for they name a disease of the exams")
+
+
+def prefer(demo: Demo, arm: str, start: str, **rpo: object) -> None:
+    """Train on the pairs of ``start``: RPO, or a control of it by other ``rpo`` settings."""
+    recipe = demo.recipe
+    _train(
+        demo,
+        "rpo",
+        arm,
+        model={"path": str(demo.model(start))},
+        data={"pairs": [{"path": str(demo.pairs(start))}], "max_length": 256},
+        optim={"lr": recipe.rpo_lr, "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
+        | {"warmup_steps": min(6, recipe.rpo_steps // 10), "weight_decay": 0.0},
+        rpo={"beta": recipe.beta, "alpha": recipe.alpha} | rpo,
+    )
+
+
+def sit_exam(demo: Demo, arm: str, kind: str) -> dict:
+    """One model's examination about diseases of one kind: ``answer``, ``explain``, ``gap``."""
+    from medtrain.trainer.exam.evaluate import evaluate
+
+    result = evaluate(
+        demo.model(arm),
+        demo.files.exam(kind),
+        out=demo.out / "exams" / kind / arm,
+        style=STYLE,
+        max_new_tokens=demo.recipe.max_new_tokens,
+        max_answer_tokens=4,
+        dtype="float32",
+    )
+    return {"answer": result["answer"], "explain": result["explain"], "gap": result["explanation_gap"]}
+
+
+def exam_rows(demo: Demo, arm: str, kind: str) -> dict[str, list[dict]]:
+    """What :func:`sit_exam` left of each question, by mode."""
+    folder = demo.out / "exams" / kind / arm
+    return {
+        mode: [json.loads(line) for line in (folder / f"outputs-{mode}.jsonl").read_text("utf-8").splitlines()]
+        for mode in ("answer", "explain")
+    }
+
+
+def _train(demo: Demo, stage: str, name: str, **sections: dict) -> None:
+    from medtrain.trainer.config import config_from_dict
+    from medtrain.trainer.loop import train
+
+    if demo.model(name).is_dir():  # appears whole, at the very end
+        return
+    sections["data"] = sections["data"] | {"cache": str(demo.out / "cache")}
+    sections["optim"] = sections["optim"] | {"micro_batch_tokens": 8192}
+    tree = sections | {
+        "precision": {"compute": "float32"},
+        "checkpoint": {"every": 100_000},
+        "run": {"out": str(demo.out / name), "seed": demo.seed},
+    }
+    if train(config_from_dict(stage, tree), quiet=True).interrupted:
+        raise KeyboardInterrupt
+
+
+def _sources(demo: Demo, shares: dict[str, float]) -> list[dict]:
+    return [
+        {"path": str(demo.files.pretraining(name)), "weight": share, "name": name} for name, share in shares.items()
+    ]
+
+
+@contextmanager
+def _stage(demo: Demo, name: str, what: str):
+    began = time.monotonic()
+    yield
+    demo.say(f"{name:8} {what:52} {time.monotonic() - began:5.1f} s")
+
+
+def _claim(demo: Demo) -> None:
+    """Make the folder this demo's, or find that it is."""
+    record = {"seed": demo.seed, "recipe": demo.recipe.plain()}
+    path = demo.out / "demo.json"
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+        if before != json.loads(json.dumps(record)):
+            raise bad_input(
+                "holds a demo of another seed or other settings", file=demo.out, expected="another --out folder"
+            )
+        return
+    if demo.out.exists() and (not demo.out.is_dir() or any(demo.out.iterdir())):
+        raise bad_input("holds other things than a demo", file=demo.out, expected="a new or empty --out folder")
+    demo.out.mkdir(parents=True, exist_ok=True)
+    _write_json(path, record)
+
+
+def _write_json(path: Path, value: object) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _counts(demo: Demo) -> dict[str, int]:
+    sizes = demo.recipe.sizes
+    return {"textbook": sizes.train + sizes.dev + sizes.test, "train": sizes.train, "test": sizes.test}
+
+
+_INTRODUCTION = """\
+A made-up medicine (seed {seed}): diseases, findings and drugs that do not exist, in Japanese.
+A tiny model learns to read and to sit examinations on some diseases (base), reads a textbook on {textbook} others (CPT),
+and learns from its own wrong explanations about {train} of them (RPO). The exam asks about {test} more of the textbook's
+diseases, once for the answer alone and once for an explanation that ends with the answer.
+Everything is written to {out}
+"""
