@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import click
@@ -24,10 +25,14 @@ class _Group(click.Group):
         return list(self.commands)  # in the order of the recipe, not of the alphabet
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main() -> None:
     """Continued pretraining (CPT) and Reasoning Preference Optimization (RPO) for Hugging Face checkpoints."""
+
+
+def _print_json(result: dict) -> None:
+    click.echo(json.dumps(result, ensure_ascii=False, indent=2))
 
 
 CONFIG = click.argument("config", type=click.Path())
@@ -57,6 +62,76 @@ def cpt(config: str, overrides: tuple[str, ...]) -> None:
 def rpo(config: str, overrides: tuple[str, ...]) -> None:
     """Optimize preferences between reasoning paths, as CONFIG.yaml says."""
     _train("rpo", config, overrides)
+
+
+@main.command()
+@CONFIG
+@OVERRIDES
+def pairs(config: str, overrides: tuple[str, ...]) -> None:
+    """Sample reasoning on questions, grade it, and write preference pairs, as CONFIG.yaml says."""
+    from medtrain.trainer.config import load_pairs_config
+    from medtrain.trainer.exam.pairs import run_pairs
+    from medtrain.trainer.exam.prompts import PromptStyle
+
+    settings = load_pairs_config(config, overrides)
+    summary = run_pairs(
+        settings.model,
+        settings.questions,
+        settings.out,
+        strategy=settings.strategy,
+        num_paths=settings.num_paths,
+        max_per_question=settings.max_per_question,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+        engine=settings.engine,
+        style=PromptStyle(chat=settings.chat),
+        demonstrations=settings.demonstrations,
+    )
+    _print_json(summary)
+
+
+@main.command("eval")
+@click.option("--model", required=True, type=click.Path(), help="A Hugging Face folder.")
+@click.option("--exam", required=True, type=click.Path(), help="Questions, JSON Lines.")
+@click.option("--out", required=True, type=click.Path(), help="Where exam.json and the outputs go.")
+@click.option("--mode", type=click.Choice(["answer", "explain", "both"]), default="both", show_default=True)
+@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
+@click.option("--demonstrations", type=click.Path(), help="Worked examples for a few-shot prompt, JSON Lines.")
+@click.option("--chat", is_flag=True, help="Use the checkpoint's chat template (instruct models).")
+@click.option("--images", is_flag=True, help="Ask what needs an image too; such questions are left out otherwise.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many questions.")
+def evaluate(**options) -> None:
+    """Sit an exam, for the answer alone and with explanation; prints and writes exam.json."""
+    from medtrain.trainer.exam.evaluate import run_eval
+
+    _print_json(run_eval(**options, echo=lambda line: click.echo(line, err=True)))
+
+
+@main.command()
+@click.option("--exam", required=True, type=click.Path(), help="Questions, JSON Lines.")
+@click.option(
+    "--predictions", required=True, type=click.Path(), help="Rows {problem_id, prediction} or {problem_id, output}."
+)
+@click.option("--details", type=click.Path(), help="Write one object a question here.")
+def score(exam: str, predictions: str, details: str | None) -> None:
+    """Score predictions by the official rule; prints JSON."""
+    from medtrain.trainer.exam.scoring import run_score
+
+    _print_json(run_score(exam, predictions, details))
+
+
+@main.command()
+@click.option(
+    "--out", type=click.Path(), default="demo-out", show_default=True, help="A new folder, or one to go on in."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed is another world.")
+def demo(out: str, seed: int) -> None:
+    """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
+    from medtrain.trainer.demo.run import run_demo
+
+    run_demo(out, seed)
 
 
 @main.command()

@@ -139,6 +139,24 @@ class Config:
         return sorted(names)
 
 
+@dataclass(frozen=True)
+class PairsConfig:
+    """``medtrain pairs``: questions with answers -> sampled and graded reasoning -> preference pairs."""
+
+    model: str  # a Hugging Face folder
+    questions: str  # exam questions, JSON Lines; `explanation` where the strategy needs it
+    out: str  # the pairs, JSON Lines
+    strategy: Literal["explanation", "sampled", "both"] = "both"  # ground truth | right path over the wrong path
+    num_paths: int = 8  # sampled a question
+    max_per_question: int = 8
+    temperature: float = 1.0
+    max_new_tokens: int = 1024
+    engine: Literal["hf", "vllm"] = "hf"
+    chat: bool = False  # use the checkpoint's chat template
+    demonstrations: str | None = None  # worked examples for a few-shot prompt
+    seed: int = 0
+
+
 # Settings that change speed, memory or bookkeeping but not what is learned: a run may be continued with others.
 FREE_SETTINGS = (
     "optim.micro_batch_tokens",
@@ -161,6 +179,29 @@ def load_config(stage: Stage | None, path: str | Path | None, overrides: typing.
     Raises:
         InputError: unreadable file, bad YAML, unknown key, wrong type, value out of range.
     """
+    tree = _read_tree(path, overrides)
+    if stage is None:
+        data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
+        stage = tree.get("stage") or ("rpo" if data.get("pairs") and not data.get("sources") else "cpt")
+        if stage not in typing.get_args(Stage):
+            raise bad_input("not a known choice", file=path, field="stage", found=stage, expected="cpt | rpo")
+    return config_from_dict(stage, tree, file=path)
+
+
+def load_pairs_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> PairsConfig:
+    """As :func:`load_config`, for ``medtrain pairs``."""
+    config = _build(PairsConfig, _read_tree(path, overrides), "", path, set())
+    for name in ("num_paths", "max_per_question", "max_new_tokens"):
+        if getattr(config, name) < 1:
+            raise bad_input("out of range", file=path, field=name, found=getattr(config, name), expected="1 or more")
+    if config.temperature <= 0:
+        raise bad_input(
+            "out of range", file=path, field="temperature", found=config.temperature, expected="more than 0"
+        )
+    return config
+
+
+def _read_tree(path: str | Path | None, overrides: typing.Sequence[str]) -> dict[str, Any]:
     tree: Any = {}
     if path is not None:
         try:
@@ -180,12 +221,7 @@ def load_config(stage: Stage | None, path: str | Path | None, overrides: typing.
             raise bad_input("not a config", file=path, found=type(tree).__name__, expected="a mapping of sections")
     for override in overrides:
         _apply_override(tree, override)
-    if stage is None:
-        data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
-        stage = tree.get("stage") or ("rpo" if data.get("pairs") and not data.get("sources") else "cpt")
-        if stage not in typing.get_args(Stage):
-            raise bad_input("not a known choice", file=path, field="stage", found=stage, expected="cpt | rpo")
-    return config_from_dict(stage, tree, file=path)
+    return tree
 
 
 def config_from_dict(stage: Stage, tree: dict[str, Any], file: str | Path | None = None) -> Config:
@@ -235,15 +271,16 @@ def _list_index(node: list, part: str, key: str) -> int:
     return int(part)
 
 
-def _build(cls, tree, prefix, file, given, skip=frozenset(), fixed=None):
+def _build(cls, tree, prefix, file, given, skip=frozenset(), fixed=None, known_keys=None):
+    known_keys = _all_keys(cls) if known_keys is None else known_keys
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls) if f.name not in skip}
     values = dict(fixed or {})
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if key not in known:
-            raise _unknown_key(name, file)
-        values[key] = _convert(value, hints[key], name, file, given)
+            raise _unknown_key(name, file, known_keys)
+        values[key] = _convert(value, hints[key], name, file, given, known_keys)
     for f in known.values():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in values:
@@ -251,33 +288,32 @@ def _build(cls, tree, prefix, file, given, skip=frozenset(), fixed=None):
     return cls(**values)
 
 
-def _all_keys() -> list[str]:
+def _all_keys(cls) -> list[str]:
+    """Dotted names of a settings class: its fields, and those of its sections."""
     keys = []
-    for section in dataclasses.fields(Config):
-        if section.name in ("stage", "given"):
+    for name, hint in typing.get_type_hints(cls).items():
+        if name in ("stage", "given"):
             continue
-        keys.append(section.name)
-        keys += [f"{section.name}.{f.name}" for f in dataclasses.fields(typing.get_type_hints(Config)[section.name])]
+        keys.append(name)
+        if dataclasses.is_dataclass(hint):
+            keys += [f"{name}.{f.name}" for f in dataclasses.fields(hint)]
     return keys
 
 
-def _unknown_key(name: str, file) -> InputError:
+def _unknown_key(name: str, file, keys: list[str]) -> InputError:
     # Two ways to be near: the right setting in the wrong section, or a typing slip.
-    keys = _all_keys()
     by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
     last = name.rsplit(".", 1)[-1]
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     if not near:
         near = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
-    hint = (
-        f"the nearest known key, '{near[0]}'"
-        if near
-        else "one of the sections " + ", ".join(k for k in keys if "." not in k)
+    top = ", ".join(key for key in keys if "." not in key)
+    return bad_input(
+        "unknown key", file=file, field=name, expected=f"the nearest known key, '{near[0]}'" if near else top
     )
-    return bad_input("unknown key", file=file, field=name, expected=hint)
 
 
-def _convert(value: Any, hint: Any, name: str, file, given: set[str]) -> Any:
+def _convert(value: Any, hint: Any, name: str, file, given: set[str], known_keys: list[str]) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
         if hint is Source and isinstance(value, str):
@@ -286,13 +322,13 @@ def _convert(value: Any, hint: Any, name: str, file, given: set[str]) -> Any:
             value = {}
         if not isinstance(value, dict):
             raise bad_input("wrong type", file=file, field=name, found=value, expected="a mapping")
-        return _build(hint, value, f"{name}.", file, given)
+        return _build(hint, value, f"{name}.", file, given, known_keys=known_keys)
     given.add(name)
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return _convert(value, inner[0], name, file, given)
+        return _convert(value, inner[0], name, file, given, known_keys)
     if origin is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:
@@ -301,7 +337,9 @@ def _convert(value: Any, hint: Any, name: str, file, given: set[str]) -> Any:
     if origin is list:
         if not isinstance(value, list):
             raise bad_input("wrong type", file=file, field=name, found=value, expected="a list")
-        return [_convert(v, typing.get_args(hint)[0], f"{name}.{i}", file, given) for i, v in enumerate(value)]
+        return [
+            _convert(v, typing.get_args(hint)[0], f"{name}.{i}", file, given, known_keys) for i, v in enumerate(value)
+        ]
     if origin is dict:
         if not isinstance(value, dict):
             raise bad_input("wrong type", file=file, field=name, found=value, expected="a mapping")
