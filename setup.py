@@ -26,9 +26,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        # flash-attn is a source distribution: install it after torch, with --no-build-isolation.
-        "gpu": ["liger-kernel>=0.8.5"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "setuptools>=68"],
     },
     entry_points={"console_scripts": ["medtrain=medtrain.trainer.cli:main"]},
 )

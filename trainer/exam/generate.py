@@ -80,7 +80,7 @@ class HFEngine:
                 "nothing could end an output: the model and its tokenizer name no eos token and there is no stop string"
             )
         ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
-        self._check_lengths(ids, max_new_tokens)
+        self._check_ids(ids, max_new_tokens)
         outputs: list[Output | None] = [None] * len(ids)
         with self._generating(), torch.random.fork_rng(self._cuda_devices()):
             for number, batch in enumerate(self._batches(ids, max_new_tokens)):
@@ -100,7 +100,7 @@ class HFEngine:
         if not all(prompt_ids) or not all(completion_ids):
             raise bad_input("a prompt or completion without tokens has no log-prob")
         rows = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-        self._check_lengths(rows, 0)
+        self._check_ids(rows, 0)
         sums = [0.0] * len(rows)
         with self._generating():
             for batch in self._batches(rows, 0):
@@ -116,11 +116,18 @@ class HFEngine:
                     sums[index] = float(logps[row, -len(completion_ids[index]) :].double().sum())
         return sums
 
-    def _check_lengths(self, ids: list[list[int]], max_new_tokens: int) -> None:
+    def _check_ids(self, ids: list[list[int]], max_new_tokens: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
         for number, row in enumerate(ids, start=1):
             if not row:
                 raise bad_input(f"prompt {number} is empty: it has no tokens to go on from")
+            if max(row) >= vocabulary:
+                raise bad_input(
+                    "the tokenizer is not this model's",
+                    found=f"token id {max(row)} in prompt {number}",
+                    expected=f"ids below {vocabulary}",
+                )
             if limit is not None and len(row) + max_new_tokens > limit:
                 raise bad_input(
                     f"prompt {number} is too long for the model",
@@ -293,16 +300,18 @@ def load_engine(
         raise bad_input("unknown", field="dtype", found=dtype, expected="auto, float32, bfloat16 or float16")
     if engine == "vllm":
         return VLLMEngine(folder, dtype=dtype)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from medtrain.trainer.tokenizer import read_tokenizer
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = read_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), local_files_only=True
         ).to(device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers and safetensors raise many kinds, and all mean the same to the user
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise bad_input("the checkpoint cannot be loaded", file=folder, found=first_line) from error
     return HFEngine(model, tokenizer, batch_tokens=batch_tokens)
