@@ -122,9 +122,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     folder.check(config.settings(), objective.digests)
     last = folder.last_checkpoint()
     if last is not None and last[0] == steps and folder.model.is_dir():
-        row = folder.last_row()
-        display.say(_summary(folder, row, 0, 0.0))
-        return TrainResult(folder.root, folder.model, row)
+        if world.is_main:
+            display.say(_summary(folder, 0, 0.0))
+        return TrainResult(folder.root, folder.model, folder.rows()[-1])
     world.barrier()  # all ranks have looked before rank 0 writes
     if world.is_main:
         _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
@@ -237,7 +237,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if done < steps or not folder.model.is_dir():
         dtype = _export_dtype(config, prepared.compute_dtype)
         export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path)
-    display.say(_summary(folder, row, steps - done, time.monotonic() - began))
+    if world.is_main:
+        display.say(_summary(folder, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.model, row)
 
 
@@ -396,10 +397,25 @@ def _heldout_line(row: dict[str, Any]) -> str:
     return f"held-out at step {row['step']}: {numbers}"
 
 
-def _summary(folder: RunFolder, row: dict[str, Any], steps: int, seconds: float) -> str:
+def _summary(folder: RunFolder, steps: int, seconds: float) -> str:
+    """The closing lines: first and last value of what matters, over the whole run and all its starts."""
+    rows = folder.rows()
+    trained = [row for row in rows if "loss" in row]
+    heldout = [row for row in rows if any(name.startswith("heldout/") for name in row)]
     lines = [f"done: {steps:,} steps in {duration(seconds)}" if steps else "already complete"]
-    if "loss" in row:
-        lines.append(f"last step: loss {row['loss']:.4f}, {row['tokens_total']:,} tokens counted in all")
+
+    def span(name: str, within: list[dict[str, Any]]) -> str:
+        return f"{name} {within[0][name]:.4f} -> {within[-1][name]:.4f}"
+
+    names = [name for name in ("loss", "rewards/margin", "rewards/accuracy") if name in trained[-1]]
+    lines.append("  ".join(span(name, trained) for name in names))
+    if heldout:
+        watched = ("bits_per_byte", "heldout/loss", "rewards/margin", "rewards/accuracy")
+        lines.append("  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched)))
+    lines.append(
+        f"{trained[-1]['tokens_total']:,} tokens counted, "
+        f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
+    )
     lines.append(f"model: {folder.model}   metrics: {folder.metrics}   ledger: {folder.ledger}")
     return "\n".join(lines)
 

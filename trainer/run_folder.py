@@ -95,9 +95,9 @@ class RunFolder:
         temporary.write_bytes(b"".join(kept))
         temporary.replace(self.metrics)
 
-    def last_row(self) -> dict[str, Any]:
-        """The last row of metrics.jsonl of a run that is complete."""
-        return json.loads(self.metrics.read_text(encoding="utf-8").splitlines()[-1])
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl so far."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:

@@ -1,14 +1,18 @@
 """What the answer parser reads, and what it refuses to guess."""
 
+import json
 import string
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medtrain.trainer.exam.parse import parse_output
-from medtrain.trainer.exam.questions import Question
+from medtrain.trainer.exam.questions import Question, load_questions
+
+JMLE = Path(__file__).parents[3] / "shared/data/jmle2026"
 
 FIVE = Question(
     "X1",
@@ -137,6 +141,13 @@ READ = [
     ("c. 白い薬", "c"),
     ("白い薬", "c"),
     ("- a\n- c", "ac"),
+    # reasoning that speaks of the question, and of answers on the way
+    ("The question: which drug? a is old. So answer c.\n\n答え: c", "c"),
+    ("Question: which drug is best? Probably white.\nSo c.", "c"),
+    ("Maybe a? So answer a. But the question: which is best? Thus c.\n答え: c", "c"),
+    ("So answer c.", "c"),
+    ("I'd say white. I'll choose c.", "c"),
+    ("a is old, b is new. Therefore c.", "c"),
     # self-made questions after the answer
     ("答え: c\n\n問題: 次はどれか。\na. あ\nb. い\n答え: a", "c"),
     ("答え: c\n\n【問題】次はどれか。\n答え: a", "c"),
@@ -195,6 +206,9 @@ REFUSED = [
     "<think>答え: c",
     "説明の途中\n\n問題: 次はどれか。\n答え: a",
     "問題: 別の問題はどれか。\n答え: a",
+    "I am not sure.\n\nQuestion: which?\na. one\nb. two\nAnswer: a",
+    "So a patient may recover.",
+    "I would not choose a.",
     "一般に答え合わせは大切である。",
     "正解率は80%である。",
     "回答者は30人。",
@@ -271,6 +285,7 @@ def test_reads_on_from_a_prompt_that_ends_with_the_marker(output, letters):
         ("解答: ①②mL", None),
         ("答え: c", None),
         ("計算すると26である", None),
+        ("①163\n②27.3%\n計算過程", None),
         ("答え: 26\n答え: 27", None),
     ],
 )
@@ -369,8 +384,36 @@ def test_a_marked_number_is_read_after_any_explanation(before, number, unit):
 
 
 def test_reading_takes_linear_time():
-    for piece in ("答え", "答え: ", "a, ", "「" * 3, "正解はcではない。", "問題: ", "\n- a", " ", "①", "1,"):
+    for piece in (
+        "答え",
+        "答え: ",
+        "a, ",
+        "「" * 3,
+        "正解はcではない。",
+        "問題: ",
+        "\n- a",
+        " ",
+        "①",
+        "1,",
+        "問題: " + FIVE.problem_text,
+    ):
         text = piece * (20_000 // len(piece))
         began = time.perf_counter()
         parse_output(text, FIVE), parse_output(text, NUMERIC)
         assert time.perf_counter() - began < 2, piece
+
+
+@pytest.mark.skipif(not JMLE.is_dir(), reason=f"the examination data is not at {JMLE}")
+def test_real_reasoning_is_read_as_its_last_line_says():
+    questions = {q.problem_id: q for q in load_questions(JMLE / "questions.jsonl")}
+    rows = [json.loads(line) for line in (JMLE / "pairs.jsonl").read_text().splitlines()]
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            reasoning, _, last = row[side].rstrip().rpartition("\n答え: ")
+            parsed = parse_output(row[side], questions[row["question_id"]])
+            assert sorted(last.split(",")) == list(parsed.letters), (row["question_id"], parsed)
+            # Without that line most traces still say their answer in words; what is read then is hardly ever another.
+            spoken = parse_output(reasoning, questions[row["question_id"]])
+            row[side] = "unread" if spoken.failure else spoken.letters == parsed.letters
+    spoken = [row[side] for row in rows for side in ("chosen", "rejected")]
+    assert spoken.count(True) > len(spoken) / 2 and spoken.count(False) <= 5

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medtrain.trainer.demo.recipe import RECIPE, Recipe
-from medtrain.trainer.demo.table import conclusions, draw_table, format_table
+from medtrain.trainer.demo.table import conclusions, draw_table, format_table, marks_of
 from medtrain.trainer.demo.texts import STYLE, WorldFiles, names_in, write_jsonl, write_world
 from medtrain.trainer.demo.world import World, make_world
 from medtrain.trainer.errors import bad_input
@@ -83,10 +83,10 @@ def run_demo(out: Path | str, seed: int = 0, quiet: bool = False, recipe: Recipe
     finally:
         torch.set_num_threads(threads)
     _write_json(demo.out / "table.json", table)
-    rows = {arm: exam_rows(demo, arm, "test") for arm in ARMS}
-    draw_table(rows, demo.out / "table.png", seed=seed)
-    demo.say("\n" + format_table(table, rows))
-    demo.say("\n" + conclusions(table, rows))
+    marks = {arm: marks_of(exam_rows(demo, arm, "test")) for arm in ARMS}
+    draw_table(table, marks, demo.out / "table.png", title=f"medtrain demo, made-up medicine, seed {seed}")
+    demo.say("\n" + format_table(table, marks))
+    demo.say("\n" + conclusions(table, marks))
     demo.say(f"\ntable: {demo.out / 'table.json'}   picture: {demo.out / 'table.png'}")
     demo.say(f"all of it took {time.monotonic() - began:.0f} s")
     return table

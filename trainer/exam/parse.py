@@ -72,11 +72,12 @@ _MARKED = re.compile(
     rf"|(?:^|\n)[ #*]*(?P<heading>最終(?:的な|的に|の)?)?{_NOUN}[ #*]*(?=\n| )"
     r"|\\boxed(?=\{)"
 )
-_CONCLUSION = r"(?:したがって|従って|よって|以上より|以上から|ゆえに|故に|therefore|thus|hence)"
+_CONCLUSION = r"(?:したがって|従って|よって|以上より|以上から|ゆえに|故に|therefore|thus|hence|so)"
 _SPOKEN = re.compile(
     rf"{_FINAL}{_NOUN}(?:は|が|としては"
     r"| (?:is|are|would be|must be|should be)(?: therefore| thus| most likely| clearly)?(?![a-z]))"
-    r"|(?<![a-z])i (?:would )?(?:choose|select|pick)(?![a-z])"
+    r"|(?<![a-z])(?:so|thus|therefore|hence),? (?:the )?(?:correct |best )?answer(?: is)?(?: likely| probably)?(?![a-z:])"
+    r"|(?<![a-z])(?:i|i would|i'll|i will|so|thus|therefore|let's),? (?:choose|select|pick|go with)(?![a-z])"
 )
 _CONCLUDED = re.compile(rf"(?:^|[。.\n])[ ]*{_CONCLUSION}[、,]?(?=[ ]*\S)")
 _SPOKEN_AFTER = re.compile(
@@ -101,11 +102,13 @@ _OR = re.compile(
     r"[ ]*(?:,|、)?[ ]*(?:または|又は|もしくは|あるいは|(?<![a-z])or(?![a-z])|か(?=[ ]*[^らつの])|/|\||~|-|–|→|vs)[ ]*"
 )
 _HEADER = re.compile(
-    r"(?:^|\n)[ #*>\-]*(?:[【\[「<](?:次の)?(?:問題|設問|例題|問|question|problem)[ ]*\d*[】\]」>]"
-    r"|(?:次の|新しい|new |next )?(?:問題|設問|例題|問|question|problem|q)[ ]*\d*[ *]*(?:[:.](?!\d)|(?=[ ]*(?:\n|$))))"
-    r"|(?<=[\s。.])(?:次の)?(?:問題|question)[ ]*\d*[ ]*:"
-    r"|\n[ #*]*(?:user|human|ユーザー|### ?(?:instruction|指示|input|入力))[ ]*:"
+    r"(?:^|\n)[ #*>\-]*(?:[【\[「<](?:次の)?(?:問題|設問|例題|問)[ ]*\d*[】\]」>]"
+    r"|(?:次の|新しい)?(?:問題|設問|例題|問)[ ]*\d*[ *]*(?:[:.](?!\d)|(?=[ ]*(?:\n|$)))"
+    r"|(?:user|human|ユーザー|instruction|指示)[ ]*:"
+    r"|(?P<english>[【\[<]?(?:new |next )?(?:question|problem|q)[ ]*\d*[】\]>]?[ *]*(?:[:.](?!\d)|(?=[ ]*(?:\n|$)))))"
+    r"|(?P<inline>(?<=[\s。.])(?:次の)?(?:問題|question)[ ]*\d*[ ]*:)"
 )
+_OWN_CHOICES = re.compile(r"\n[ \-*]*\(?a[.):][^\n]*\n[ \-*]*\(?b[.):]")
 _CONTROL = re.compile(r"<\|(?:endoftext|im_end|im_start|eot_id|end_of_text|end|eom_id)\|>|</s>|<(?:eos|end_of_turn)>")
 _NUMBER = re.compile(r"[+\-]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|[+\-]?\.[0-9]+")
 
@@ -200,14 +203,28 @@ class _Parser:
         return self.output[start:end].strip()
 
     def _before_new_question(self, start: int, end: int, cue: bool) -> int:
-        """Where the first question that is not this one begins; a model may restate this one before it answers."""
+        """Where the first question that is not this one begins.
+
+        A header begins one if this question has been answered before it. Without an answer it is judged: a model may
+        restate this question before it answers, and speak of "the question: ..." while it reasons.
+        """
         own = squeeze(self.question.problem_text.translate(_FOLD))[:16]
-        since = start
+        since, answers = start, []
         for header in _HEADER.finditer(self.text, start, end):
-            restated = squeeze(self.text[header.end() : header.end() + 200]).lstrip("】」]:*").startswith(own)
-            if not restated or self._statements(since, header.start(), cue and since == start):
-                return header.start()
-            since = header.start()
+            before, since = since, header.start()
+            answers += self._statements(before, since, cue and before == start)
+            marked = [answer for answer in answers if answer.rank >= _MARKED_RANK]
+            if header["inline"]:
+                between = self.text[answers[-1].end : since] if answers else None
+                if between is None or between.strip(" 。.*"):
+                    continue
+                return since
+            if marked or (not answers and self._bare_lines(before, since)):
+                return since
+            following = self.text[header.end() : min(end, header.end() + 2000)]
+            restated = squeeze(following[:200]).lstrip("】」]:*").startswith(own)
+            if not restated and (not header["english"] or _OWN_CHOICES.search(following)):
+                return since
         return end
 
     # Finding statements
@@ -260,6 +277,8 @@ class _Parser:
         """Readings of an output without statements: a first or last line, or a whole list, of nothing but letters."""
         spans = [m.span() for m in re.finditer(r"[^\n]+", self.text[start:end]) if m[0].strip()]
         spans = [(start + a, start + b) for a, b in spans]
+        if self.question.is_numeric and len(spans) > 1 and len(set(_SLOTS) & set(self.text[start:end])) > 1:
+            return []  # boxes filled line by line, or calculations numbered like boxes
         lines = [self._read(a, a, b, _BARE) for a, b in spans]
         bullets = all(re.match(r"[ ]*[-*•・]", self.text[a:b]) for a, b in spans)
         if len(spans) > 1 and bullets:

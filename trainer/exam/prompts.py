@@ -47,8 +47,8 @@ class PromptStyle:
     ``question`` may use ``{text}`` and ``{choices}``; ``choice`` ``{letter}`` and ``{text}``. ``joint`` stands between
     question and marker and before the answer line, ``lead`` between a marker and what follows, ``shot_joint`` between
     worked examples. ``answer_as`` is ``letters`` or ``text`` (the text of the choice). ``answer_end`` ends the answer
-    (see :class:`Stop`), ``stops`` end an output anywhere. ``instruction_*`` open the prompt; ``chat`` uses the
-    tokenizer's chat template, with the ``system`` message if there is one.
+    (see :class:`Stop`), ``stops`` end an output anywhere; both are for plain prompts. ``instruction_*`` open the prompt;
+    ``chat`` uses the tokenizer's chat template, with the ``system`` message if there is one.
     """
 
     question: str = "問題: {text}\n{choices}"
@@ -167,9 +167,9 @@ class PromptStyle:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def stop(self, mode: str) -> Stop:
-        """Where outputs of this mode end. Chat models end their turn themselves, so only ``stops`` cut them."""
+        """Where outputs of this mode end. A chat model ends its turn itself and may restate the question before."""
         if self.chat:
-            return Stop(self.stops)
+            return Stop()
         return Stop(self.stops, "" if mode == "answer" else self.answer_marker, self.answer_end)
 
     def parse_settings(self, mode: str) -> dict:
