@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -182,7 +183,9 @@ def test_sampling_follows_the_seed_and_leaves_the_random_state_alone(unsure_mode
 
 def test_settings_of_the_checkpoint_do_not_leak_into_an_exam(model, tokenizer):
     before = model.generation_config
-    model.generation_config = type(before)(do_sample=True, temperature=5.0, repetition_penalty=9.0, max_length=3)
+    model.generation_config = type(before)(
+        do_sample=True, temperature=5.0, max_length=3, suppress_tokens=[tokenizer.convert_tokens_to_ids("b")]
+    )
     try:
         out = HFEngine(model, tokenizer).generate(["："], max_new_tokens=40)[0]
     finally:
@@ -327,6 +330,30 @@ def test_a_run_that_was_killed_goes_on_from_its_last_whole_row(checkpoint, exam,
     assert evaluate(checkpoint, exam, out=out, mode="explain", style=STYLE, max_new_tokens=40) == whole
 
 
+def test_a_run_killed_twice_keeps_the_rows_of_both_times(checkpoint, exam, tmp_path):
+    out = tmp_path / "out"
+    settings = {"out": out, "mode": "explain", "style": STYLE, "max_new_tokens": 40, "batch_tokens": 1}
+
+    def kill_after(count):
+        def progress(mode, done, total):
+            if done == count:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, exam, progress=kill_after(1), **settings)
+    partial = out / "outputs-explain.partial.jsonl"
+    assert len(partial.read_text().splitlines()) == 1
+    with open(partial, "a") as file:
+        file.write('{"problem_id": "cut off he')
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, exam, progress=kill_after(2), **settings)
+    seen = []
+    result = evaluate(checkpoint, exam, progress=lambda *a: seen.append(a), **settings)
+    assert seen[0] == ("explain", 2, 3) and result["explain"]["questions"] == 3
+
+
 def test_modes_may_be_run_one_after_the_other(checkpoint, exam, tmp_path):
     settings = {"out": tmp_path / "out", "style": STYLE, "max_new_tokens": 40}
     assert evaluate(checkpoint, exam, mode="answer", **settings)["explanation_gap"] is None
@@ -385,6 +412,17 @@ def test_the_digest_sees_one_changed_weight_and_not_the_date(checkpoint, model, 
     assert model_digest(checkpoint) != before
 
 
+@pytest.mark.parametrize("place", [0, 75_000, 149_999])
+def test_the_digest_samples_the_beginning_middle_and_end_of_a_large_tensor(tmp_path, place):
+    (tmp_path / "config.json").write_text("{}")
+    weight = torch.zeros(150_000)
+    save_file({"w": weight}, tmp_path / "model.safetensors")
+    before = model_digest(tmp_path)
+    weight[place] = 1
+    save_file({"w": weight}, tmp_path / "model.safetensors")
+    assert model_digest(tmp_path) != before
+
+
 def test_run_eval_asks_image_questions_only_when_told_to(checkpoint, exam, tmp_path):
     said = []
     result = run_eval(checkpoint, exam, tmp_path / "a", "answer", images=True, echo=said.append)
@@ -441,6 +479,8 @@ def test_pairs_follow_the_seed_and_the_question_alone():
     settings = {"strategy": "sampled", "max_per_question": 2, "style": STYLE}
     runs = [build_pairs(QUESTIONS[:2], both, seed=seed, **settings)[0] for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
+    truths = [build_pairs(QUESTIONS[:1], both, seed=s, **settings | {"strategy": "explanation"})[0] for s in range(9)]
+    assert len({row["rejected"] for rows in truths for row in rows}) == len(WRONG)
     alone, _ = build_pairs(QUESTIONS[1:2], both, seed=1, **settings)
     assert alone == [row for row in runs[0] if row["question_id"] == "2"]
 
