@@ -22,7 +22,10 @@ def test_every_module_of_the_top_level_folders_goes_into_a_wheel():
 
 
 def test_the_command_starts_from_another_folder_and_as_a_module(tmp_path):
-    for words in (["-m", "medtrain", "--version"], ["-c", "from medtrain.trainer.cli import main; main(['--version'])"]):
+    for words in (
+        ["-m", "medtrain", "--version"],
+        ["-c", "from medtrain.trainer.cli import main; main(['--version'])"],
+    ):
         done = subprocess.run(
             [sys.executable, *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
         )

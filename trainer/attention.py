@@ -11,7 +11,8 @@ backend is chosen once by :func:`select_backend`, printed, and written into the 
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib
 import inspect
 from dataclasses import dataclass
 
@@ -25,7 +26,10 @@ NAME = "medtrain_varlen"  # the attn_implementation of every model that medtrain
 def select_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for this device and compute dtype: ``flash_attn``, ``torch_varlen`` or ``sdpa``."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        if importlib.util.find_spec("flash_attn") is not None:
+        with contextlib.suppress(
+            ImportError, AttributeError
+        ):  # other packages share the name flash_attn; only the function counts
+            importlib.import_module("flash_attn").flash_attn_varlen_func  # noqa: B018
             return "flash_attn"
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return "torch_varlen"
@@ -53,10 +57,10 @@ class PackedLayout:
 
 
 def packed_layout(cu_seqlens: torch.Tensor, max_seqlen: int, backend: str, device: torch.device) -> PackedLayout:
-    """Build the layout of one packed row from ``cu_seqlens`` (int32 [D + 1] on the CPU)."""
+    """Build the layout of one packed row from ``cu_seqlens`` (int32 [D + 1])."""
     if backend != "sdpa":
         return PackedLayout(backend, cu_seqlens.to(device, non_blocking=True), max_seqlen)
-    bounds = cu_seqlens.long()
+    bounds = cu_seqlens.cpu().long()  # planned on the host, wherever the batch is
     starts, lengths = bounds[:-1], bounds.diff()
     order = torch.argsort(lengths, descending=True, stable=True)
     sorted_lengths = lengths[order].tolist()
@@ -116,7 +120,10 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Packe
     from flash_attn import flash_attn_varlen_func
 
     cu, longest = layout.cu_seqlens, layout.max_seqlen
-    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True)
+    return flash_attn_varlen_func(
+        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds up in any order otherwise
+    )  # fmt: skip
 
 
 _BACKENDS = {"sdpa": _sdpa, "torch_varlen": _torch_varlen, "flash_attn": _flash_attn}

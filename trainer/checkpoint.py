@@ -8,7 +8,6 @@ so a folder without that ending is complete.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.files import PARTIAL, sync_folder, write_json
 from medtrain.trainer.model import PolicyModel
 
 # What torch says of a run of one process, where it is right and nothing is wrong.
@@ -55,9 +55,9 @@ def save_checkpoint(
 ) -> Path:
     """Write ``step-STEP`` under ``root`` and remove all but the newest ``keep``; all ranks must call this."""
     final = step_folder(root, step)
-    partial = final.with_name(final.name + ".partial")
+    partial = final.with_name(final.name + PARTIAL)
     if world.is_main:
-        for leftover in root.glob("step-*.partial"):  # of a run that was killed while saving
+        for leftover in root.glob(f"step-*{PARTIAL}"):  # of a run that was killed while saving
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     world.barrier()
@@ -69,13 +69,13 @@ def save_checkpoint(
         no_dist=world.size == 1,
     )
     if world.is_main:
-        (partial / "trainer.json").write_text(json.dumps({"step": step, **state}) + "\n")
+        write_json(partial / "trainer.json", {"step": step, **state})
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         partial.rename(final)
-        _sync_folder(root)
+        sync_folder(root)
         for _, old in complete_checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     world.barrier()
     return final
 
@@ -106,10 +106,8 @@ def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Op
     return state
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint that must not be taken for a complete one when this is interrupted."""
+    condemned = folder.with_name(folder.name + ".old" + PARTIAL)
+    folder.rename(condemned)
+    shutil.rmtree(condemned)

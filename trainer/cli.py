@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -18,8 +20,11 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            click.echo(f"medtrain: {error}", err=True)
-            sys.exit(2)
+            _fail(str(error))
+        except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+            if error.filename is None:
+                raise
+            _fail(f"{error.filename}: {error.strerror}")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the recipe, not of the alphabet
@@ -29,6 +34,16 @@ class _Group(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Continued pretraining (CPT) and Reasoning Preference Optimization (RPO) for Hugging Face checkpoints."""
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(line: str) -> NoReturn:
+    if _is_main():  # under torchrun every rank comes here with the same line
+        click.echo(f"medtrain: {line}", err=True)
+    sys.exit(2)
 
 
 def _print_json(result: dict) -> None:
@@ -141,7 +156,9 @@ def export(run_or_checkpoint: str, out_dir: str) -> None:
     """Write a run's last checkpoint, or the one named, as a Hugging Face folder."""
     from medtrain.trainer.loop import export_run
 
-    click.echo(export_run(run_or_checkpoint, out_dir))
+    path = export_run(run_or_checkpoint, out_dir)
+    if _is_main():
+        click.echo(path)
 
 
 @main.command()
@@ -152,7 +169,9 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
     from medtrain.trainer.config import load_config
     from medtrain.trainer.loop import check as check_config
 
-    click.echo(check_config(load_config(None, config, overrides)))
+    summary = check_config(load_config(None, config, overrides))
+    if _is_main():
+        click.echo(summary)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -163,7 +162,10 @@ FREE_SETTINGS = (
     "model.keep_bytes",
     "model.activation_checkpointing",
     "model.export_dtype",
+    "model.tokenizer",
+    "precision.compute",  # what it comes to on this machine is compared instead
     "data.cache",
+    "eval.every",
     "checkpoint.every",
     "checkpoint.keep",
     "run.out",
@@ -253,10 +255,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts[:-1]):
         if isinstance(node, list):
             node = node[_list_index(node, part, key)]
-            continue
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
         if not isinstance(node, dict | list):
             raise bad_input("not a section", field=".".join(parts[: depth + 1]), found=override)
     if isinstance(node, list):
@@ -398,6 +400,9 @@ def _validate(config: Config, file) -> None:
     require(optim.eps > 0, "optim.eps", optim.eps, "more than 0")
     require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "0 or more")
     require(optim.grad_clip >= 0, "optim.grad_clip", optim.grad_clip, "0 (no clipping) or more")
+    if optim.schedule == "wsd" and optim.steps is not None and optim.decay_steps is not None:
+        least = optim.warmup_steps + optim.decay_steps
+        require(least <= optim.steps, "optim.decay_steps", optim.decay_steps, "warm-up and decay within optim.steps")
     require(data.seq_len >= 2, "data.seq_len", data.seq_len, "2 or more")
     require(data.max_length >= 3, "data.max_length", data.max_length, "3 or more")
     for i, source in enumerate([*data.sources, *data.pairs]):
@@ -413,23 +418,16 @@ def _validate(config: Config, file) -> None:
     require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "1 or more")
 
 
-def digest_settings(settings: dict[str, Any]) -> str:
-    """A short stable name for what is learned: all settings but :data:`FREE_SETTINGS`, as canonical JSON."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(learned_settings(settings), sort_keys=True).encode()).hexdigest()
-
-
 def learned_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Flatten to dotted names and leave out :data:`FREE_SETTINGS`."""
+    """Flatten to dotted names and leave out :data:`FREE_SETTINGS` and where input lies: its digest is what counts."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                walk(value, f"{prefix}.{key}" if prefix else key)
-        else:
+        if isinstance(node, dict | list) and node:
+            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        elif node not in ({}, []):
             flat[prefix] = node
 
     walk(settings, "")
-    return {name: value for name, value in flat.items() if name not in FREE_SETTINGS}
+    return {n: v for n, v in flat.items() if n not in FREE_SETTINGS and not n.endswith(".path")}

@@ -7,14 +7,19 @@ Alone there is no process group. Under torchrun there is one (gloo on CPU, NCCL 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from medtrain.trainer.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,26 +48,34 @@ class World:
         dist.all_reduce(on_device)
         return on_device.cpu()
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the body first (it fills caches), the others after it (they find them filled)."""
-        if not self.is_main:
-            self.barrier()
-        yield
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on rank 0, on every rank. Rank 0 alone reads, hashes and looks; its InputError is raised
+        on every rank, so that none waits for one that has given up."""
+        if self.size == 1:
+            return make()
+        box: list[Any] = [None, None]
         if self.is_main:
-            self.barrier()
+            try:
+                box[0] = make()
+            except InputError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise InputError(box[1])
+        return box[0]
 
 
 @contextmanager
-def join_world(*, needs_group: bool = False) -> Iterator[World]:
+def join_world(*, needs_group: bool = False, device_type: str | None = None) -> Iterator[World]:
     """Join torchrun's process group if there is one, and leave it in good order.
 
     Args:
         needs_group: make a group of one process where torchrun made none (FSDP's mixed precision needs a mesh).
+        device_type: ``cpu`` or ``cuda``; by default a GPU where there is one.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
-    if torch.cuda.is_available():
+    if device_type != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
@@ -82,10 +95,13 @@ def join_world(*, needs_group: bool = False) -> Iterator[World]:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
         rank, size = dist.get_rank(), dist.get_world_size()
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    ended_well = False
     try:
         yield World(rank, size, device, mesh)
         if size > 1 and not already_in_group:
             dist.barrier()
+        ended_well = True
     finally:
-        if mesh is not None and not already_in_group:
+        # After an error the others may sit in a collective; leaving the group in good order would wait for them.
+        if mesh is not None and not already_in_group and (ended_well or size == 1):
             dist.destroy_process_group()

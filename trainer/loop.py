@@ -30,10 +30,18 @@ from medtrain.trainer.checkpoint import complete_checkpoints, load_checkpoint, s
 from medtrain.trainer.config import Config, config_from_dict
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.model import PolicyModel, build_model, load_model_config, load_tokenizer, num_parameters
+from medtrain.trainer.files import write_json
+from medtrain.trainer.model import (
+    PolicyModel,
+    build_model,
+    load_model_config,
+    load_tokenizer,
+    num_parameters,
+    parameter_shapes,
+)
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
 from medtrain.trainer.progress import Display, duration
-from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions, write_json
+from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.schedule import lr_factor
 from medtrain.trainer.weights import Checkpoint, digest_of_init, export_model, init_weights, load_weights
 
@@ -58,6 +66,7 @@ class Prepared:
 
     tokenizer: Any
     hf_config: Any
+    shapes: dict[str, tuple[int, ...]]
     checkpoint: Checkpoint | None
     objective: Objective
     steps: int
@@ -87,9 +96,10 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
     compute_dtype = _compute_dtype(config)
     tokenizer = load_tokenizer(config.model)
     hf_config = load_model_config(config.model, tokenizer)
+    shapes = parameter_shapes(hf_config)
     checkpoint = Checkpoint(config.model.path) if config.model.path is not None else None
     if checkpoint is not None:
-        checkpoint.check(_parameter_shapes(hf_config), tied=hf_config.tie_word_embeddings)
+        checkpoint.check(shapes, tied=hf_config.tie_word_embeddings)
     limit = hf_config.max_position_embeddings
     name = "seq_len" if config.stage == "cpt" else "max_length"
     if getattr(config.data, name) > limit:
@@ -97,11 +107,10 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
                         expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
     objective = (Cpt if config.stage == "cpt" else Rpo)(config, tokenizer, world, display.say)
     if checkpoint is not None:
-        with world.main_first():
-            digest = checkpoint.digest()
+        digest = world.from_main(checkpoint.digest)
     else:
         digest = digest_of_init(config.model.init | {"vocab_size": hf_config.vocab_size}, config.run.seed)
-    objective.digests["weights"] = digest
+    objective.digests |= {"weights": digest, "precision": str(compute_dtype).removeprefix("torch.")}
     steps = config.optim.steps
     if steps is None:
         steps = max(1, math.ceil(config.optim.epochs * objective.epoch_size / objective.step_size))
@@ -113,23 +122,28 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
-    return Prepared(tokenizer, hf_config, checkpoint, objective, steps, compute_dtype, paths)
+    return Prepared(tokenizer, hf_config, shapes, checkpoint, objective, steps, compute_dtype, paths)
 
 
 def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
     objective, steps = prepared.objective, prepared.steps
     folder = RunFolder(config.run.out)
-    folder.check(config.settings(), objective.digests)
-    last = folder.last_checkpoint()
-    if last is not None and last[0] == steps and folder.model.is_dir():
+
+    def look() -> tuple[tuple[int, Path] | None, bool]:
+        folder.check(config.settings(), objective.digests)
+        last = folder.last_checkpoint()
+        return last, last is not None and last[0] == steps and folder.model.is_dir()
+
+    last, complete = world.from_main(look)
+    if complete:
         if world.is_main:
             display.say(_summary(folder, 0, 0.0))
         return TrainResult(folder.root, folder.model, folder.rows()[-1])
-    world.barrier()  # all ranks have looked before rank 0 writes
     if world.is_main:
         _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
+    _check_shared(folder, world)
 
-    total, multiplied = num_parameters(prepared.hf_config)
+    total, multiplied = num_parameters(prepared.shapes)
     display.say(
         f"{config.stage}: {total / 1e6:,.1f} M parameters, {steps:,} steps, {world.size} x {device_name(world.device)}\n"
         + "paths: " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items())
@@ -153,7 +167,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         state, done = {key: loaded[key] for key in state}, loaded["step"]
         display.say(f"going on from {last[1].name}")
     if world.is_main:
-        folder.cut_metrics(done)
+        folder.cut_metrics(done if last is not None else -1)
     board = _Tensorboard(folder, done) if world.is_main else None
 
     def record(row: dict[str, Any]) -> None:
@@ -167,6 +181,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         return step in (0, steps) or bool(config.eval.every and step % config.eval.every == 0)
 
     def save(step: int) -> None:
+        if world.is_main:
+            folder.sync_metrics()
         save_checkpoint(folder.checkpoints, step, policy, optimizer, state, world, keep=config.checkpoint.keep)
 
     row: dict[str, Any] = {}
@@ -176,7 +192,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         display.say(_heldout_line(row))
 
     flops = _FlopsPerToken(prepared.hf_config, multiplied)
-    peak = _peak_flops(world.device)
+    peak = _peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
     began, spent = time.monotonic(), 0.0
     display.start(done, steps)
     try:
@@ -239,7 +255,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path)
     if world.is_main:
         display.say(_summary(folder, steps - done, time.monotonic() - began))
-    return TrainResult(folder.root, folder.model, row)
+    return TrainResult(folder.root, folder.model, row or folder.rows()[-1])
 
 
 def check(config: Config) -> str:
@@ -253,7 +269,7 @@ def check(config: Config) -> str:
         prepared = prepare(config, world, Display(enabled=world.is_main))
         RunFolder(config.run.out).check(config.settings(), prepared.objective.digests)
         hf_config = prepared.hf_config
-        total, _ = num_parameters(hf_config)
+        total, _ = num_parameters(prepared.shapes)
         ledger = prepared.objective.ledger["total"]
         lines = [
             f"stage:  {config.stage}, {prepared.steps:,} steps",
@@ -290,7 +306,7 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path) -> Path:
     manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
     config = config_from_dict(manifest["stage"], manifest["settings"], file=folder.manifest)
     compute_dtype = getattr(torch, manifest["starts"][-1]["paths"]["compute"])
-    with join_world() as world:
+    with join_world(device_type="cpu") as world:  # a whole model fits into host memory sooner than into one GPU
         tokenizer = load_tokenizer(config.model)
         hf_config = load_model_config(config.model, tokenizer)
         policy = build_model(config.model, hf_config, world, torch.float32, backend="sdpa")
@@ -321,6 +337,18 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
         }
     )
     write_json(folder.ledger, prepared.objective.ledger)
+
+
+def _check_shared(folder: RunFolder, world: World) -> None:
+    """Every rank must see what rank 0 has just written, or checkpoints would lie in pieces on several machines."""
+    if world.size == 1:
+        return
+    written = world.from_main(lambda: folder.manifest.read_text(encoding="utf-8"))
+    seen = folder.manifest.is_file() and folder.manifest.read_text(encoding="utf-8") == written
+    blind = int(world.sum(torch.tensor([0.0 if seen else 1.0], dtype=torch.float64)))
+    if blind:
+        raise bad_input("not a folder that all nodes share", field="run.out", found=f"{blind} of {world.size} ranks do not "
+                        f"see {folder.manifest}", expected="a shared file system")  # fmt: skip
 
 
 def _optimizer(policy: PolicyModel, config: Config, world: World) -> torch.optim.AdamW:
@@ -354,14 +382,6 @@ def _compute_dtype(config: Config) -> torch.dtype:
 def _export_dtype(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
     choice = config.model.export_dtype
     return compute_dtype if choice == "auto" else getattr(torch, choice)
-
-
-def _parameter_shapes(hf_config) -> dict[str, tuple[int, ...]]:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 class _FlopsPerToken:
@@ -411,7 +431,9 @@ def _summary(folder: RunFolder, steps: int, seconds: float) -> str:
     lines.append("  ".join(span(name, trained) for name in names))
     if heldout:
         watched = ("bits_per_byte", "heldout/loss", "rewards/margin", "rewards/accuracy")
-        lines.append("  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched)))
+        lines.append(
+            "  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched))
+        )
     lines.append(
         f"{trained[-1]['tokens_total']:,} tokens counted, "
         f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
@@ -426,7 +448,7 @@ class _Tensorboard:
     def __init__(self, folder: RunFolder, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder.tensorboard, purge_step=done + 1 if done else None)
+        self._writer = SummaryWriter(folder.tensorboard, purge_step=done + 1 if done else 0)
 
     def write(self, row: dict[str, Any]) -> None:
         for name, value in row.items():

@@ -7,6 +7,7 @@ Order matters (each step was got wrong by someone): build on the meta device, wr
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
     if hf_config.model_type not in SUPPORTED_TYPES:
         raise bad_input("this kind of model is not supported", **where, found=hf_config.model_type,
                         expected=" | ".join(SUPPORTED_TYPES))  # fmt: skip
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise bad_input("a quantized checkpoint cannot be trained", **where, found="quantization_config",
+                        expected="weights in float32, float16 or bfloat16")  # fmt: skip
     layer_types = getattr(hf_config, "layer_types", None) or []
     window = getattr(hf_config, "sliding_window", None) if hf_config.model_type == "mistral" else None
     if any(kind != "full_attention" for kind in layer_types) or window is not None:
@@ -224,10 +228,15 @@ def clean_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
-def num_parameters(hf_config: PreTrainedConfig) -> tuple[int, int]:
-    """(all parameters, those that multiply a matrix a token: all but the embedding lookup)."""
+def parameter_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's parameters, a tied head once, under the embedding's name."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-    total = sum(p.numel() for p in model.parameters())
-    lookup = 0 if hf_config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    return total, total - lookup
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def num_parameters(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    """(all parameters, those that multiply a matrix a token: all but an embedding that is only looked up)."""
+    total = sum(math.prod(shape) for shape in shapes.values())
+    untied = "lm_head.weight" in shapes
+    return total, total - (math.prod(shapes["model.embed_tokens.weight"]) if untied else 0)

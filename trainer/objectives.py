@@ -7,7 +7,7 @@ Both objects have the same face, and the loop knows nothing else of a stage:
 - ``loss(policy, batch, denominators)``: this batch's part of the step's loss, and sums for the metrics;
 - ``metrics(sums, denominators)``: the step's numbers, from sums over all ranks and micro-batches;
 - ``evaluate(policy, world)``: held-out numbers;
-- ``num_items``, ``epoch_size``, ``ledger``, ``digests``.
+- ``epoch_size`` and ``step_size`` in the same unit, ``ledger``, ``digests``.
 
 Denominators belong to the whole optimizer step, so the result does not depend on micro-batches or ranks.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,13 @@ class Cpt:
         def load(sources) -> list[Windows]:
             found = []
             for source in name_sources(sources):
-                with world.main_first():
-                    tokenized = tokenize_source(source, tokenizer, cache / "tokens")
+                report = _now_and_then(lambda rows, name=source.name: say(f"{name}: {rows:,} documents tokenised"))
+                key = world.from_main(
+                    lambda source=source, report=report: (
+                        tokenize_source(source, tokenizer, cache / "tokens", progress=report).digest
+                    )
+                )
+                tokenized = tokenize_source(source, tokenizer, cache / "tokens", key=key)
                 found.append(make_windows(tokenized, config.data.seq_len))
                 say(f"{source.name}: {tokenized.num_docs:,} documents, {len(tokenized.tokens):,} tokens")
             return found
@@ -80,9 +86,9 @@ class Cpt:
         shares = source_shares([w.source.weight for w in self.sources], [int(n.sum(dtype=np.int64)) for n in lengths])
         self.step_size = config.optim.batch_tokens
         self.order = GlobalOrder(lengths, shares, self.step_size, config.run.seed)
-        self.ledger = cpt_ledger(self.sources)
-        self.digests = {f"data.sources {w.source.path}": w.source.digest for w in self.sources}
-        self.digests |= {f"data.heldout {w.source.path}": w.source.digest for w in self.heldout}
+        self.ledger = cpt_ledger(self.sources) | {"heldout": cpt_ledger(self.heldout)["sources"]}
+        self.digests = {f"data.sources.{i}": windows.source.digest for i, windows in enumerate(self.sources)}
+        self.digests |= {f"data.heldout.{i}": windows.source.digest for i, windows in enumerate(self.heldout)}
 
     def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
         """CPT needs nothing but its tokens."""
@@ -149,9 +155,9 @@ class Rpo:
         self.order = GlobalOrder(ones, shares, self.step_size, config.run.seed, setting="optim.batch_pairs")
         self.lengths = [pairs.lengths for pairs in self.sources]
         self.completion_lengths = [pairs.completion_lengths.reshape(-1, 2) for pairs in self.sources]
-        self.ledger = pair_ledger(self.sources)
-        self.digests = {f"data.pairs {p.path}": p.digest for p in self.sources}
-        self.digests |= {f"data.heldout {p.path}": p.digest for p in self.heldout}
+        self.ledger = pair_ledger(self.sources) | {"heldout": pair_ledger(self.heldout)["sources"]}
+        self.digests = {f"data.pairs.{i}": pairs.digest for i, pairs in enumerate(self.sources)}
+        self.digests |= {f"data.heldout.{i}": pairs.digest for i, pairs in enumerate(self.heldout)}
         self.reference: dict[int, torch.Tensor] = {}  # id(PairSet) -> float64 [P, 2]
 
     def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
@@ -163,8 +169,7 @@ class Rpo:
             return
         for pairs in [*self.sources, *self.heldout]:
             cache = ReferenceCache(folder, pairs, self.digests["weights"], policy.compute_dtype, policy.backend)
-            missing, parts = len(cache.missing()), len(cache.parts())
-            cache.fill(policy, self.capacity, world)
+            missing, parts = cache.fill(policy, self.capacity, world), len(cache.parts())
             off = cache.check(policy, self.capacity, world)
             what = f"{missing} of {parts} parts computed" if missing else "from the cache"
             say(f"reference of {pairs.name}: {what}; policy == reference within {off:.1e} nats")
@@ -230,6 +235,19 @@ class Rpo:
             sums += self._loss(policy, batch, n, self.heldout)[1]
         row = self.metrics(world.sum(sums), n)
         return {f"heldout/{name}": row[name] for name in row if name != "pairs"}
+
+
+def _now_and_then(report: Callable[[int], None], seconds: float = 10.0) -> Callable[[int], None]:
+    """``report``, but not within ``seconds`` of the start or of the last time."""
+    last = time.monotonic()
+
+    def maybe(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            report(done)
+
+    return maybe
 
 
 def _ids(batch: MicroBatch) -> list[tuple[int, int]]:

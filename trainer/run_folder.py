@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from medtrain.trainer.checkpoint import complete_checkpoints
-from medtrain.trainer.config import learned_settings
+from medtrain.trainer.config import Config, learned_settings
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.files import PARTIAL, sync_file, write_bytes, write_json
 
 PACKAGES = ("medtrain", "torch", "triton", "transformers", "safetensors", "numpy", "flash-attn", "liger-kernel")
 
@@ -42,17 +43,24 @@ class RunFolder:
             InputError: files that are no run of ours; a run with other settings, data or weights.
         """
         if not self.root.exists():
+            parent = next(folder for folder in self.root.absolute().parents if folder.exists())
+            if not (parent.is_dir() and os.access(parent, os.W_OK)):
+                raise bad_input(
+                    "cannot be made", field="run.out", found=str(self.root), expected=f"a writable {parent}"
+                )
             return
         if not self.root.is_dir():
             raise bad_input("the run folder is a file", field="run.out", found=str(self.root))
         if not self.manifest.is_file():
-            if any(self.root.iterdir()):
+            if any(not entry.name.endswith(PARTIAL) for entry in self.root.iterdir()):
                 raise bad_input("the folder is not empty and holds no run of ours", field="run.out",
                                 found=str(self.root), expected="a new folder, or one of this run")  # fmt: skip
             return
         try:
             before = json.loads(self.manifest.read_text())
-            old, old_digests = learned_settings(before["settings"]), before["digests"]
+            # A setting that an older version did not know had what is now its default.
+            old = learned_settings(Config(settings["stage"]).settings()) | learned_settings(before["settings"])
+            old_digests = before["digests"]
         except (ValueError, KeyError, TypeError):
             raise bad_input("unreadable manifest", file=self.manifest) from None
         new = learned_settings(settings)
@@ -91,33 +99,25 @@ class RunFolder:
             if not line.endswith(b"\n") or row["step"] > step:
                 break
             kept.append(line)
-        temporary = self.metrics.with_suffix(".partial")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self.metrics)
+        write_bytes(self.metrics, b"".join(kept))
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def sync_metrics(self) -> None:
+        """Let the rows so far reach the disk: a checkpoint is about to say that they are there."""
+        if self.metrics.is_file():
+            sync_file(self.metrics)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is the old one or the new one, never half."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def versions() -> dict[str, str]:

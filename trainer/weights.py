@@ -21,7 +21,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medtrain.trainer.distributed import World
-from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.files import PARTIAL, sync_file, sync_folder, write_json
 from medtrain.trainer.model import PolicyModel, clean_name
 
 MAX_FILE_BYTES = 5_000_000_000  # of an exported safetensors file, as transformers splits them
@@ -30,7 +31,7 @@ MAX_FILE_BYTES = 5_000_000_000  # of an exported safetensors file, as transforme
 class Checkpoint:
     """A Hugging Face safetensors folder, its headers read and its files known to be whole.
 
-    Attributes: ``folder``; ``files`` (sorted paths); ``where`` (tensor name -> path); ``shapes``.
+    Attributes: ``folder``; ``files`` (sorted paths); ``where`` (tensor name -> path), ``shapes``, ``dtypes``.
     """
 
     def __init__(self, folder: str | Path):
@@ -48,12 +49,15 @@ class Checkpoint:
             raise bad_input("no weights here", file=self.folder, expected="*.safetensors")
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for path in self.files:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():
                         self.where[name] = path
-                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        part = file.get_slice(name)
+                        self.shapes[name] = tuple(part.get_shape())
+                        self.dtypes[name] = part.get_dtype()
             except FileNotFoundError:
                 raise bad_input("missing", file=path, expected=f"a file, as {index.name} says") from None
             except (SafetensorError, OSError) as error:
@@ -83,6 +87,9 @@ class Checkpoint:
             if self.shapes[name] != shape:
                 raise bad_input("wrong shape", file=self.where[name], field=name, found=list(self.shapes[name]),
                                 expected=str(list(shape)))  # fmt: skip
+            if self.dtypes[name] not in ("F64", "F32", "F16", "BF16"):
+                raise bad_input("quantized weights cannot be trained", file=self.where[name], field=name,
+                                found=self.dtypes[name], expected="F32, F16 or BF16")  # fmt: skip
 
 
 def file_sha256(path: str | Path) -> str:
@@ -154,7 +161,7 @@ def export_model(
     """
     policy.reshard()
     out = Path(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + PARTIAL)
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -185,11 +192,17 @@ def export_model(
         hf_config.architectures = [_architecture(policy)]
         hf_config.dtype = dtype
         hf_config.save_pretrained(partial)
-        _generation_config(tokenizer, source).save_pretrained(partial)
+        write_json(partial / "generation_config.json", _generation_config(tokenizer, source))
         tokenizer.save_pretrained(partial)
+        for path in partial.iterdir():
+            sync_file(path)
+        old = out.with_name(out.name + ".old" + PARTIAL)
+        shutil.rmtree(old, ignore_errors=True)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         partial.rename(out)
+        sync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
     world.barrier()
     return out
 
@@ -211,20 +224,19 @@ def _name_files(folder: Path, written: list[tuple[Path, list[str], int]]) -> Non
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> GenerationConfig:
+def _generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict:
     if source is not None and (Path(source) / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(source, local_files_only=True)
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        # As plain JSON: transformers refuses to save many a published file once it has been changed.
+        config = json.loads((Path(source) / "generation_config.json").read_text(encoding="utf-8"))
+        ends = config.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if tokenizer.eos_token_id not in ends:  # the end this run taught must end generation
-            config.eos_token_id = [tokenizer.eos_token_id, *[e for e in ends if e is not None]]
+            config["eos_token_id"] = [tokenizer.eos_token_id, *ends]
         return config
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)
+    return GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=pad).to_diff_dict()
 
 
 def digest_of_init(init: dict, seed: int) -> str:
     """The weight digest of random weights: they are a function of the sizes and the seed."""
     return hashlib.sha256(json.dumps({"init": init, "seed": seed}, sort_keys=True).encode()).hexdigest()
-
-
-__all__ = ["Checkpoint", "InputError", "digest_of_init", "export_model", "file_sha256", "init_weights", "load_weights"]

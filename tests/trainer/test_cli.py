@@ -128,6 +128,12 @@ def test_a_run_folder_of_another_run_is_refused(cpt_tree, tmp_path):
     assert again.exit_code == 0 and "already complete" in again.stderr
 
 
+def test_a_run_folder_that_cannot_be_made_is_told_before_work_begins(cpt_tree, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = call("cpt", write_config(cpt_tree, tmp_path), f"run.out={tmp_path / 'file' / 'run'}")
+    assert result.exit_code == 2 and "'run.out': cannot be made" in result.stderr
+
+
 def test_export_of_a_checkpoint_is_the_model_of_the_run(cpt_tree, tmp_path):
     cpt_tree["checkpoint"] = {"every": 3}
     assert call("cpt", write_config(cpt_tree, tmp_path)).exit_code == 0

@@ -42,6 +42,7 @@ def test_unknown_key_in_a_list_entry_is_named_with_its_place(cpt_tree):
         ("data.sources=5", "a list"),
         ("rpo.beta=0", "rpo.beta"),
         ("rpo.loss=dpo", "sigmoid"),
+        ("data.sources.0.path.x=1", "not a section"),
         ("optim", "KEY=VALUE"),
         ("optim.lr.x=1", "not a section"),
         ("data.sources.3.path=x", "no such entry"),

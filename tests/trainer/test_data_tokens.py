@@ -18,7 +18,7 @@ from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import pack
 from medtrain.trainer.data.sources import Source
 from medtrain.trainer.data.tokens import TokenizedSource, tokenize_source, tokenizer_digest
-from medtrain.trainer.data.windows import iter_documents, make_windows
+from medtrain.trainer.data.windows import make_windows
 from medtrain.trainer.errors import InputError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -242,16 +242,6 @@ def test_windows_count_every_token_after_a_documents_first_exactly_once(doc_leng
     json.dumps(ledger)
 
 
-def test_held_out_documents_come_in_order_with_their_windows_and_bytes():
-    source = in_memory([5, 1, 9])
-    documents = list(iter_documents(source, 4))
-    assert [(d.index, d.num_bytes, [len(w) - 1 for w in d.windows]) for d in documents] == [
-        (0, 7, [4]),
-        (2, 7, [4, 4]),
-    ]
-    assert documents[1].windows[1].tolist() == [10, 11, 12, 13, 14]
-
-
 def test_nothing_to_predict_is_an_error():
     with pytest.raises(InputError, match="no document has a token to predict"):
         make_windows(in_memory([1, 1]), 8)
@@ -311,3 +301,12 @@ def test_aozora_has_the_published_number_of_tokens(tmp_path):
     windows = make_windows(tokenized, 1024)
     assert tokenized.num_docs == 243
     assert windows.lengths.sum() == len(tokenized.tokens) - 243 == 665_665
+
+
+def test_a_known_key_opens_the_cache_without_the_source(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a b"}\n', encoding="utf-8")
+    first = tokenize_source(Source(str(path)), make_tokenizer(), tmp_path / "cache")
+    path.unlink()
+    again = tokenize_source(Source(str(path)), make_tokenizer(), tmp_path / "cache", key=first.digest)
+    assert again.tokens.tolist() == first.tokens.tolist() and again.digest == first.digest

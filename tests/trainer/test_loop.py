@@ -98,6 +98,8 @@ def test_a_killed_run_started_again_repeats_every_bit(stage, at_step, request, t
     tree = tree_of(stage, request)
     tree["optim"]["steps"] = 8
     tree["checkpoint"] = {"every": 2, "keep": 1}
+    rows = tree["data"]["sources" if stage == "cpt" else "pairs"][0]["path"]
+    tree |= {"data": tree["data"] | {"heldout": [{"path": rows, "name": "held"}]}, "eval": {"every": 3}}
     run(stage, tree, tmp_path / "whole")
     _kill_in_a_child(stage, tree, tmp_path / "killed", at_step)
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
@@ -230,6 +232,65 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused_untouched(cpt_t
     with pytest.raises(InputError, match="not empty"):
         run("cpt", cpt_tree, tmp_path / "other")
     assert os.listdir(tmp_path / "other") == ["thesis.tex"]
+
+
+def test_a_run_goes_on_where_its_input_has_moved_but_not_where_it_has_changed(cpt_tree, tmp_path):
+    cpt_tree["checkpoint"] = {"every": 2}
+    run("cpt", cpt_tree, tmp_path / "whole")
+    _kill_in_a_child("cpt", cpt_tree, tmp_path / "moved", 3)
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    text = open(cpt_tree["data"]["sources"][0]["path"], encoding="utf-8").read()
+    elsewhere.write_text(text + '{"text": "熱"}\n', encoding="utf-8")
+    cpt_tree["data"]["sources"][0] = {"path": str(elsewhere), "name": None}
+    with pytest.raises(InputError, match=r"other input.*data\.sources\.0 has changed"):
+        run("cpt", cpt_tree, tmp_path / "moved")
+    elsewhere.write_text(text, encoding="utf-8")
+    run("cpt", cpt_tree, tmp_path / "moved")
+    assert without_timing(read_metrics(tmp_path / "whole")) == without_timing(read_metrics(tmp_path / "moved"))
+    with pytest.raises(InputError, match="precision has changed"):
+        run("cpt", cpt_tree, tmp_path / "moved", precision__compute="bfloat16")
+
+
+def test_a_removal_cut_short_leaves_no_checkpoint_that_looks_complete(cpt_tree, tmp_path, monkeypatch):
+    import medtrain.trainer.checkpoint as checkpoint
+
+    run("cpt", cpt_tree, tmp_path / "whole", checkpoint__every=2)
+    remove = checkpoint.shutil.rmtree
+
+    def dying(folder, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run("cpt", cpt_tree, tmp_path / "cut", checkpoint__every=2, checkpoint__keep=1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
+    found = checkpoint.complete_checkpoints(tmp_path / "cut" / "checkpoints")
+    assert [step for step, _ in found] == [4]
+    run("cpt", cpt_tree, tmp_path / "cut", checkpoint__every=2, checkpoint__keep=1)
+    assert without_timing(read_metrics(tmp_path / "whole")) == without_timing(read_metrics(tmp_path / "cut"))
+
+
+def _own_folders(tree, folders):
+    rank = torch.distributed.get_rank()
+    with pytest.raises(InputError, match="all nodes share"):
+        run("cpt", tree, folders / str(rank))
+
+
+def test_ranks_that_do_not_see_one_run_folder_stop_at_once(cpt_tree, tmp_path):
+    run_on_ranks(2, tmp_path, _own_folders, cpt_tree, tmp_path / "folders")
+
+
+def _bad_row(tree, out):
+    with pytest.raises(InputError, match="row 41.*not valid JSON"):
+        run("cpt", tree, out)
+
+
+def test_a_mistake_that_rank_0_finds_is_raised_on_every_rank(cpt_tree, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(open(cpt_tree["data"]["sources"][0]["path"], encoding="utf-8").read() + "{", encoding="utf-8")
+    cpt_tree["data"]["sources"][0]["path"] = str(broken)
+    run_on_ranks(2, tmp_path, _bad_row, cpt_tree, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(cpt_tree, tmp_path, monkeypatch):

@@ -122,6 +122,26 @@ def test_activation_checkpointing_changes_no_gradient(hf_folder):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_generation_settings_that_transformers_would_not_save_are_kept(hf_folder, tmp_path):
+    folder = hf_folder()
+    settings = {"do_sample": False, "temperature": 0.7, "num_return_sequences": 2, "eos_token_id": 7}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    policy, tokenizer = policy_of(ModelConfig(path=str(folder)))
+    out = export_model(policy, tokenizer, tmp_path / "out", ALONE, dtype=torch.float32, source=folder)
+    assert json.loads((out / "generation_config.json").read_text()) == settings | {"eos_token_id": [1, 7]}
+
+
+def test_quantized_weights_are_refused(hf_folder):
+    from safetensors.torch import load_file, save_file
+
+    folder = hf_folder()
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="'lm_head.weight': quantized"):
+        Checkpoint(folder).check({"lm_head.weight": (24, 16)}, tied=False)
+
+
 def test_a_truncated_file_is_named_before_anything_is_built(hf_folder):
     folder = hf_folder()
     path = folder / "model.safetensors"

@@ -98,13 +98,20 @@ def tokenize_source(
     cache_dir: str | Path,
     *,
     field: str = "text",
+    key: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TokenizedSource:
     """Return the tokenised documents of ``source``, from the cache in ``cache_dir`` where it holds them.
 
-    ``progress`` is called with the number of rows tokenised so far. Any number of processes may call this at once.
-    Raises InputError for bad rows (see ``sources.py``); then no cache is left.
+    Any number of processes may call this at once. ``key`` is the ``digest`` that another process has just got for the
+    same source: where its cache is here too, nothing is hashed again. ``progress`` is called with the number of rows
+    tokenised so far. Raises InputError for bad rows (see ``sources.py``);
+    then no cache is left.
     """
+    if key is not None:
+        cache = _open_cache(Path(cache_dir) / key, verify=False)
+        if cache is not None:
+            return _tokenized(source, cache, key)
     digests = {"source": files_digest(source_files(source.path)), "tokenizer": tokenizer_digest(tokenizer)}
     settings = {"format": _FORMAT, "field": field, **digests}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -123,16 +130,19 @@ def tokenize_source(
                 cache = _open_cache(folder)
     if cache is None:
         raise OSError(f"{folder}: what was just written there cannot be read back")
-    tokens, offsets, num_bytes = cache
+    return _tokenized(source, cache, key)
+
+
+def _tokenized(source: Source, cache: tuple[np.ndarray, np.ndarray, np.ndarray], key: str) -> TokenizedSource:
     name = source.name or Path(source.path).resolve().stem
-    return TokenizedSource(name, source.weight, str(source.path), tokens, offsets, num_bytes, key)
+    return TokenizedSource(name, source.weight, str(source.path), *cache, key)
 
 
-def _open_cache(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _open_cache(folder: Path, *, verify: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return (tokens, offsets, num_bytes), memory-mapped, or None if a file has not its digest in meta.json."""
     try:
         expected = json.loads((folder / "meta.json").read_text("utf-8"))["sha256"]
-        if any(_file_digest(folder / name) != expected[name] for name in _FILES):
+        if verify and any(_file_digest(folder / name) != expected[name] for name in _FILES):
             return None
         tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r")
         return tokens, *(np.load(folder / name, mmap_mode="r") for name in _FILES[1:])

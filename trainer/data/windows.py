@@ -7,7 +7,6 @@ no target, the eos is a target, no window holds two documents, and a window's le
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,15 +38,6 @@ class Windows:
         return self.source.tokens[start : start + int(self.lengths[i]) + 1]
 
 
-@dataclass(frozen=True)
-class HeldoutDocument:
-    """One document to evaluate: its windows in order (as :meth:`Windows.window`) and the UTF-8 bytes of its text."""
-
-    index: int
-    windows: list[np.ndarray]
-    num_bytes: int
-
-
 def make_windows(source: TokenizedSource, seq_len: int) -> Windows:
     """Cut the documents of ``source`` into windows of at most ``seq_len`` inputs. Raises InputError if none remains."""
     if seq_len < 1:
@@ -61,16 +51,3 @@ def make_windows(source: TokenizedSource, seq_len: int) -> Windows:
     kept = num_windows > 0
     lengths[first[1:][kept] - 1] = (predictions - (num_windows - 1) * seq_len)[kept]
     return Windows(source, seq_len, first, lengths)
-
-
-def iter_documents(source: TokenizedSource, seq_len: int) -> Iterator[HeldoutDocument]:
-    """Yield the documents of ``source`` that have something to predict, in order.
-
-    Bits per byte of a source = (nats of all targets) / ln 2 / (sum of ``num_bytes``). The first token of a document is
-    context alone: it adds bytes and no nats; the eos adds nats and no bytes.
-    """
-    windows = make_windows(source, seq_len)
-    for doc in range(source.num_docs):
-        indices = range(int(windows.first[doc]), int(windows.first[doc + 1]))
-        if indices:
-            yield HeldoutDocument(doc, [windows.window(i) for i in indices], int(source.num_bytes[doc]))

@@ -1,0 +1,41 @@
+"""Small files that are the old one or the new one, never half, also after a power cut."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"  # the ending of whatever is not yet, or no longer, what its name says
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path``, let it reach the disk, and rename it into place."""
+    temporary = path.with_name(path.name + PARTIAL)
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """:func:`write_bytes` of indented JSON."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sync_file(path: Path) -> None:
+    """Let what was written to ``path`` reach the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Let renames inside ``folder`` reach the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
