@@ -97,7 +97,7 @@ def pretrain(demo: Demo) -> None:
     shape = {
         "model_type": "qwen2",
         "hidden_size": recipe.hidden_size,
-        "intermediate_size": 2 * recipe.hidden_size,
+        "intermediate_size": recipe.intermediate_size,
         "num_hidden_layers": recipe.num_hidden_layers,
         "num_attention_heads": recipe.num_attention_heads,
         "num_key_value_heads": recipe.num_attention_heads,
@@ -226,9 +226,15 @@ def _sources(demo: Demo, shares: dict[str, float]) -> list[dict]:
 
 @contextmanager
 def _stage(demo: Demo, name: str, what: str):
+    """Print what a stage did and its seconds; ``times.json`` keeps the seconds of the run that did the work."""
     began = time.monotonic()
     yield
-    demo.say(f"{name:8} {what:52} {time.monotonic() - began:5.1f} s")
+    seconds = time.monotonic() - began
+    path = demo.out / "times.json"
+    times = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    again = "  (done before)" if what in times else ""
+    _write_json(path, {what: round(seconds, 1)} | times)
+    demo.say(f"{name:8} {what:52} {seconds:5.1f} s{again}")
 
 
 def _claim(demo: Demo) -> None:

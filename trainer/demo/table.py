@@ -102,7 +102,7 @@ def conclusions(table: dict, marks: dict[str, Marks]) -> str:
             f"({table[arm]['explain']['points_ratio']:.3f} to {both['explain']['points_ratio']:.3f})."
         )
     lines.append(
-        "One made-up world, one seed, a model of 0.4 M parameters: a picture of the recipe, no proof about real ones."
+        "One made-up world, one seed, a model of 0.6 M parameters: a picture of the recipe, no proof about real ones."
     )
     return "\n".join(lines)
 
@@ -149,18 +149,18 @@ def draw_bars(bars: dict[str, dict[str, tuple[float, float, float]]], path: Path
         axes.bar(xs, means, 0.36, yerr=errors, capsize=3, color=colors[mode], label=names[mode], ecolor="#333333")
         for x, mean, high in zip(xs, means, (bars[arm][mode][2] for arm in bars), strict=True):
             axes.text(x, max(mean, high) + 0.015, f"{mean:.2f}", ha="center", va="bottom", fontsize=8.5)
-    for x, arm in zip(places, bars, strict=True):
-        gap = bars[arm]["answer"][0] - bars[arm]["explain"][0]
-        axes.text(x, 0.02, f"gap {gap:+.2f}", ha="center", va="bottom", fontsize=8.5, color="white", weight="bold")
     axes.axhline(0.2, color="#888888", linewidth=1, linestyle="--", zorder=0)
-    axes.text(places[-1] + 0.45, 0.205, "chance", ha="right", va="bottom", fontsize=8, color="#666666")
-    labels = [LABELS[arm] + ("\n(control)" if arm in CONTROLS else "") for arm in bars]
-    axes.set_xticks(places, labels)
+    axes.text(1.005, 0.2, "chance", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="#666666")
+    gaps = {arm: bars[arm]["answer"][0] - bars[arm]["explain"][0] for arm in bars}
+    axes.set_xticks(
+        places,
+        [f"{LABELS[arm]}\ngap {gaps[arm]:+.2f}{chr(10) + '(control)' if arm in CONTROLS else ''}" for arm in bars],
+    )
     axes.set_ylim(0, 1.12)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.set_ylabel("share of exam points")
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel(note, fontsize=8.5)
+    axes.set_xlabel(f"gap = answer - explain.  {note}", fontsize=8.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", ncols=2, frameon=False)
     part = path.with_name(path.name + ".part")

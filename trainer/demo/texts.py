@@ -48,7 +48,7 @@ STYLE = PromptStyle(
 
 _PHRASES = (
     ["病の", "病では", "病なら", "である。", "とされる。", "になる。", "であり、", "であって、", "とは異なる。"]
-    + ["問題:", "どれか。", "\n答え:", "\n説明:"]
+    + ["問題:", "どれか。", "\n答え:", "\n説明:", "一覧:", "\n"]
     + [f"\n{letter}. " for letter in LETTERS]
     + [f"{relation.word}は" for relation in RELATIONS]
 )
@@ -64,6 +64,7 @@ class Corpus:
     unseen: int = 6_000  # papers that explain, about diseases of no other text
     textbook: int = 6_000
     sentences: int = 4  # a prose document
+    listed: float = 0.5  # share of prose documents that begin with a list of words, as papers do
     comparing: float = 0.9  # share of the textbook's sentences that compare
     questions: int = 3  # questions a fact for making pairs
 
@@ -114,7 +115,16 @@ def pretraining_texts(world: World, corpus: Corpus) -> dict[str, list[str]]:
     told = general + sorted(world.met)
 
     def prose(rng: random.Random) -> str:
-        return "".join(say_plainly(world, rng.choice(told), rng) for _ in range(corpus.sentences))
+        sentences = "".join(say_plainly(world, rng.choice(told), rng) for _ in range(corpus.sentences))
+        if rng.random() >= corpus.listed:
+            return sentences
+        words = rng.sample(rng.choice(world.values), len(LETTERS))
+        return (
+            "一覧:"
+            + "".join(f"\n{letter}. {word}" for letter, word in zip(LETTERS, words, strict=True))
+            + "\n"
+            + sentences
+        )
 
     def answer(rng: random.Random) -> str:
         return paper(quiz_on_fact(world, rng.choice(general), rng), "answer", "")

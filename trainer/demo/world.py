@@ -45,9 +45,9 @@ Fact = tuple[str, int]  # (disease, index of the relation)
 class WorldSizes:
     """How much there is of everything. The defaults are the demo's; its tests use less."""
 
-    general: int = 120  # diseases of each kind
-    train: int = 40
-    dev: int = 40
+    general: int = 100  # diseases of each kind
+    train: int = 30
+    dev: int = 20
     test: int = 60
     chapter: int = 5  # diseases that are compared with one another
     values: int = 40  # words that a relation can take

@@ -1,0 +1,130 @@
+"""The demo over several seeds: does an exam score fall when the model must explain itself, and what takes the fall away?
+
+    python -m medtrain.benchmarks.four_arms [--seeds 5] [--first-seed 0] [--work DIR] [--out DIR]
+
+Writes ``four-arms-DATE.json`` and a picture of the same name. Each seed is another world, model and examination, so the
+intervals over seeds hold for the recipe in this kind of world, where the demo's own hold for one world's questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from medtrain.trainer.demo.recipe import RECIPE
+from medtrain.trainer.demo.run import run_demo
+from medtrain.trainer.demo.table import LABELS, draw_bars
+from medtrain.trainer.run_folder import commit, device_name, versions
+
+# Student's t at 97.5 % by degrees of freedom; beyond the list the normal distribution is near enough.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+CONTRASTS = (
+    ("cpt_rpo", "cpt"),
+    ("rpo", "base"),
+    ("cpt_rpo", "cpt_sft"),
+    ("cpt_rpo", "cpt_dpo"),
+)
+
+
+def summarize(values: list[float]) -> dict[str, float]:
+    """Mean and 95 % t interval of the mean over seeds; one seed has no interval."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return {"mean": mean, "low": mean, "high": mean}
+    t = _T[len(values) - 2] if len(values) - 2 < len(_T) else 1.96
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def scores(table: dict, arm: str) -> dict[str, float]:
+    """One seed's three numbers of an arm, from the demo's table."""
+    row = table[arm]
+    return {"answer": row["answer"]["points_ratio"], "explain": row["explain"]["points_ratio"], "gap": row["gap"]}
+
+
+def result(tables: dict[int, dict], seconds: dict[int, float]) -> dict:
+    """The JSON of all seeds: the arms, each seed's numbers, and arms against one another, seed by seed."""
+    names = ("answer", "explain", "gap")
+    by_seed = {arm: {seed: scores(table, arm) for seed, table in tables.items()} for arm in LABELS}
+    return {
+        "device": device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+        "seeds": list(tables),
+        "seconds": list(seconds.values()),
+        "recipe": RECIPE.plain(),
+        "interval": "95 % t interval of the mean over seeds",
+        "questions": tables[next(iter(tables))]["base"]["answer"]["questions"],
+        "arms": {
+            arm: {name: summarize([row[name] for row in rows.values()]) for name in names}
+            | {"by_seed": [rows[seed] for seed in tables]}
+            for arm, rows in by_seed.items()
+        },
+        "contrasts": {
+            f"{one} - {other}": {
+                name: summarize([by_seed[one][seed][name] - by_seed[other][seed][name] for seed in tables])
+                for name in names
+            }
+            for one, other in CONTRASTS
+        },
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The demo over several seeds.")
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("runs/four-arms"), help="folder of the demos' own files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON")
+    args = parser.parse_args(argv)
+    tables, seconds = {}, {}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        folder = args.work / f"seed-{seed}"
+        tables[seed] = run_demo(folder, seed)
+        seconds[seed] = round(sum(json.loads((folder / "times.json").read_text(encoding="utf-8")).values()), 1)
+    found = result(tables, seconds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"four-arms-{found['date']}.json"
+    path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    bars = {
+        arm: {
+            mode: tuple(found["arms"][arm][mode][key] for key in ("mean", "low", "high"))
+            for mode in ("answer", "explain")
+        }
+        for arm in LABELS
+    }
+    draw_bars(
+        bars,
+        path.with_suffix(".png"),
+        title=f"Exam with and without explanation, made-up medicine, mean of {len(tables)} seeds",
+        note=f"{len(tables)} seeds of {found['questions']} questions; lines: {found['interval']}",
+    )
+    print(format_result(found))
+    print(f"\n{path}")
+
+
+def format_result(found: dict) -> str:
+    """The JSON as a table of text: mean [low, high]."""
+
+    def cell(value: dict, sign: str = "") -> str:
+        return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+
+    lines = [f"{len(found['seeds'])} seeds, {found['interval']}", f"{'':22}{'answer':26}{'explain':26}gap"]
+    for arm, label in LABELS.items():
+        row = found["arms"][arm]
+        lines.append(f"{label:22}{cell(row['answer']):26}{cell(row['explain']):26}{cell(row['gap'], '+')}")
+    for name, row in found["contrasts"].items():
+        lines.append(f"{name:22}{cell(row['answer'], '+'):26}{cell(row['explain'], '+'):26}{cell(row['gap'], '+')}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
