@@ -24,7 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
-from medtrain.kernels.logps import select_path
+from medtrain.kernels.logps import clamped_rows, reset_clamped_rows, select_path
 from medtrain.trainer.attention import select_backend
 from medtrain.trainer.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from medtrain.trainer.config import Config, config_from_dict
@@ -149,6 +149,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         + "paths: " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items())
     )  # fmt: skip
     torch.manual_seed(config.run.seed)
+    reset_clamped_rows()
     torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
     policy = build_model(
         config.model, prepared.hf_config, world, prepared.compute_dtype, backend=prepared.paths["attention"]
@@ -438,6 +439,8 @@ def _summary(folder: RunFolder, steps: int, seconds: float) -> str:
         f"{trained[-1]['tokens_total']:,} tokens counted, "
         f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
     )
+    if clamped_rows():
+        lines.append(f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly")
     lines.append(f"model: {folder.model}   metrics: {folder.metrics}   ledger: {folder.ledger}")
     return "\n".join(lines)
 

@@ -110,14 +110,15 @@ def test_what_is_printed_is_decided_by_the_intervals(finished, capsys):
 
     of_arm = {"base": marks(9, 9), "cpt": marks(24, 10), "rpo": marks(9, 10), "cpt_rpo": marks(24, 24)}
     of_arm |= {"cpt_sft": marks(24, 24), "cpt_dpo": marks(20, 8)}
-    text = conclusions(table, of_arm)
+    text = conclusions(table, of_arm, 567_890)
     assert "CPT raised the answers" in text
+    assert "a model of 0.6 M parameters" in text
     assert "explaining costs points" in text
     assert "RPO after CPT raised the score with explanation" in text
     assert "RPO without CPT did not clearly move" in text
     assert "imitation of the same explanations does about as well as RPO" in text
     assert "DPO without the NLL term does worse than RPO" in text
-    assert "neither clearly costs nor gains" in conclusions(table, of_arm | {"cpt": marks(20, 20)})
+    assert "neither clearly costs nor gains" in conclusions(table, of_arm | {"cpt": marks(20, 20)}, 567_890)
     assert format_table(table, of_arm).count("\n") >= 9
 
 

@@ -492,6 +492,30 @@ def test_repeated_cut_off_and_unreadable_paths_make_no_pairs():
     assert summary["paths"] == {"right": 0, "wrong": 1, "unparsed": 1, "truncated": 1, "duplicate": 2}
 
 
+def test_an_answer_that_is_no_choice_is_wrong_only_where_that_is_asked_for_and_certain():
+    style = replace(STYLE, answer_as="text")
+    certain = [" 理由。答え: 黄", " 理由。答え: 問題薬"]
+    unclear = [
+        " 黄",  # no answer line
+        " 理由。答え:",
+        " 答え: 黄。答え: 黒",  # two answer lines
+        " 答え: 黄\nわからない",  # something after it
+        " 答え: 黄と白",  # a choice among others
+        " 答え: b または c",
+    ]
+    given = paths(*certain, *unclear, " 理由。答え: 白", " 理由。答え: 青") + [
+        ReasoningPath("P", " 答え: 黄", truncated=True)
+    ]
+    settings = {"strategy": "explanation", "style": style}
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings)
+    assert [row["rejected"] for row in rows] == [" 理由。答え: 白"] and summary["paths"]["wrong"] == 1
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings, unlisted_is_wrong=True)
+    assert sorted(row["rejected"] for row in rows) == sorted([*certain, " 理由。答え: 白"])
+    assert summary["paths"] == {"right": 1, "wrong": 3, "unparsed": len(unclear), "truncated": 1, "duplicate": 0}
+    with pytest.raises(InputError, match="unlisted_is_wrong"):
+        build_pairs(QUESTIONS[:1], {"1": given}, style=STYLE, unlisted_is_wrong=True)
+
+
 def test_the_summary_says_why_questions_gave_no_pairs():
     q = [replace(QUESTIONS[0], problem_id=str(i), explanation=None if i > 2 else "青。") for i in range(6)]
     given = {

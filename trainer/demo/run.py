@@ -7,6 +7,7 @@ again with the same folder and seed, and it goes on from where it was stopped.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ def run_demo(out: Path | str, seed: int = 0, quiet: bool = False, recipe: Recipe
     marks = {arm: marks_of(exam_rows(demo, arm, "test")) for arm in ARMS}
     draw_table(table, marks, demo.out / "table.png", title=f"medtrain demo, made-up medicine, seed {seed}")
     demo.say("\n" + format_table(table, marks))
-    demo.say("\n" + conclusions(table, marks))
+    demo.say("\n" + conclusions(table, marks, num_parameters(demo.model("base"))))
     demo.say(f"\ntable: {demo.out / 'table.json'}   picture: {demo.out / 'table.png'}")
     demo.say(f"all of it took {time.monotonic() - began:.0f} s")
     return table
@@ -134,6 +135,7 @@ def continue_pretraining(demo: Demo) -> None:
 def make_pairs(demo: Demo, world: World, start: str) -> None:
     """Pairs of one model: its own wrong explanations about train diseases against the ground truth's.
 
+    An answer that is none of the options is wrong here for certain, as answers are the options' own texts.
     A model may name any disease while it reasons; pairs that name one of another kind are left out and counted.
     """
     from medtrain.trainer.exam.pairs import run_pairs
@@ -152,6 +154,7 @@ def make_pairs(demo: Demo, world: World, start: str) -> None:
         seed=demo.seed,
         max_new_tokens=demo.recipe.max_new_tokens,
         style=STYLE,
+        unlisted_is_wrong=True,
         dtype="float32",
     )
     rows = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
@@ -199,6 +202,14 @@ def exam_rows(demo: Demo, arm: str, kind: str) -> dict[str, list[dict]]:
         mode: [json.loads(line) for line in (folder / f"outputs-{mode}.jsonl").read_text("utf-8").splitlines()]
         for mode in ("answer", "explain")
     }
+
+
+def num_parameters(model: Path) -> int:
+    """How many parameters a model folder holds; tied ones count once."""
+    from safetensors import safe_open
+
+    with safe_open(model / "model.safetensors", framework="np") as handle:
+        return sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
 
 
 def _train(demo: Demo, stage: str, name: str, **sections: dict) -> None:

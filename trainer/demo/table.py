@@ -65,7 +65,7 @@ def format_table(table: dict, marks: dict[str, Marks]) -> str:
     return "\n".join(lines)
 
 
-def conclusions(table: dict, marks: dict[str, Marks]) -> str:
+def conclusions(table: dict, marks: dict[str, Marks], num_parameters: int) -> str:
     """What the table shows and does not show, each sentence decided by an interval."""
     lines = []
     cpt, both = table["cpt"], table["cpt_rpo"]
@@ -102,7 +102,8 @@ def conclusions(table: dict, marks: dict[str, Marks]) -> str:
             f"({table[arm]['explain']['points_ratio']:.3f} to {both['explain']['points_ratio']:.3f})."
         )
     lines.append(
-        "One made-up world, one seed, a model of 0.6 M parameters: a picture of the recipe, no proof about real ones."
+        f"One made-up world, one seed, a model of {num_parameters / 1e6:.1f} M parameters: a picture of the recipe, "
+        "no proof about real ones."
     )
     return "\n".join(lines)
 
@@ -154,7 +155,10 @@ def draw_bars(bars: dict[str, dict[str, tuple[float, float, float]]], path: Path
     gaps = {arm: bars[arm]["answer"][0] - bars[arm]["explain"][0] for arm in bars}
     axes.set_xticks(
         places,
-        [f"{LABELS[arm]}\ngap {gaps[arm]:+.2f}{chr(10) + '(control)' if arm in CONTROLS else ''}" for arm in bars],
+        [
+            "\n".join([label, *(["(control)"] if arm in CONTROLS else []), f"gap {gaps[arm]:+.2f}"])
+            for arm, label in LABELS.items()
+        ],
     )
     axes.set_ylim(0, 1.12)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])

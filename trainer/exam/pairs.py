@@ -17,7 +17,7 @@ from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.generate import HFEngine, VLLMEngine, load_engine
-from medtrain.trainer.exam.parse import parse_output
+from medtrain.trainer.exam.parse import parse_output, squeeze
 from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
@@ -73,6 +73,7 @@ def build_pairs(
     max_per_question: int = 8,
     seed: int = 0,
     style: PromptStyle | None = None,
+    unlisted_is_wrong: bool = False,
 ) -> tuple[list[dict], dict]:
     """Grade paths and pair them up.
 
@@ -83,18 +84,27 @@ def build_pairs(
     ``left_out_by_cap``.
 
     A path that was cut off is neither chosen nor rejected, for training would put an eos where the model never ended.
-    Nor is one whose answer cannot be read: that it is wrong would be a guess.
+    Nor is one whose answer cannot be read: that it is wrong would be a guess. Where the style has the text of a choice
+    as the answer, ``unlisted_is_wrong`` counts it as wrong if it ends with one answer line and that names no choice at
+    all: a model that answers another question than the one asked writes such paths, and they are worth preferring
+    against. The exam's own score does not depend on this.
     """
     if strategy not in STRATEGIES:
         raise bad_input("unknown", field="strategy", found=strategy, expected=", ".join(STRATEGIES))
     if max_per_question < 1:
         raise bad_input("must be 1 or more", field="max_per_question", found=max_per_question)
     style = style or PromptStyle()
+    if unlisted_is_wrong and style.answer_as != "text":
+        raise bad_input(
+            "needs answers that are texts of choices",
+            field="unlisted_is_wrong",
+            expected='a style with answer_as="text"',
+        )
     rows: list[dict] = []
     paths_seen, reasons, left_out, with_pairs = Counter(), Counter(), 0, 0
     for question in questions:
         paths = paths_by_question.get(question.problem_id, ())
-        graded = _grade_paths(question, paths, style)
+        graded = _grade_paths(question, paths, style, unlisted_is_wrong)
         paths_seen.update({kind: len(members) for kind, members in graded.items()})
         possible = _pair_up(question, graded, strategy, seed, style)
         made = _capped(*possible, max_per_question)
@@ -124,7 +134,9 @@ def build_pairs(
     return rows, summary
 
 
-def _grade_paths(question: Question, paths: Sequence[ReasoningPath], style: PromptStyle) -> dict[str, list[str]]:
+def _grade_paths(
+    question: Question, paths: Sequence[ReasoningPath], style: PromptStyle, unlisted_is_wrong: bool
+) -> dict[str, list[str]]:
     """Distinct outputs by kind: right, wrong, unparsed, truncated; ``duplicate`` holds the repeats."""
     graded: dict[str, list[str]] = {kind: [] for kind in ("right", "wrong", "unparsed", "truncated", "duplicate")}
     seen = set()
@@ -141,11 +153,25 @@ def _grade_paths(question: Question, paths: Sequence[ReasoningPath], style: Prom
         if path.truncated:
             kind = "truncated"
         elif parsed.failure:
-            kind = "unparsed"
+            unlisted = (
+                unlisted_is_wrong and parsed.failure == "no answer found" and _names_no_choice(text, question, style)
+            )
+            kind = "wrong" if unlisted else "unparsed"
         else:
             kind = "right" if grade_output(question, parsed) else "wrong"
         graded[kind].append(text)
     return graded
+
+
+def _names_no_choice(text: str, question: Question, style: PromptStyle) -> bool:
+    """Whether a path ends with its only answer line, and this holds neither a choice's text nor a choice's letter."""
+    before, marker, answer = text.partition(style.answer_marker)
+    answer = squeeze(answer)
+    if question.is_numeric or not marker or not answer or squeeze(style.answer_marker) in answer:
+        return False
+    if "\n" in text[len(before) + len(marker) :].strip() or answer.lower() in question.letters:
+        return False
+    return not any(squeeze(choice) in answer for choice in question.choices)
 
 
 def _pair_up(
@@ -200,6 +226,7 @@ def run_pairs(
     max_new_tokens: int = 1024,
     engine: str = "hf",
     style: PromptStyle | None = None,
+    unlisted_is_wrong: bool = False,
     demonstrations: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -226,7 +253,13 @@ def run_pairs(
         demonstrations=shots,
     )
     rows, summary = build_pairs(
-        asked, paths, strategy=strategy, max_per_question=max_per_question, seed=seed, style=style
+        asked,
+        paths,
+        strategy=strategy,
+        max_per_question=max_per_question,
+        seed=seed,
+        style=style,
+        unlisted_is_wrong=unlisted_is_wrong,
     )
     summary["skipped_image_questions"] = len(everything) - len(asked)
     if not rows:
