@@ -141,7 +141,7 @@ def score(exam: str, predictions: str, details: str | None) -> None:
 @click.option(
     "--out", type=click.Path(), default="demo-out", show_default=True, help="A new folder, or one to go on in."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed is another world.")
+@click.option("--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world.")
 def demo(out: str, seed: int) -> None:
     """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
     from medtrain.trainer.demo.run import run_demo

@@ -17,7 +17,7 @@ from medtrain.trainer.errors import InputError
 # A world so small that a model of some hundred steps writes readable answers, most of them wrong.
 TINY = Recipe(
     sizes=WorldSizes(general=10, train=5, dev=5, test=5, values=6),
-    corpus=Corpus(prose=300, answer=200, explain=300, unseen=100, textbook=200, questions=2),
+    corpus=Corpus(prose=300, answer=200, explain=300, textbook=200, questions=2),
     hidden_size=64,
     base_steps=100,
     base_tokens=600,

@@ -21,7 +21,7 @@ from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.questions import load_questions
 
 SIZES = WorldSizes(general=25, train=10, dev=10, test=15)
-CORPUS = Corpus(prose=300, answer=200, explain=200, unseen=150, textbook=400, questions=2)
+CORPUS = Corpus(prose=300, answer=200, explain=200, textbook=400, questions=2)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_no_exam_question_stands_in_a_training_text_and_no_tested_disease_in_a_p
     exams = {kind: exam_rows(world, kind) for kind in KINDS[1:]}
     check_disjoint(world, [*papers.values(), textbook], exams)
     tested = set(world.diseases["test"]) | set(world.diseases["dev"])
-    for source in ("answer", "explain", "unseen"):
+    for source in ("answer", "explain"):
         assert not any(names_in(world, text) & tested for text in papers[source])
     # All the training text there is, searched without any knowledge of its form.
     everything = "\n".join(text for texts in [*papers.values(), textbook] for text in texts)
@@ -94,10 +94,6 @@ def test_the_textbook_tells_true_facts_and_compares_within_a_chapter(world):
             compared += bool(others)
             total += 1
     assert 0.85 < compared / total < 0.95
-
-
-def test_unseen_papers_are_about_no_disease_of_the_world(world):
-    assert not any(names_in(world, text) for text in pretraining_texts(world, CORPUS)["unseen"])
 
 
 def test_exam_files_are_read_back_with_the_right_answer_and_explanation(tmp_path, world):

@@ -44,7 +44,7 @@ class Demo:
         return self.out / "pairs" / f"{arm}.jsonl"
 
 
-def run_demo(out: Path | str, seed: int = 0, quiet: bool = False, recipe: Recipe = RECIPE) -> dict:
+def run_demo(out: Path | str, seed: int = 10, quiet: bool = False, recipe: Recipe = RECIPE) -> dict:
     """Run all stages that ``out`` does not hold yet; returns what ``OUT/table.json`` holds.
 
     Prints the table and writes ``table.json``, ``table.png``, and one folder a model. Raises :class:`InputError` where

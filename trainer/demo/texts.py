@@ -22,7 +22,6 @@ from medtrain.trainer.demo.world import (
     Quiz,
     World,
     quiz_on_fact,
-    quiz_without_fact,
 )
 from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question
@@ -61,7 +60,6 @@ class Corpus:
     prose: int = 24_000
     answer: int = 8_000  # examination papers that give the answer alone
     explain: int = 8_000  # examination papers that explain, then answer
-    unseen: int = 6_000  # papers that explain, about diseases of no other text
     textbook: int = 6_000
     sentences: int = 4  # a prose document
     listed: float = 0.5  # share of prose documents that begin with a list of words, as papers do
@@ -105,11 +103,10 @@ def paper(quiz: Quiz, mode: str, explanation: str) -> str:
 
 
 def pretraining_texts(world: World, corpus: Corpus) -> dict[str, list[str]]:
-    """The general texts of the world, by source: ``prose``, ``answer``, ``explain``, ``unseen``.
+    """The general texts of the world, by source: ``prose``, ``answer``, ``explain``.
 
     Prose tells all facts of general diseases and those of the textbook's facts that are in ``world.met``. Papers ask
-    about general diseases. In ``unseen`` papers no other text tells the fact, so the answer must be read from the
-    explanation: this is how a model learns that its answer follows from what it wrote.
+    about general diseases.
     """
     general = world.facts_of("general")
     told = general + sorted(world.met)
@@ -133,15 +130,11 @@ def pretraining_texts(world: World, corpus: Corpus) -> dict[str, list[str]]:
         fact = rng.choice(general)
         return paper(quiz_on_fact(world, fact, rng), "explain", say_plainly(world, fact, rng))
 
-    def unseen(rng: random.Random) -> str:
-        quiz = quiz_without_fact(world, rng)
-        return paper(quiz, "explain", say_plainly(world, (quiz.disease, quiz.relation), rng, quiz.right))
-
     def texts(make: Callable[[random.Random], str]) -> list[str]:
         rng = world.rng(make.__name__)
         return [make(rng) for _ in range(getattr(corpus, make.__name__))]
 
-    return {make.__name__: texts(make) for make in (prose, answer, explain, unseen)}
+    return {make.__name__: texts(make) for make in (prose, answer, explain)}
 
 
 def textbook_texts(world: World, corpus: Corpus) -> list[str]:
@@ -160,7 +153,7 @@ def textbook_texts(world: World, corpus: Corpus) -> list[str]:
 
 
 def make_tokenizer(world: World):
-    """A tokenizer whose tokens are the units the world is made of: syllables, value words, phrases.
+    """A tokenizer whose tokens are the units the world is made of: names, value words, phrases, and syllables for the rest.
 
     It takes the longest unit at each place. No unit spans the end of a prompt (units that begin with a line break are
     markers as a whole), so a prompt and its completion have the same tokens apart and together.
@@ -168,7 +161,8 @@ def make_tokenizer(world: World):
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    units = ["<pad>", "<eos>", "<unk>", *ALPHABET, *_PHRASES, *(v for values in world.values for v in values)]
+    names = [disease for kind in KINDS for disease in world.diseases[kind]]
+    units = ["<pad>", "<eos>", "<unk>", *ALPHABET, *_PHRASES, *names, *(v for values in world.values for v in values)]
     model = models.WordPiece(
         {unit: number for number, unit in enumerate(units)},
         unk_token="<unk>",

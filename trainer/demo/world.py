@@ -148,10 +148,3 @@ def quiz_on_fact(world: World, fact: Fact, rng: random.Random) -> Quiz:
     options = [right, *near, *rng.sample(far, len(LETTERS) - 1 - len(near))]
     rng.shuffle(options)
     return Quiz(disease, r, tuple(options), right, tuple(near))
-
-
-def quiz_without_fact(world: World, rng: random.Random) -> Quiz:
-    """A question about a disease that no text mentions, its right option drawn by lot."""
-    r = rng.randrange(len(RELATIONS))
-    options = tuple(rng.sample(world.values[r], len(LETTERS)))
-    return Quiz(rng.choice(world.spare_names), r, options, rng.choice(options))
