@@ -160,7 +160,7 @@ def draw_bars(bars: dict[str, dict[str, tuple[float, float, float]]], path: Path
             for arm, label in LABELS.items()
         ],
     )
-    axes.set_ylim(0, 1.12)
+    axes.set_ylim(0, 1.2)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.set_ylabel("share of exam points")
     axes.set_title(title, fontsize=11)
