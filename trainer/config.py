@@ -302,10 +302,24 @@ def _all_keys(cls) -> list[str]:
     return keys
 
 
+# What other trainers call it.
+_ALSO_CALLED = {
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "max_seq_length": "seq_len",
+    "output_dir": "out",
+    "max_grad_norm": "grad_clip",
+    "save_steps": "every",
+    "lr_scheduler_type": "schedule",
+}
+
+
 def _unknown_key(name: str, file, keys: list[str]) -> InputError:
     # Two ways to be near: the right setting in the wrong section, or a typing slip.
     by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
     last = name.rsplit(".", 1)[-1]
+    last = _ALSO_CALLED.get(last, last)
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     if not near:
         near = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]

@@ -63,7 +63,7 @@ class Cpt:
         cache = Path(config.data.cache or os.environ.get("MEDTRAIN_CACHE") or Path.home() / ".cache" / "medtrain")
         self.capacity = config.optim.micro_batch_tokens
 
-        def load(sources) -> list[Windows]:
+        def load(sources, what: str = "") -> list[Windows]:
             found = []
             for source in name_sources(sources):
                 report = _now_and_then(lambda rows, name=source.name: say(f"{name}: {rows:,} documents tokenised"))
@@ -74,11 +74,12 @@ class Cpt:
                 )
                 tokenized = tokenize_source(source, tokenizer, cache / "tokens", key=key)
                 found.append(make_windows(tokenized, config.data.seq_len))
-                say(f"{source.name}: {tokenized.num_docs:,} documents, {len(tokenized.tokens):,} tokens")
+                say(f"{what}{source.name}: {tokenized.num_docs:,} documents, {len(tokenized.tokens):,} tokens")
+                _tell_unknown(tokenized.tokens, tokenizer, source.name, say)
             return found
 
         self.sources = load(config.data.sources)
-        self.heldout = load(config.data.heldout)
+        self.heldout = load(config.data.heldout, "held-out ")
         lengths = [windows.lengths for windows in self.sources]
         longest = max(int(windows.lengths.max()) for windows in [*self.sources, *self.heldout])
         check_capacity(longest, self.capacity, what="a window")
@@ -136,16 +137,17 @@ class Rpo:
         self.config = config.rpo
         self.capacity = config.optim.micro_batch_tokens
 
-        def load(sources) -> list[PairSet]:
+        def load(sources, what: str = "") -> list[PairSet]:
             found = []
             for source in name_sources(sources):
                 pairs = load_pairs(source, tokenizer, max_length=config.data.max_length, overlong=config.data.overlong)
-                say(f"{source.name}: {pairs.num_pairs:,} pairs, {len(pairs.tokens):,} tokens")
+                say(f"{what}{source.name}: {pairs.num_pairs:,} pairs, {len(pairs.tokens):,} tokens")
+                _tell_unknown(pairs.tokens, tokenizer, source.name, say)
                 found.append(pairs)
             return found
 
         self.sources = load(config.data.pairs)
-        self.heldout = load(config.data.heldout)
+        self.heldout = load(config.data.heldout, "held-out ")
         longest = max(int(pairs.lengths.max()) for pairs in [*self.sources, *self.heldout])
         check_capacity(longest, self.capacity, what="a pair, both sides")
         self.epoch_size = sum(pairs.num_pairs for pairs in self.sources)
@@ -235,6 +237,21 @@ class Rpo:
             sums += self._loss(policy, batch, n, self.heldout)[1]
         row = self.metrics(world.sum(sums), n)
         return {f"heldout/{name}": row[name] for name in row if name != "pairs"}
+
+
+def _tell_unknown(tokens: np.ndarray, tokenizer, name: str, say: Say) -> None:
+    """Warn of text that the tokenizer cannot spell: the model would learn from blanks."""
+    unknown = tokenizer.unk_token_id
+    # Where <unk> is also the end or padding token (GPT-2's way), it stands for itself.
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return
+    # The first ten million tell enough, and reading all of a large cache would take long.
+    sample = tokens[:10_000_000]
+    share = float(np.mean(sample == unknown)) if len(sample) else 0.0
+    if share > 0.001:
+        say(
+            f"warning: {share:.1%} of the tokens of {name} are {tokenizer.unk_token}: this tokenizer cannot spell its text"
+        )
 
 
 def _now_and_then(report: Callable[[int], None], seconds: float = 10.0) -> Callable[[int], None]:

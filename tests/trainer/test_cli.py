@@ -157,3 +157,11 @@ def test_check_reads_everything_and_writes_no_run(rpo_tree, tmp_path):
     assert not (tmp_path / "rpo").exists()
     rpo_tree["data"]["pairs"][0]["path"] = "gone.jsonl"
     assert call("check", write_config(rpo_tree, tmp_path)).exit_code == 2
+
+
+def test_text_that_the_tokenizer_cannot_spell_is_told(cpt_tree, tmp_path):
+    path = write_jsonl(tmp_path / "en.jsonl", [{"text": "fever and cough"} for _ in range(20)])
+    cpt_tree["data"]["sources"] = [{"path": str(path), "name": "english"}]
+    cpt_tree["optim"]["batch_tokens"] = 32
+    result = call("check", write_config(cpt_tree, tmp_path))
+    assert result.exit_code == 0 and "of the tokens of english are <unk>" in result.stderr

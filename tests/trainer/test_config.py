@@ -88,3 +88,9 @@ def test_a_run_may_be_continued_with_other_micro_batches_but_not_another_rate(cp
     assert learned_settings(config_from_dict("cpt", cpt_tree).settings()) == before
     cpt_tree["optim"]["lr"] = 2e-2
     assert learned_settings(config_from_dict("cpt", cpt_tree).settings()) != before
+
+
+def test_the_name_that_other_trainers_use_is_led_to_ours(cpt_tree):
+    cpt_tree["optim"]["learning_rate"] = 1.0
+    with pytest.raises(InputError, match=r"'optim\.lr'"):
+        config_from_dict("cpt", cpt_tree)
