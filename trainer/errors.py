@@ -34,7 +34,7 @@ def bad_input(
         where += f"field '{field}': "
     details = []
     if found is not None:
-        text = found if isinstance(found, str) else repr(found)
+        text = found if isinstance(found, str) and found.strip() else repr(found)
         details.append(f"found {text if len(text) <= 120 else text[:117] + '...'}")
     if expected is not None:
         details.append(f"expected {expected}")
