@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import PARTIAL, sync_file, sync_folder, write_json
+from medtrain.trainer.files import PARTIAL, file_sha256, sync_file, sync_folder, write_json
 from medtrain.trainer.model import PolicyModel, clean_name
 
 MAX_FILE_BYTES = 5_000_000_000  # of an exported safetensors file, as transformers splits them
@@ -90,12 +90,6 @@ class Checkpoint:
             if self.dtypes[name] not in ("F64", "F32", "F16", "BF16"):
                 raise bad_input("quantized weights cannot be trained", file=self.where[name], field=name,
                                 found=self.dtypes[name], expected="F32, F16 or BF16")  # fmt: skip
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _local_part(param: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.files import file_sha256
 
 _ROWS_PER_READ = 1024
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
@@ -104,8 +105,7 @@ def files_digest(files: Sequence[Path]) -> str:
     """Return the sha256 (hex) of the kinds and bytes of the files, in order. Their names and times do not matter."""
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as handle:
-            digest.update(f"{file.suffix}:{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{file.suffix}:{file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

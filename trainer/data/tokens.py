@@ -23,6 +23,7 @@ import numpy as np
 
 from medtrain.trainer.data.sources import Source, check_text, files_digest, read_rows, source_files
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.files import file_sha256
 
 _FORMAT = 1
 _FILES = ("tokens.bin", "offsets.npy", "bytes.npy")
@@ -142,7 +143,7 @@ def _open_cache(folder: Path, *, verify: bool = True) -> tuple[np.ndarray, np.nd
     """Return (tokens, offsets, num_bytes), memory-mapped, or None if a file has not its digest in meta.json."""
     try:
         expected = json.loads((folder / "meta.json").read_text("utf-8"))["sha256"]
-        if verify and any(_file_digest(folder / name) != expected[name] for name in _FILES):
+        if verify and any(file_sha256(folder / name) != expected[name] for name in _FILES):
             return None
         tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r")
         return tokens, *(np.load(folder / name, mmap_mode="r") for name in _FILES[1:])
@@ -170,7 +171,7 @@ def _write_cache(folder: Path, source: Source, tokenizer, field: str, settings: 
         np.save(temporary / "offsets.npy", offsets)
         np.save(temporary / "bytes.npy", np.concatenate(num_bytes))
         meta = {**settings, "num_docs": num_docs, "num_tokens": int(offsets[-1]), "eos_id": eos}
-        meta["sha256"] = {name: _file_digest(temporary / name) for name in _FILES}
+        meta["sha256"] = {name: file_sha256(temporary / name) for name in _FILES}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
         temporary.chmod(0o755)
         if _open_cache(folder) is None:
@@ -195,8 +196,3 @@ def _text_batches(path: str, field: str) -> Iterator[list[str]]:
             texts, chars = [], 0
     if texts:
         yield texts
-
-
-def _file_digest(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

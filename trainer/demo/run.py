@@ -19,6 +19,7 @@ from medtrain.trainer.demo.table import conclusions, draw_table, format_table, m
 from medtrain.trainer.demo.texts import STYLE, WorldFiles, names_in, write_jsonl, write_world
 from medtrain.trainer.demo.world import World, make_world
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.files import write_json
 
 ARMS = ("base", "cpt", "rpo", "cpt_rpo", "cpt_sft", "cpt_dpo")
 _NUM_THREADS = 1  # another number sums in another order, and a model this small ends elsewhere; nor is it much faster
@@ -83,7 +84,7 @@ def run_demo(out: Path | str, seed: int = 10, quiet: bool = False, recipe: Recip
             table = {arm: sit_exam(demo, arm, "test") for arm in ARMS}
     finally:
         torch.set_num_threads(threads)
-    _write_json(demo.out / "table.json", table)
+    write_json(demo.out / "table.json", table)
     marks = {arm: marks_of(exam_rows(demo, arm, "test")) for arm in ARMS}
     draw_table(table, marks, demo.out / "table.png", title=f"medtrain demo, made-up medicine, seed {seed}")
     demo.say("\n" + format_table(table, marks))
@@ -244,7 +245,7 @@ def _stage(demo: Demo, name: str, what: str):
     path = demo.out / "times.json"
     times = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     again = "  (done before)" if what in times else ""
-    _write_json(path, {what: round(seconds, 1)} | times)
+    write_json(path, {what: round(seconds, 1)} | times)
     demo.say(f"{name:8} {what:52} {seconds:5.1f} s{again}")
 
 
@@ -265,13 +266,7 @@ def _claim(demo: Demo) -> None:
     if demo.out.exists() and (not demo.out.is_dir() or any(demo.out.iterdir())):
         raise bad_input("holds other things than a demo", file=demo.out, expected="a new or empty --out folder")
     demo.out.mkdir(parents=True, exist_ok=True)
-    _write_json(path, record)
-
-
-def _write_json(path: Path, value: object) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, record)
 
 
 def _counts(demo: Demo) -> dict[str, int]:

@@ -22,6 +22,7 @@ from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import MODES, PromptStyle
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
+from medtrain.trainer.files import file_sha256
 
 METHODS = ("generate", "choice_logp")
 Progress = Callable[[str, int, int], None]
@@ -283,7 +284,7 @@ def _end_last_line(path: Path) -> None:
 
 def _file_digest(path: str | Path) -> str:
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise bad_input("cannot be read", file=path, found=error.strerror or str(error)) from error
 

@@ -12,7 +12,6 @@ the key or has the value that the key stands for (0.4 where the key "04" fills t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -21,6 +20,7 @@ from pathlib import Path
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.parse import Parsed, parse_output
 from medtrain.trainer.exam.questions import Question, load_questions, read_jsonl
+from medtrain.trainer.files import write_bytes
 
 # Declared void after the examination: the official scorer counts it as right for every prediction.
 _ALWAYS_RIGHT = frozenset({"116A71"})
@@ -200,9 +200,7 @@ def write_atomically(path: str | Path, content: str) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part-{os.getpid()}")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, path)
+        write_bytes(path, content.encode())
     except OSError as error:
         raise bad_input("cannot be written", file=path, found=error.strerror or str(error)) from error
 
