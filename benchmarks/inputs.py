@@ -19,7 +19,8 @@ from medtrain.kernels.reference import reference_logps
 from medtrain.trainer.errors import bad_input
 
 SEQUENCE_TOKENS = 512  # about a completion of reasoning; sequences share N out evenly
-BETA = 0.1
+# Small, since there is no reference model to take the margins near 0: the pairs' gradients then weigh about the same.
+BETA = 0.02
 SAMPLED_VOCABULARY = 16_384
 # The float64 pass over a shape: at most so many seconds and pairs, whatever the device.
 _REFERENCE_SECONDS = 3.0
@@ -34,7 +35,7 @@ class Inputs:
     """One batch of ``num_pairs`` pairs, all chosen sequences first, then all rejected ones, each of N / (2 P) rows.
 
     hidden [N, H] and weight [V, H] share a dtype, targets [N] are int64. ``upstream`` [N] float32 is the gradient of
-    the mean DPO loss (beta 0.1, reference log-probabilities 0) with respect to the log-probabilities.
+    the mean DPO loss (``BETA``, reference log-probabilities 0) with respect to the log-probabilities.
     """
 
     hidden: Tensor

@@ -111,13 +111,13 @@ def run_kernels(
         for dtype in (torch.bfloat16,) if on_cuda else (torch.float32, torch.bfloat16):
             echo(f"{report.shape_name(*shape, str(dtype)[6:])} on {result['device']}")
             try:
-                result["rows"] += _run_shape(shape, dtype, device, chosen, with_floor, quick, deadline, echo)
+                rows, seen = _run_shape(shape, dtype, device, chosen, with_floor, quick, deadline, echo)
+                result["rows"] += rows
+                result["clocks"] += seen
             except torch.OutOfMemoryError:
                 reason = "out of memory for the inputs and float64's answer"
                 result["rows"] += [_row(one, head, shape, dtype, reason=reason) for one in chosen for head in one.heads]
             _free(device)
-            if on_cuda:
-                result["clocks"].append({"shape": list(shape), "nvidia_smi": clocks(device)})
             write_json(path, result)
             path.with_suffix(".md").write_text(report.markdown(result), encoding="utf-8")
     return result, path
@@ -141,13 +141,14 @@ def _run_shape(
     quick: bool,
     deadline: float,
     echo: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of one shape, and the clocks right after each of its timings."""
     inputs = make_inputs(*shape, dtype, device)
     wanted = reference(inputs)
     if wanted.inputs.num_pairs == inputs.num_pairs:
         inputs = wanted.inputs
     path = select_path(inputs.hidden)
-    rows = []
+    rows, seen = [], []
     for head in HEADS:
         _free(device)
         inputs.require_grad(head), wanted.inputs.require_grad(head)
@@ -168,6 +169,8 @@ def _run_shape(
             calls[_FLOOR].forward()
         seconds, rounds = (8.0 if quick else 20.0, (7, 40)) if device.type == "cuda" else (0.5, (3, 10))
         times = time_rounds(calls, device, seconds, rounds)
+        if device.type == "cuda":
+            seen.append({"shape": list(shape), "head": head, "nvidia_smi": clocks(device)})
         floor_ms = times[_FLOOR]["forward"].median if _FLOOR in times else None
         for implementation, (errors, memory) in checked.items():
             if implementation not in times:
@@ -191,7 +194,7 @@ def _run_shape(
         echo(
             f"  {head or 'no gradient'}: timed {', '.join(f'{one.impl} {one.variant}'.strip() for one in times) or 'none'}"
         )
-    return rows
+    return rows, seen
 
 
 def _check(implementation: Implementation, inputs: Inputs, wanted: Reference, device: torch.device) -> _Found | str:
