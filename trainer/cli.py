@@ -141,7 +141,9 @@ def score(exam: str, predictions: str, details: str | None) -> None:
 @click.option(
     "--out", type=click.Path(), default="demo-out", show_default=True, help="A new folder, or one to go on in."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world."
+)
 def demo(out: str, seed: int) -> None:
     """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
     from medtrain.trainer.demo.run import run_demo
@@ -172,6 +174,48 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
     summary = check_config(load_config(None, config, overrides))
     if _is_main():
         click.echo(summary)
+
+
+@main.group()
+def bench() -> None:
+    """Measure: the log-probability op beside its peers and a floor of bare GEMMs."""
+
+
+@bench.command("kernels")
+@click.option("--quick", is_flag=True, help="On a GPU: two shapes, nothing begun after 200 seconds.")
+@click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
+@click.option("--shapes", metavar="NxHxV,...", help="Tokens x hidden size x vocabulary, instead of the usual ones.")
+@click.option("--impl", "impls", metavar="NAME,...", help="Only these implementations.")
+@click.option("--commit", help="Recorded where the source tree is not a git checkout.")
+def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, commit: str | None) -> None:
+    """Time, memory and error of the op in all its modes; on a CPU a small form, where memory and errors hold."""
+    from rich.console import Console
+
+    from medtrain.benchmarks.kernels import failures, parse_names, parse_shapes, run_kernels
+    from medtrain.benchmarks.report import show
+
+    result, path = run_kernels(
+        out,
+        quick=quick,
+        shapes=parse_shapes(shapes) if shapes is not None else None,
+        impls=parse_names(impls) if impls is not None else None,
+        commit=commit,
+        echo=lambda line: click.echo(line, err=True),
+    )
+    show(result, Console(width=None if sys.stdout.isatty() else 160))
+    click.echo(f"{path}\n{path.with_suffix('.md')}")
+    if failed := failures(result["rows"]):
+        click.echo("\n".join(f"medtrain: our own op failed: {line}" for line in failed), err=True)
+        sys.exit(1)
+
+
+@bench.command("table")
+@click.argument("file", type=click.Path())
+def bench_table(file: str) -> None:
+    """Draw the tables of a benchmark FILE.json as Markdown."""
+    from medtrain.benchmarks.report import load, markdown
+
+    click.echo(markdown(load(file)), nl=False)
 
 
 if __name__ == "__main__":
