@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["OFFSET", "SUM_LIMIT", "Walk", "compute_dtype", "default_slab_size", "finish", "grad_weight", "kept_dtype",
-           "put_target", "slabs", "walk"]  # fmt: skip
+           "put_target", "slabs", "tile_rows", "unit_dtype", "walk"]  # fmt: skip
 
 OFFSET = 40.0
 # 2**108 leaves a factor of 2**20 below float32's largest number: room for a vocabulary-wide sum times a weight.
@@ -60,6 +60,11 @@ def default_slab_size(num_rows: int, vocab_size: int) -> int:
         return vocab_size
     num_slabs = -(-vocab_size // widest)
     return -(-vocab_size // (64 * num_slabs)) * 64
+
+
+def tile_rows(num_rows: int, slab_size: int) -> int:
+    """Rows whose logits of one slab are computed at once."""
+    return max(1, min(num_rows, _TILE_ELEMENTS // slab_size))
 
 
 def slabs(vocab_size: int, num_kept: int, slab_size: int) -> Iterator[tuple[int, int]]:
@@ -159,11 +164,12 @@ def _sums(
     num_rows, num_kept = kept.shape
     total = x.new_zeros(num_rows)
     unit = torch.empty_like(x) if needs_unit else x.new_empty(0)
-    tile_rows = max(1, _TILE_ELEMENTS // slab_size)
-    buffer = x.new_empty(min(num_rows, tile_rows) * slab_size)
+    num_tile_rows = tile_rows(num_rows, slab_size)
+    buffer = x.new_empty(num_tile_rows * slab_size)
     for low, high in slabs(len(weight), num_kept, slab_size):
+        slab = None  # a widened copy goes before the next one comes
         slab = weight[low:high].to(x.dtype)
-        for start, stop in _ranges(0, num_rows, tile_rows):
+        for start, stop in _ranges(0, num_rows, num_tile_rows):
             # Kept E that needs no rounding is computed in its place.
             if high <= num_kept and kept.dtype == x.dtype:
                 tile = kept[start:stop, low:high]
@@ -183,10 +189,10 @@ def _sums(
 def _row_maximum(x: Tensor, weight: Tensor, targets: Tensor, slab_size: int) -> Tensor:
     """Largest logit [n] of each row, the target's own left out."""
     maximum = x.new_full((len(x),), -torch.inf)
-    tile_rows = max(1, _TILE_ELEMENTS // slab_size)
+    num_tile_rows = tile_rows(len(x), slab_size)
     for low, high in _ranges(0, len(weight), slab_size):
         slab = weight[low:high].to(x.dtype)
-        for start, stop in _ranges(0, len(x), tile_rows):
+        for start, stop in _ranges(0, len(x), num_tile_rows):
             logits = x[start:stop] @ slab.T
             put_target(logits, targets[start:stop] - low, x.new_full((stop - start,), -torch.inf))
             maximum[start:stop] = torch.maximum(maximum[start:stop], logits.amax(1))
@@ -220,19 +226,23 @@ def grad_weight(
     scaled = x * (inverse * grad).unsqueeze(1)
     sums = None if dtype == hidden.dtype else x.new_empty(min(slab_size, vocab_size), hidden.shape[1])
     exact = kept.dtype == dtype
-    tile_rows = max(1, _TILE_ELEMENTS // slab_size)
-    buffer = x.new_empty(min(num_rows, tile_rows) * slab_size)
+    num_tile_rows = tile_rows(num_rows, slab_size)
+    buffer = x.new_empty(num_tile_rows * slab_size)
     for low, high in slabs(vocab_size, num_kept, slab_size):
         out = result[low:high] if sums is None else sums[: high - low]
         is_kept = high <= num_kept
+        slab = None  # a widened copy goes before the next one comes
         slab = None if is_kept else weight[low:high].to(dtype)
         # Rounded E is widened tile by tile; exact E already holds -S in the target's place.
-        for start, stop in _ranges(0, num_rows, num_rows if is_kept and exact else tile_rows):
-            if is_kept:
-                tile = kept[start:stop, low:high].to(dtype)
+        for start, stop in _ranges(0, num_rows, num_rows if is_kept and exact else num_tile_rows):
+            if is_kept and exact:
+                tile = kept[start:stop, low:high]
             else:
                 tile = buffer[: (stop - start) * (high - low)].view(stop - start, high - low)
-                _exp_tile(x[start:stop], slab, offset[start:stop], out=tile)
+                if is_kept:
+                    tile.copy_(kept[start:stop, low:high])
+                else:
+                    _exp_tile(x[start:stop], slab, offset[start:stop], out=tile)
             if not (is_kept and exact):
                 put_target(tile, targets[start:stop] - low, -total[start:stop])
             torch.addmm(out, tile.T, scaled[start:stop], beta=0 if start == 0 else 1, out=out)
