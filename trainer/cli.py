@@ -141,7 +141,9 @@ def score(exam: str, predictions: str, details: str | None) -> None:
 @click.option(
     "--out", type=click.Path(), default="demo-out", show_default=True, help="A new folder, or one to go on in."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world."
+)
 def demo(out: str, seed: int) -> None:
     """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
     from medtrain.trainer.demo.run import run_demo
@@ -152,11 +154,15 @@ def demo(out: str, seed: int) -> None:
 @main.command()
 @click.argument("run_or_checkpoint", type=click.Path())
 @click.argument("out_dir", type=click.Path())
-def export(run_or_checkpoint: str, out_dir: str) -> None:
-    """Write a run's last checkpoint, or the one named, as a Hugging Face folder."""
-    from medtrain.trainer.loop import export_run
+@click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone, as a PEFT folder.")
+def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
+    """Write a run's last checkpoint, or the one named, as a Hugging Face folder.
 
-    path = export_run(run_or_checkpoint, out_dir)
+    A LoRA run's adapters are merged into the base weights that they were trained on (an NF4 base: widened, as trained).
+    """
+    from medtrain.trainer.export import export_run
+
+    path = export_run(run_or_checkpoint, out_dir, adapter=adapter)
     if _is_main():
         click.echo(path)
 
