@@ -336,6 +336,11 @@ _ALSO_CALLED = {
 
 
 def _unknown_key(name: str, file, keys: list[str]) -> InputError:
+    if name in ("lora.dropout", "lora.lora_dropout"):  # many configurations of others have it
+        # Random numbers in the forward would part step 0 from the reference and a resumed run from the first one.
+        return bad_input(
+            "not supported", file=file, field=name, expected="nothing: adapters are trained without dropout"
+        )
     # Two ways to be near: the right setting in the wrong section, or a typing slip.
     by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
     last = name.rsplit(".", 1)[-1]

@@ -19,7 +19,14 @@ from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.export import export_run
 from medtrain.trainer.lora import fill_adapters, plan_adapters, weight_name
-from medtrain.trainer.model import build_model, load_model_config, load_tokenizer, num_parameters, parameter_shapes
+from medtrain.trainer.model import (
+    SUPPORTED_TYPES,
+    build_model,
+    load_model_config,
+    load_tokenizer,
+    num_parameters,
+    parameter_shapes,
+)
 from medtrain.trainer.quant import dequantize, quantize
 from medtrain.trainer.weights import Checkpoint, load_weights
 
@@ -145,6 +152,7 @@ def test_base_and_adapters_are_the_same_bits_on_three_ranks(base, tmp_path, kind
 def test_two_ranks_give_the_curve_of_one_process(stage, kind, request, tmp_path):
     tree = request.getfixturevalue(f"{stage}_tree")
     tree["model"]["init"] = WIDE | {"tie_word_embeddings": kind == "nf4"}
+    tree["model"]["activation_checkpointing"] = "full" if kind == "nf4" else "none"
     tree["lora"] = {"rank": 4, "base": kind}
     tree["optim"]["steps"] = 12
     run(stage, tree, tmp_path / "one")
@@ -391,6 +399,19 @@ def test_the_manifest_says_what_is_trained(lora_tree, tmp_path):
         t.numel() for t in load_file(tmp_path / "run" / "model" / "model.safetensors").values()
     )
     assert manifest["adapters"] == {"rank": 4, "alpha": 8.0, "target_modules": list(KINDS), "base": "dense"}
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_TYPES)
+def test_adapters_go_on_every_linear_layer_of_every_kind_of_model(model_type):
+    hf_config = AutoConfig.for_model(**WIDE | {"model_type": model_type}, vocab_size=24)
+    shapes = parameter_shapes(hf_config)
+    adapters = plan_adapters(LoraConfig(rank=2), shapes)
+    assert adapters.targets == KINDS
+    policy = build_model(ModelConfig(path=""), hf_config, ALONE, torch.float32, backend="sdpa", adapters=adapters)
+    trained = [n for n, p in policy.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(KINDS) * 2 and set(shapes) == {
+        weight_name(n) for n, _ in policy.named_parameters() if n not in trained
+    }
 
 
 def test_adapters_of_another_kind_or_model_are_named(base, adapter):
