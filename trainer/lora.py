@@ -137,6 +137,9 @@ def _read_adapter(
             raise bad_input("only plain LoRA can be trained on", file=file, field=name, found=content[name])
     if content.get("bias", "none") != "none":
         raise bad_input("only plain LoRA can be trained on", file=file, field="bias", found=content["bias"])
+    begun = str(content.get("init_lora_weights")).lower()
+    if begun.startswith(("pissa", "corda", "olora", "lora_ga")):  # these take what the adapters begin with off the base
+        raise bad_input("made for a base with changed weights", file=file, field="init_lora_weights", found=begun)
     weights = folder / WEIGHTS_FILE
     try:
         with safe_open(weights, framework="pt") as opened:

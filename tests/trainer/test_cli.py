@@ -172,6 +172,9 @@ def test_check_reads_everything_and_writes_no_run(rpo_tree, tmp_path):
     result = call("check", write_config(rpo_tree, tmp_path))
     assert result.exit_code == 0 and "nothing is wrong" in result.stdout and "rpo, 6 steps" in result.stdout
     assert not (tmp_path / "rpo").exists()
+    rpo_tree["lora"] = {"rank": 4}
+    result = call("check", write_config(rpo_tree, tmp_path))
+    assert "lora:   LoRA rank 4, alpha 8 on down_proj" in result.stdout and "parameters trained" in result.stdout
     rpo_tree["data"]["pairs"][0]["path"] = "gone.jsonl"
     assert call("check", write_config(rpo_tree, tmp_path)).exit_code == 2
 

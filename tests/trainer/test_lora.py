@@ -421,6 +421,7 @@ def test_adapters_of_another_kind_or_model_are_named(base, adapter):
     for change, message in (
         ({"use_dora": True}, "'use_dora': only plain LoRA"),
         ({"bias": "all"}, "'bias': only plain LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed weights"),
         ({"peft_type": "IA3"}, "another kind of adapter"),
         ({"r": 4}, r"lora_A.*does not fit the model"),
         ({"r": None}, "unreadable"),
