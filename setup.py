@@ -16,6 +16,7 @@ setup(
         "torch>=2.11,<2.14",
         'triton>=3.6,<3.8; platform_system == "Linux"',
         "transformers>=5.17,<6",
+        "peft>=0.18,<1",
         "safetensors>=0.5",
         "click>=8.1",
         "pyyaml>=6",

@@ -154,11 +154,15 @@ def demo(out: str, seed: int) -> None:
 @main.command()
 @click.argument("run_or_checkpoint", type=click.Path())
 @click.argument("out_dir", type=click.Path())
-def export(run_or_checkpoint: str, out_dir: str) -> None:
-    """Write a run's last checkpoint, or the one named, as a Hugging Face folder."""
-    from medtrain.trainer.loop import export_run
+@click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone, as a PEFT folder.")
+def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
+    """Write a run's last checkpoint, or the one named, as a Hugging Face folder.
 
-    path = export_run(run_or_checkpoint, out_dir)
+    A LoRA run's adapters are merged into the base weights that they were trained on (an NF4 base: widened, as trained).
+    """
+    from medtrain.trainer.export import export_run
+
+    path = export_run(run_or_checkpoint, out_dir, adapter=adapter)
     if _is_main():
         click.echo(path)
 

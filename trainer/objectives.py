@@ -14,6 +14,7 @@ Denominators belong to the whole optimizer step, so the result does not depend o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -36,6 +37,7 @@ from medtrain.trainer.data.sources import name_sources
 from medtrain.trainer.data.tokens import tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
 from medtrain.trainer.distributed import World
+from medtrain.trainer.lora import without_adapters
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.reference import ReferenceCache
 
@@ -160,6 +162,7 @@ class Rpo:
         self.ledger = pair_ledger(self.sources) | {"heldout": pair_ledger(self.heldout)["sources"]}
         self.digests = {f"data.pairs.{i}": pairs.digest for i, pairs in enumerate(self.sources)}
         self.digests |= {f"data.heldout.{i}": pairs.digest for i, pairs in enumerate(self.heldout)}
+        self.start_digest = ""  # of the policy before its first step; the loop sets it
         self.reference: dict[int, torch.Tensor] = {}  # id(PairSet) -> float64 [P, 2]
 
     def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
@@ -170,8 +173,10 @@ class Rpo:
                 self.reference[id(pairs)] = torch.zeros(pairs.num_pairs, 2, dtype=torch.float64)
             return
         for pairs in [*self.sources, *self.heldout]:
-            cache = ReferenceCache(folder, pairs, self.digests["weights"], policy.compute_dtype, policy.backend)
-            missing, parts = cache.fill(policy, self.capacity, world), len(cache.parts())
+            cache = ReferenceCache(folder, pairs, self.start_digest, policy.compute_dtype, policy.backend)
+            # Adapters that begin at zero stay out; the check has them in, and so proves that they change nothing.
+            with without_adapters(policy) if "lora.path" not in self.digests else contextlib.nullcontext():
+                missing, parts = cache.fill(policy, self.capacity, world), len(cache.parts())
             off = cache.check(policy, self.capacity, world)
             what = f"{missing} of {parts} parts computed" if missing else "from the cache"
             say(f"reference of {pairs.name}: {what}; policy == reference within {off:.1e} nats")
