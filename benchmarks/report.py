@@ -204,6 +204,14 @@ def verdicts(rows: list[dict]) -> list[dict[str, Any]]:
           lambda: value(("medtrain", "", "frozen"), "extra_bytes") / 1e9, 0.4, False, ".2f")  # fmt: skip
     judge("trained head, keep_bytes=0: at most 0.7 GB extra beside dW",
           lambda: value(("medtrain", "keep_bytes=0", "trained"), "extra_bytes") / 1e9, 0.7, False, ".2f")  # fmt: skip
+
+    def off_formula() -> float:
+        ours = [row for row in whole.values() if row.get("formula_bytes") and row["extra_bytes"]]
+        if not ours:
+            raise LookupError("no row has both")
+        return max(abs(row["extra_bytes"] / row["formula_bytes"] - 1) for row in ours)
+
+    judge("extra memory within 10 % of the formula, every mode", off_formula, 0.1, False, ".1%")
     return found
 
 

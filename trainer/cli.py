@@ -213,6 +213,24 @@ def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, 
         sys.exit(1)
 
 
+@bench.command("tune")
+@click.option(
+    "--shapes", metavar="NxHxV,...", default="8192x3584x152064", show_default=True, help="As in `bench kernels`."
+)
+def bench_tune(shapes: str) -> None:
+    """Find the op's fastest launch choices on this GPU; prints entries for the table in kernels/logps_launch.py."""
+    import torch
+
+    from medtrain.benchmarks.kernels import parse_shapes
+    from medtrain.benchmarks.tune import tune
+
+    chosen = parse_shapes(shapes)
+    if not torch.cuda.is_available():
+        _fail("bench tune: no CUDA device here, and launch choices mean nothing without one")
+    for hidden_size, launch in tune(chosen, torch.device("cuda"), echo=click.echo).items():
+        click.echo(f"    {hidden_size}: {launch},")
+
+
 @bench.command("table")
 @click.argument("file", type=click.Path())
 def bench_table(file: str) -> None:
