@@ -52,7 +52,11 @@ def read_metrics(run: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-TIMING = ("seconds", "tokens_per_second", "mfu", "max_memory_gib")
+# What depends on speed and on how a step is packed.
+TIMING = (
+    "seconds", "tokens_per_second", "mfu", "max_memory_gib",
+    "tokens_computed", "tokens_prompt", "tokens_padding", "tokens_saved", "tokens_completion", "useful_token_share",
+)  # fmt: skip
 
 
 def without_timing(rows: list[dict]) -> list[dict]:

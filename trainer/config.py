@@ -44,6 +44,7 @@ class DataConfig:
     seq_len: int = 4096  # CPT: tokens a window; longer documents are split
     max_length: int = 4096  # RPO: tokens of prompt + completion
     overlong: Literal["error", "drop", "cut_completion", "cut_prompt"] = "error"  # RPO: pairs over max_length
+    share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; changes speed only
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
 
 
@@ -123,7 +124,7 @@ class Config:
     def unused(self) -> list[str]:
         """Dotted names the user set that this stage does not read."""
         other = {
-            "cpt": ("data.pairs", "data.max_length", "data.overlong", "optim.batch_pairs", "rpo."),
+            "cpt": ("data.pairs", "data.max_length", "data.overlong", "data.share_prompts", "optim.batch_pairs", "rpo."),
             "rpo": ("data.sources", "data.seq_len", "optim.batch_tokens"),
         }[self.stage]
         names = {name for name in self.given if name.startswith(other)}
@@ -165,6 +166,7 @@ FREE_SETTINGS = (
     "model.tokenizer",
     "precision.compute",  # what it comes to on this machine is compared instead
     "data.cache",
+    "data.share_prompts",
     "eval.every",
     "checkpoint.every",
     "checkpoint.keep",

@@ -211,7 +211,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                     # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
                     (loss * world.size).backward()
                     sums += stats
-                    attended += float(batch.cu_seqlens.diff().double().square().sum())
+                    attended += batch.attended
                 # One reduction a step carries everything: sums, attention work, and whether any rank was told to stop.
                 extra = torch.tensor([attended, float(stop.asked)], dtype=torch.float64, device=world.device)
                 reduced = world.sum(torch.cat([sums, extra]))
@@ -227,10 +227,10 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 state["tokens_total"] += n.tokens
                 state["pairs_total"] += n.pairs
                 seconds = time.perf_counter() - started
-                work = flops(n.inputs, float(reduced[-2]))
+                work = flops(n.inputs.computed, float(reduced[-2]))
                 row = {"step": step + 1, **metrics, "grad_norm": grad_norm, "lr": lr, "tokens": n.tokens,
                        "tokens_total": state["tokens_total"], "seconds": seconds,
-                       "tokens_per_second": n.inputs / seconds,
+                       **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
                        "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
                 if evaluate_now(step + 1):

@@ -32,6 +32,7 @@ from medtrain.trainer.data.ledger import cpt_ledger, pair_ledger
 from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import check_capacity, pack
 from medtrain.trainer.data.pairs import PairSet, load_pairs
+from medtrain.trainer.data.sharing import TokenCounts, plan_pairs
 from medtrain.trainer.data.sources import name_sources
 from medtrain.trainer.data.tokens import tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
@@ -44,11 +45,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Denominators:
-    """Of one optimizer step, over all ranks: ``tokens`` counted (CPT), ``pairs`` and ``chosen_tokens`` (RPO);
-    ``inputs`` are the tokens the model computes."""
+    """Of one optimizer step, over all ranks: ``tokens`` counted, ``pairs`` and ``chosen_tokens`` (RPO), each pair's own
+    also where they are computed once for several; ``inputs``: what the model computes."""
 
     tokens: int
-    inputs: int
+    inputs: TokenCounts
     pairs: int = 0
     chosen_tokens: int = 0
 
@@ -100,7 +101,8 @@ class Cpt:
         plan = pack(items.lengths, self.capacity, world.size)
         batches = [cpt_batch(self.sources, [pairs[i] for i in by_rank[world.rank]]) for by_rank in plan]
         tokens = int(items.lengths.sum())
-        return batches, Denominators(tokens=tokens, inputs=tokens)
+        padding = sum(not mine for by_rank in plan for mine in by_rank)
+        return batches, Denominators(tokens, TokenCounts(0, tokens, padding, needed=tokens, separate=tokens))
 
     def loss(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
         nll = -policy(batch.to(policy.device)).sum()
@@ -148,14 +150,17 @@ class Rpo:
 
         self.sources = load(config.data.pairs)
         self.heldout = load(config.data.heldout, "held-out ")
-        longest = max(int(pairs.lengths.max()) for pairs in [*self.sources, *self.heldout])
+        self.share = config.data.share_prompts
+        longest = max(
+            int((pairs.lengths if self.share else pairs.separate_lengths).max())
+            for pairs in [*self.sources, *self.heldout]
+        )
         check_capacity(longest, self.capacity, what="a pair, both sides")
         self.epoch_size = sum(pairs.num_pairs for pairs in self.sources)
         shares = source_shares([p.weight for p in self.sources], [p.num_pairs for p in self.sources])
         self.step_size = config.optim.batch_pairs
         ones = [np.ones(pairs.num_pairs, dtype=np.int64) for pairs in self.sources]
         self.order = GlobalOrder(ones, shares, self.step_size, config.run.seed, setting="optim.batch_pairs")
-        self.lengths = [pairs.lengths for pairs in self.sources]
         self.completion_lengths = [pairs.completion_lengths.reshape(-1, 2) for pairs in self.sources]
         self.ledger = pair_ledger(self.sources) | {"heldout": pair_ledger(self.heldout)["sources"]}
         self.digests = {f"data.pairs.{i}": pairs.digest for i, pairs in enumerate(self.sources)}
@@ -171,8 +176,9 @@ class Rpo:
             return
         for pairs in [*self.sources, *self.heldout]:
             cache = ReferenceCache(folder, pairs, self.digests["weights"], policy.compute_dtype, policy.backend)
-            missing, parts = cache.fill(policy, self.capacity, world), len(cache.parts())
-            off = cache.check(policy, self.capacity, world)
+            layout = {"capacity": self.capacity, "share": self.share}
+            missing, parts = cache.fill(policy, world, **layout), len(cache.parts())
+            off = cache.check(policy, world, **layout)
             what = f"{missing} of {parts} parts computed" if missing else "from the cache"
             say(f"reference of {pairs.name}: {what}; policy == reference within {off:.1e} nats")
             self.reference[id(pairs)] = torch.from_numpy(cache.load())
@@ -180,26 +186,26 @@ class Rpo:
     def micro_batches(self, step: int, world: World) -> tuple[list[MicroBatch], Denominators]:
         items = self.order.step(step)
         ids = list(zip(items.source_ids.tolist(), items.item_ids.tolist(), strict=True))
-        lengths = np.array([self.lengths[s][i] for s, i in ids])
-        plan = pack(lengths, self.capacity, world.size)
-        batches = [pair_batch(self.sources, [ids[i] for i in by_rank[world.rank]]) for by_rank in plan]
+        plan, inputs = self._plan(self.sources, ids, world)
+        batches = [
+            pair_batch(self.sources, [ids[i] for i in by_rank[world.rank]], share=self.share) for by_rank in plan
+        ]
         completions = np.array([self.completion_lengths[s][i] for s, i in ids])
-        return batches, Denominators(
-            tokens=int(completions.sum()),
-            inputs=int(lengths.sum()),
-            pairs=len(ids),
-            chosen_tokens=int(completions[:, 0].sum()),
-        )
+        return batches, Denominators(int(completions.sum()), inputs, len(ids), int(completions[:, 0].sum()))
+
+    def _plan(self, sources, ids, world: World):
+        return plan_pairs(sources, ids, share=self.share, capacity=self.capacity, world_size=world.size)
 
     def loss(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
         return self._loss(policy, batch, n, self.sources)
 
     def _loss(self, policy, batch: MicroBatch, n: Denominators, sources) -> tuple[torch.Tensor, torch.Tensor]:
         # Lengths and ids stay on the host: reading them from a GPU would wait for it.
-        sums = sum_by_sequence(policy(batch.to(policy.device)), batch.target_cu_seqlens)
+        moved = batch.to(policy.device)
+        sums = sum_by_sequence(policy(moved), batch.target_cu_seqlens).index_select(0, moved.sides)
         rows = [self.reference[id(sources[s])][i] for s, i in _ids(batch)]
         reference = torch.stack(rows).view(-1) if rows else torch.zeros(0, dtype=torch.float64)
-        lengths = batch.target_cu_seqlens.diff()
+        lengths = batch.target_cu_seqlens.diff()[batch.sides]
         settings = {"beta": self.config.beta, "num_pairs": n.pairs, "num_chosen_tokens": n.chosen_tokens,
                     "nll_norm": self.config.nll_norm}  # fmt: skip
         if self.config.loss == "sft":
@@ -228,12 +234,12 @@ class Rpo:
         if not self.heldout:
             return {}
         ids = [(s, i) for s, pairs in enumerate(self.heldout) for i in range(pairs.num_pairs)]
-        lengths = np.concatenate([pairs.lengths for pairs in self.heldout])
         completions = np.concatenate([pairs.completion_lengths for pairs in self.heldout])
-        n = Denominators(int(completions.sum()), int(lengths.sum()), len(ids), int(completions[0::2].sum()))
+        plan, inputs = self._plan(self.heldout, ids, world)
+        n = Denominators(int(completions.sum()), inputs, len(ids), int(completions[0::2].sum()))
         sums = torch.zeros(len(self.stat_names), dtype=torch.float64, device=world.device)
-        for by_rank in pack(lengths, self.capacity, world.size):
-            batch = pair_batch(self.heldout, [ids[i] for i in by_rank[world.rank]])
+        for by_rank in plan:
+            batch = pair_batch(self.heldout, [ids[i] for i in by_rank[world.rank]], share=self.share)
             sums += self._loss(policy, batch, n, self.heldout)[1]
         row = self.metrics(world.sum(sums), n)
         return {f"heldout/{name}": row[name] for name in row if name != "pairs"}

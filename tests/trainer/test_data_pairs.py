@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from medtrain.trainer.data.batch import pair_batch
 from medtrain.trainer.data.ledger import pair_ledger
 from medtrain.trainer.data.pairs import PairSet, load_pairs
+from medtrain.trainer.data.sharing import plan_pairs
 from medtrain.trainer.data.sources import Source
 from medtrain.trainer.errors import InputError
 
@@ -72,14 +74,15 @@ def test_strings_are_tokenised_apart_and_completions_end_in_eos(tmp_path):
     for i in (0, 398):
         assert segments(pairs, i) == (ids("which fever is it"), [*ids("the answer a"), 1], [*ids("b"), 1])
     assert segments(pairs, 399) == (ids("why"), [*ids("because of a"), 1], [*ids("because of b"), 1])
-    assert pairs.lengths[:2].tolist() == [(4 + 4 - 1) + (4 + 2 - 1), (1 + 4 - 1) * 2]
+    assert pairs.separate_lengths[:2].tolist() == [(4 + 4 - 1) + (4 + 2 - 1), (1 + 4 - 1) * 2]
+    assert pairs.lengths[:2].tolist() == [4 + (4 - 1) + (2 - 1), 1 + (4 - 1) * 2]
     assert pairs.completion_lengths[:4].tolist() == [4, 2, 4, 4]
     assert pairs.rows.tolist() == list(range(1, 401))
 
 
 def test_a_pair_batch_counts_exactly_the_completions(tmp_path):
     pairs = load(tmp_path, [row(), row("why", "because of a", "because of b c")])
-    batch = pair_batch([pairs, pairs], [(1, 1), (0, 0)])
+    batch = pair_batch([pairs, pairs], [(1, 1), (0, 0)], share=False)
     prompt, completion = ids("which fever is it"), [*ids("the answer a"), 1]
     sequences = [
         ids("why because of a <eos>"),
@@ -94,26 +97,47 @@ def test_a_pair_batch_counts_exactly_the_completions(tmp_path):
     assert batch.cu_seqlens.tolist() == np.cumsum([0, *(len(s) - 1 for s in sequences)]).tolist()
     assert batch.position_ids.tolist() == [p for s in sequences for p in range(len(s) - 1)]
     assert batch.counted.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 19, 20]
-    assert batch.max_seqlen == 7 and batch.num_pairs == 2
+    assert batch.max_seqlen == 7 and batch.num_pairs == 2 and batch.sides.tolist() == [0, 1, 2, 3]
     assert batch.pair_ids.tolist() == [1, 0] and batch.source_ids.tolist() == [1, 0]
 
 
-@given(st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=6))
-def test_every_counted_position_stands_right_before_its_target_in_its_own_sequence(shapes):
-    lengths = np.array(shapes).reshape(-1)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    pairs = PairSet("p", None, "", np.arange(offsets[-1], dtype=np.int32), offsets, np.arange(len(shapes)), "", {}, {})
-    batch = pair_batch([pairs], [(0, i) for i in range(len(shapes))])
-    assert len(batch.input_ids) == pairs.lengths.sum()
-    assert np.array_equal(np.diff(batch.target_cu_seqlens), pairs.completion_lengths)
-    bounds = batch.cu_seqlens.tolist()
-    for k in range(2 * len(shapes)):
-        mine = slice(batch.target_cu_seqlens[k], batch.target_cu_seqlens[k + 1])
-        counted, targets = batch.counted[mine].tolist(), batch.targets[mine].tolist()
-        completion = (pairs.chosen, pairs.rejected)[k % 2](k // 2)
-        assert targets == completion.tolist()
-        assert counted == list(range(bounds[k + 1] - len(targets), bounds[k + 1]))
-        assert batch.input_ids[counted].tolist() == [int(pairs.prompt(k // 2)[-1]), *targets[:-1]]
+# Few tokens of few kinds, so that prompts and completions repeat.
+SHAPES = st.tuples(st.integers(0, 3), *[st.lists(st.integers(0, 2), min_size=1, max_size=4)] * 3)
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=6), st.booleans())
+def test_what_each_side_sees_and_must_find_is_its_own_prompt_and_completion(shapes, share):
+    segments = [np.array([salt, *p]) if k == 0 else np.array(p) for salt, *rest in shapes for k, p in enumerate(rest)]
+    offsets = np.concatenate([[0], np.cumsum([len(s) for s in segments])])
+    pairs = PairSet(
+        "p", None, "", np.concatenate(segments).astype(np.int32), offsets, np.arange(len(shapes)), "", {}, {}
+    )
+    items = [(0, i) for i in range(len(shapes))]
+    batch = pair_batch([pairs], items, share=share)
+    assert len(batch.input_ids) == len(batch.position_ids) == batch.cu_seqlens[-1]
+    assert (
+        batch.max_seqlen == batch.cu_seqlens.diff().max() and batch.max_key_seqlen == batch.key_cu_seqlens.diff().max()
+    )
+    keys = torch.arange(len(batch.input_ids)) if batch.key_index is None else batch.key_index
+    segment_of = torch.repeat_interleave(torch.arange(len(batch.cu_seqlens) - 1), batch.cu_seqlens.diff())
+    for k, number in enumerate(batch.sides.tolist()):
+        prompt, completion = pairs.prompt(k // 2), (pairs.chosen, pairs.rejected)[k % 2](k // 2)
+        mine = slice(batch.target_cu_seqlens[number], batch.target_cu_seqlens[number + 1])
+        counted = batch.counted[mine]
+        assert batch.targets[mine].tolist() == completion.tolist()
+        for n, place in enumerate(counted.tolist()):
+            s = segment_of[place]
+            own_end = int(batch.cu_seqlens[s + 1])
+            seen = keys[batch.key_cu_seqlens[s] : int(batch.key_cu_seqlens[s + 1]) - (own_end - 1 - place)]
+            assert int(seen[-1]) == place, "a segment's keys end with its own tokens"
+            assert batch.input_ids[seen].tolist() == [*prompt.tolist(), *completion[:n].tolist()]
+            assert batch.position_ids[seen].tolist() == list(range(len(seen)))
+    plan, counts = plan_pairs([pairs], items, share=share, capacity=10_000, world_size=1)
+    assert sorted(plan[0][0]) == [i for _, i in items]
+    assert counts.computed == len(batch.input_ids) and counts.separate == pairs.separate_lengths.sum()
+    if share:
+        prompts = {tuple(pairs.prompt(i)) for _, i in items}
+        assert counts.needed == counts.computed and counts.prompt == sum(map(len, prompts))
 
 
 def test_an_empty_pair_batch_has_no_pair_and_counts_nothing():

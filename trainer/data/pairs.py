@@ -59,9 +59,13 @@ class PairSet:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Input tokens of each pair, both sides, int64 [P]: each side is prompt + completion - 1."""
-        prompt, chosen, rejected = np.diff(self.offsets).reshape(-1, 3).T
-        return 2 * prompt + chosen + rejected - 2
+        """Input tokens of each pair alone, int64 [P]: the prompt, and each completion without its last token."""
+        return np.diff(self.offsets).reshape(-1, 3).sum(axis=1) - 2
+
+    @property
+    def separate_lengths(self) -> np.ndarray:
+        """The same where each side has a prompt of its own."""
+        return self.lengths + np.diff(self.offsets)[::3]
 
     @property
     def completion_lengths(self) -> np.ndarray:
@@ -70,6 +74,11 @@ class PairSet:
 
     def _segment(self, k: int) -> np.ndarray:
         return self.tokens[self.offsets[k] : self.offsets[k + 1]]
+
+
+def token_key(tokens: np.ndarray) -> bytes:
+    """What stands for these tokens where equal prompts and completions are looked for."""
+    return hashlib.sha256(np.ascontiguousarray(tokens)).digest()
 
 
 def load_pairs(source: Source, tokenizer, *, max_length: int, overlong: str = "error") -> PairSet:
