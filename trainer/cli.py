@@ -141,7 +141,9 @@ def score(exam: str, predictions: str, details: str | None) -> None:
 @click.option(
     "--out", type=click.Path(), default="demo-out", show_default=True, help="A new folder, or one to go on in."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world."
+)
 def demo(out: str, seed: int) -> None:
     """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
     from medtrain.trainer.demo.run import run_demo
@@ -164,12 +166,15 @@ def export(run_or_checkpoint: str, out_dir: str) -> None:
 @main.command()
 @CONFIG
 @OVERRIDES
-def check(config: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=0, help="Print the first so many windows or pairs as text."
+)
+def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     """Read and check settings, tokenizer, weights and data; train nothing, write nothing but the token cache."""
     from medtrain.trainer.config import load_config
     from medtrain.trainer.loop import check as check_config
 
-    summary = check_config(load_config(None, config, overrides))
+    summary = check_config(load_config(None, config, overrides), samples)
     if _is_main():
         click.echo(summary)
 

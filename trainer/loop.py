@@ -42,6 +42,7 @@ from medtrain.trainer.model import (
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
 from medtrain.trainer.progress import Display, duration
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
+from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
 from medtrain.trainer.weights import Checkpoint, digest_of_init, export_model, init_weights, load_weights
 
@@ -259,8 +260,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     return TrainResult(folder.root, folder.model, row or folder.rows()[-1])
 
 
-def check(config: Config) -> str:
-    """Everything a run does before its folder is touched; returns a summary to print.
+def check(config: Config, samples: int = 0) -> str:
+    """Everything a run does before its folder is touched; returns a summary to print, and the run's first ``samples``
+    windows or pairs, decoded.
 
     Raises:
         InputError: whatever ``train`` would raise.
@@ -281,6 +283,8 @@ def check(config: Config) -> str:
             "paths:  " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items()),
             "nothing is wrong",
         ]
+        if samples:
+            lines += ["", decoded_samples(prepared.objective, prepared.tokenizer, samples)]
         return "\n".join(lines)
 
 
@@ -440,7 +444,9 @@ def _summary(folder: RunFolder, steps: int, seconds: float) -> str:
         f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
     )
     if clamped_rows():
-        lines.append(f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly")
+        lines.append(
+            f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly"
+        )
     lines.append(f"model: {folder.model}   metrics: {folder.metrics}   ledger: {folder.ledger}")
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ import torch
 from medtrain.kernels.preference import preference_loss, sum_by_sequence
 from medtrain.trainer.config import Config
 from medtrain.trainer.data.batch import MicroBatch, cpt_batch, pair_batch
-from medtrain.trainer.data.ledger import cpt_ledger, pair_ledger
+from medtrain.trainer.data.ledger import cpt_ledger, describe, pair_ledger
 from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import check_capacity, pack
 from medtrain.trainer.data.pairs import PairSet, load_pairs
@@ -142,8 +142,13 @@ class Rpo:
         def load(sources, what: str = "") -> list[PairSet]:
             found = []
             for source in name_sources(sources):
-                pairs = load_pairs(source, tokenizer, max_length=config.data.max_length, overlong=config.data.overlong)
+                data = config.data
+                pairs = load_pairs(
+                    source, tokenizer, max_length=data.max_length, overlong=data.overlong, unusable=data.unusable
+                )
                 say(f"{what}{source.name}: {pairs.num_pairs:,} pairs, {len(pairs.tokens):,} tokens")
+                for line in describe(pair_ledger([pairs])):
+                    say(f"warning: {what}{line}")
                 _tell_unknown(pairs.tokens, tokenizer, source.name, say)
                 found.append(pairs)
             return found
@@ -163,6 +168,12 @@ class Rpo:
         self.order = GlobalOrder(ones, shares, self.step_size, config.run.seed, setting="optim.batch_pairs")
         self.completion_lengths = [pairs.completion_lengths.reshape(-1, 2) for pairs in self.sources]
         self.ledger = pair_ledger(self.sources) | {"heldout": pair_ledger(self.heldout)["sources"]}
+        self.ledger["tokenizer"] = {
+            "eos": tokenizer.eos_token, "bos": tokenizer.bos_token,
+            "pad_is_eos": tokenizer.pad_token_id == tokenizer.eos_token_id,
+        }  # fmt: skip
+        if self.ledger["tokenizer"]["pad_is_eos"]:
+            say(f"note: pad is eos, {tokenizer.eos_token}: nothing is padded or masked by it, and eos is learned")
         self.digests = {f"data.pairs.{i}": pairs.digest for i, pairs in enumerate(self.sources)}
         self.digests |= {f"data.heldout.{i}": pairs.digest for i, pairs in enumerate(self.heldout)}
         self.reference: dict[int, torch.Tensor] = {}  # id(PairSet) -> float64 [P, 2]

@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medtrain.trainer.data.batch import pair_batch
-from medtrain.trainer.data.ledger import pair_ledger
-from medtrain.trainer.data.pairs import PairSet, load_pairs
+from medtrain.trainer.data.ledger import describe, pair_ledger
+from medtrain.trainer.data.pairs import BOS_DOUBLED, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED, PairSet, load_pairs
 from medtrain.trainer.data.sharing import plan_pairs
 from medtrain.trainer.data.sources import Source
 from medtrain.trainer.errors import InputError
@@ -290,6 +290,80 @@ def test_the_ledger_loses_no_row_and_no_token(tmp_path):
         json.dumps(ledger)
 
 
+UNUSABLE = [
+    row(),
+    row(chosen=" "),
+    row(rejected="the answer a"),
+    row(rejected="the  answer  a"),
+    chat(rejected=""),
+    chat(prompt="why"),
+]
+
+
+def test_unusable_pairs_are_an_error_with_counts_by_reason_or_dropped_into_the_ledger(tmp_path):
+    text = message(lambda: load(tmp_path, UNUSABLE))
+    assert "row 2: field 'chosen': empty text" in text
+    assert "(unusable rows: 2 empty, 2 identical; data.unusable: drop leaves them out)" in text
+    pairs = load(tmp_path, UNUSABLE, unusable="drop")
+    assert pairs.rows.tolist() == [1, 6]
+    assert {reason: rows for reason, (rows, _) in pairs.refused.items()} == {"empty": 2, "identical": 2}
+    assert pairs.refused["identical"][1] == 2 * (4 + 4 + 4)
+    ledger = pair_ledger([pairs])
+    assert ledger["total"]["rows"] == 6 and ledger["total"]["refused"]["rows"] == 4
+    assert ledger["total"]["tokens"] == sum(
+        ledger["total"][outcome]["tokens"] for outcome in ("kept", "cut", "refused")
+    )
+    assert describe(ledger) == [
+        "pairs: refused: empty: 2 rows, 18 tokens",
+        "pairs: refused: identical: 2 rows, 24 tokens",
+    ]
+    forgetful = (
+        "{{ messages[0].content if messages|length > 1 and messages[0].content == 'why' else messages[-1].content }}"
+    )
+    rows = [row(), chat(prompt="which is it")]
+    pairs = load(tmp_path, rows, tokenizer=make_tokenizer(template=forgetful), unusable="drop")
+    assert list(pairs.refused) == ["prompt not a prefix"] and pairs.num_pairs == 1
+    with pytest.raises(InputError, match="wrong role"):  # the form is wrong, whatever is said of the unusable
+        load(tmp_path, [row(), chat() | {"chosen": chat()["prompt"]}], unusable="drop")
+
+
+def test_what_looks_wrong_is_kept_and_noted(tmp_path):
+    bos = make_tokenizer()
+    bos.bos_token = "<end>"
+    rows = [
+        row("<end> why"),
+        row("<end> <end> why"),
+        row("<end> why", "<end> a", "b"),
+        row("why", "a <eos>", "b"),
+        row("why", "why a", "why b"),
+        row("why", "why a", "b"),
+    ]
+    pairs = load(tmp_path, rows, tokenizer=bos)
+    assert pairs.num_pairs == 6
+    assert pairs.noted == {BOS_DOUBLED: 2, EOS_DOUBLED: 1, PROMPT_REPEATED: 1}
+    assert pair_ledger([pairs])["sources"]["pairs"]["noted"] == pairs.noted
+    assert load(tmp_path, [chat(), row()], tokenizer=make_tokenizer(eos="<end>")).noted == {EOS_MISSING: 1}
+    assert load(tmp_path, [chat(), row()]).noted == {}
+
+
+def test_eos_is_a_target_of_every_completion_where_it_is_also_the_padding_token(tmp_path):
+    plain, padded = make_tokenizer(), make_tokenizer()
+    padded.pad_token = padded.eos_token
+    a, b = (load(tmp_path, [row(), chat()], tokenizer=tokenizer) for tokenizer in (plain, padded))
+    assert a.digest == b.digest
+    batch = pair_batch([b], [(0, 0), (0, 1)])
+    last = batch.target_cu_seqlens[1:] - 1
+    assert batch.targets[last].tolist() == [padded.eos_token_id] * 4
+
+
+def test_the_ledger_tells_what_sharing_can_save(tmp_path):
+    rows = [row("why", "a", "b"), row("why", "a", "c d"), row("which fever", "a", "b")]
+    source = pair_ledger([load(tmp_path, rows)])["sources"]["pairs"]
+    assert source["distinct_prompts"] == 2
+    separate, by_pair = (1 + 1) * 2 + (1 + 1) + (1 + 2) + (2 + 1) * 2, (1 + 1 + 1) + (1 + 1 + 2) + (2 + 1 + 1)
+    assert source["inputs"] == {"separate": separate, "by_pair": by_pair, "distinct": (1 + 1 + 1 + 2) + (2 + 1 + 1)}
+
+
 def test_the_digest_follows_token_ids_and_their_division(tmp_path):
     digests = [
         load(tmp_path, [row("why a", "b", "c")]).digest,
@@ -320,3 +394,20 @@ def test_qwens_template_makes_the_same_tokens_as_apply_chat_template(tmp_path):
         whole = tokenizer.apply_chat_template(example["prompt"] + example[side], tokenize=True, return_dict=False)
         mine = [*pairs.prompt(0).tolist(), *getattr(pairs, side)(0).tolist()]
         assert mine == whole[:-1] and mine[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("eos", "kind"), [("<|endoftext|>", "base"), ("<|im_end|>", "instruct")])
+def test_qwens_base_and_instruct_separators_end_what_is_learned(tmp_path, eos, kind):
+    if not (SHARED / "qwen2.5-tokenizer").is_dir():
+        pytest.skip("../shared/data is absent")
+    tokenizer = AutoTokenizer.from_pretrained(str(SHARED / "qwen2.5-tokenizer"))
+    tokenizer.eos_token = eos
+    assert (tokenizer.pad_token == eos) is (kind == "base")
+    pairs = load(tmp_path, [row("発熱は", "高い", "低い"), chat("発熱は", "高い", "低い")], 500, tokenizer)
+    strings, lists = (tokenizer.decode(pairs.chosen(i)) for i in (0, 1))
+    assert strings == f"高い{eos}" and tokenizer.decode(pairs.prompt(0)) == "発熱は"
+    assert tokenizer.decode(pairs.prompt(1)).endswith("発熱は<|im_end|>\n<|im_start|>assistant\n")
+    if kind == "instruct":
+        assert lists == "高い<|im_end|>" and pairs.noted == {}
+    else:  # the template knows only <|im_end|>: the turn is learned with it, and the document's end after it
+        assert lists == "高い<|im_end|>\n<|endoftext|>" and pairs.noted == {EOS_MISSING: 1}

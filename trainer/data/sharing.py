@@ -92,6 +92,14 @@ def plan_pairs(
     )
 
 
+def distinct_tokens(pairs: PairSet) -> tuple[int, int]:
+    """(distinct prompts, input tokens where every distinct prompt and completion of ``pairs`` is computed once)."""
+    items = [(0, i) for i in range(pairs.num_pairs)]
+    _, counts = plan_pairs([pairs], items, share=True, capacity=2**62, world_size=1)
+    prompts = {token_key(pairs.prompt(i)) for _, i in items}
+    return len(prompts), counts.needed
+
+
 def _units(indices: Iterable[int], pairs: Sequence[_Pair]) -> list[_Unit]:
     """One unit a prompt, in the order in which they first come."""
     units: dict[object, _Unit] = {}
