@@ -171,11 +171,15 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if world.is_main:
         folder.cut_metrics(done if last is not None else -1)
     board = _Tensorboard(folder, done) if world.is_main else None
+    for earlier in folder.rows() if world.is_main and last is not None else ():
+        objective.watch(earlier)
 
     def record(row: dict[str, Any]) -> None:
         if world.is_main:
             folder.append_metrics(row)
             board.write(row)
+            if warning := objective.watch(row):
+                display.say(warning)
 
     def evaluate_now(step: int) -> bool:
         if not objective.heldout:
@@ -205,7 +209,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 batches, n = objective.micro_batches(step, world)
-                sums = torch.zeros(len(objective.stat_names), dtype=torch.float64, device=world.device)
+                sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
                 attended = 0.0
                 for batch in batches:
                     loss, stats = objective.loss(policy, batch, n)
@@ -418,7 +422,8 @@ def _max_memory_gib(device: torch.device) -> float:
 
 
 def _heldout_line(row: dict[str, Any]) -> str:
-    numbers = "  ".join(f"{k.removeprefix('heldout/')} {v:.4f}" for k, v in row.items() if k.startswith("heldout/"))
+    shown = {k.removeprefix("heldout/"): v for k, v in row.items() if k.startswith("heldout/") and v is not None}
+    numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
     return f"held-out at step {row['step']}: {numbers}"
 
 

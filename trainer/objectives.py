@@ -5,7 +5,8 @@ Both objects have the same face, and the loop knows nothing else of a stage:
 - ``prepare(policy, world, folder, say)``: what must be known before the first step (RPO: the reference log-probs);
 - ``micro_batches(step, world)``: this rank's batches (on the host), as many on every rank, and the step's denominators;
 - ``loss(policy, batch, denominators)``: this batch's part of the step's loss, and sums for the metrics;
-- ``metrics(sums, denominators)``: the step's numbers, from sums over all ranks and micro-batches;
+- ``metrics(sums, denominators)``: the step's numbers, from sums (``num_sums`` of them) over all ranks and micro-batches;
+- ``watch(row)``: is shown each row of metrics.jsonl in turn, and returns a warning to print, or None;
 - ``evaluate(policy, world)``: held-out numbers;
 - ``epoch_size`` and ``step_size`` in the same unit, ``ledger``, ``digests``.
 
@@ -38,6 +39,7 @@ from medtrain.trainer.data.tokens import tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model import PolicyModel
+from medtrain.trainer.pair_stats import LikelihoodAlarm, num_sums, pair_metrics, pair_sums
 from medtrain.trainer.reference import ReferenceCache
 
 Say = Callable[[str], None]
@@ -58,7 +60,7 @@ class Cpt:
     """Next-token prediction on documents: loss = -sum(logps) / counted tokens of the step."""
 
     stage = "cpt"
-    stat_names = ("nll",)
+    num_sums = 1
 
     def __init__(self, config: Config, tokenizer, world: World, say: Say):
         cache = Path(config.data.cache or os.environ.get("MEDTRAIN_CACHE") or Path.home() / ".cache" / "medtrain")
@@ -111,6 +113,9 @@ class Cpt:
     def metrics(self, sums: torch.Tensor, n: Denominators) -> dict[str, Any]:
         return {"loss": float(sums[0]) / n.tokens}
 
+    def watch(self, row: dict[str, Any]) -> str | None:
+        """CPT has no alarm."""
+
     @torch.no_grad()
     def evaluate(self, policy: PolicyModel, world: World) -> dict[str, float]:
         """``heldout/SOURCE/bits_per_byte``: nats of all predicted tokens / ln 2 / UTF-8 bytes of the texts. The first
@@ -130,10 +135,6 @@ class Rpo:
     """Reasoning preference optimization on pairs (medtrain.kernels.preference): DPO + alpha * NLL of the chosen side."""
 
     stage = "rpo"
-    stat_names = (
-        "objective", "dpo_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy",
-        "logps/chosen", "logps/rejected",
-    )  # fmt: skip
 
     def __init__(self, config: Config, tokenizer, world: World, say: Say):
         self.config = config.rpo
@@ -176,6 +177,9 @@ class Rpo:
             say(f"note: pad is eos, {tokenizer.eos_token}: nothing is padded or masked by it, and eos is learned")
         self.digests = {f"data.pairs.{i}": pairs.digest for i, pairs in enumerate(self.sources)}
         self.digests |= {f"data.heldout.{i}": pairs.digest for i, pairs in enumerate(self.heldout)}
+        self.num_sums = num_sums(len(self.sources))
+        names = [pairs.name for pairs in self.sources]
+        self.alarm = LikelihoodAlarm(names, config.rpo.beta, has_reference=config.rpo.loss != "simpo")
         self.reference: dict[int, torch.Tensor] = {}  # id(PairSet) -> float64 [P, 2]
 
     def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
@@ -229,15 +233,18 @@ class Rpo:
                 sums, lengths, reference.to(sums.device), alpha=self.config.alpha, loss=self.config.loss,
                 label_smoothing=self.config.label_smoothing, simpo_gamma=self.config.simpo_gamma, **settings,
             )  # fmt: skip
-        parts = [loss.detach(), *(stats[name].sum() for name in self.stat_names[1:])]
-        return loss, torch.stack([part.double() for part in parts])
+        return loss, pair_sums(loss, stats, lengths, batch.source_ids, len(sources))
 
     def metrics(self, sums: torch.Tensor, n: Denominators) -> dict[str, Any]:
-        values = dict(zip(self.stat_names, sums.tolist(), strict=True))
+        return self._metrics(sums, n, self.sources)
+
+    def _metrics(self, sums: torch.Tensor, n: Denominators, sources) -> dict[str, Any]:
         nll_denominator = n.chosen_tokens if self.config.nll_norm == "token" else n.pairs
-        row = {"loss": values.pop("objective"), "dpo_loss": values.pop("dpo_loss") / n.pairs,
-               "nll_loss": values.pop("nll_loss") / nll_denominator}  # fmt: skip
-        return row | {name: value / n.pairs for name, value in values.items()} | {"pairs": n.pairs}
+        names = [pairs.name for pairs in sources]
+        return pair_metrics(sums, names, nll_denominator=nll_denominator, beta=self.config.beta)
+
+    def watch(self, row: dict[str, Any]) -> str | None:
+        return self.alarm.watch(row)
 
     @torch.no_grad()
     def evaluate(self, policy: PolicyModel, world: World) -> dict[str, float]:
@@ -248,11 +255,11 @@ class Rpo:
         completions = np.concatenate([pairs.completion_lengths for pairs in self.heldout])
         plan, inputs = self._plan(self.heldout, ids, world)
         n = Denominators(int(completions.sum()), inputs, len(ids), int(completions[0::2].sum()))
-        sums = torch.zeros(len(self.stat_names), dtype=torch.float64, device=world.device)
+        sums = torch.zeros(num_sums(len(self.heldout)), dtype=torch.float64, device=world.device)
         for by_rank in plan:
             batch = pair_batch(self.heldout, [ids[i] for i in by_rank[world.rank]], share=self.share)
             sums += self._loss(policy, batch, n, self.heldout)[1]
-        row = self.metrics(world.sum(sums), n)
+        row = self._metrics(world.sum(sums), n, self.heldout)
         return {f"heldout/{name}": row[name] for name in row if name != "pairs"}
 
 

@@ -39,6 +39,11 @@ def assert_same_curve(a, b, tolerance=1e-5):
         for name in x:
             if name.endswith("accuracy") and x["step"] <= 1:
                 continue  # policy == reference: the sign of a margin that is 0 but for rounding
+            if name.endswith("length_correlation"):  # rounding of the margins over how far they spread
+                assert (x[name] is None) == (y[name] is None) and (x[name] or 0) == pytest.approx(
+                    y[name] or 0, abs=1e-2
+                )
+                continue
             assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), (x["step"], name)
 
 
