@@ -24,7 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
-from medtrain.kernels.logps import clamped_rows, reset_clamped_rows, select_path
+from medtrain.kernels.logps import reset_clamped_rows, select_path
 from medtrain.trainer.attention import select_backend
 from medtrain.trainer.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from medtrain.trainer.config import Config, config_from_dict
@@ -40,7 +40,7 @@ from medtrain.trainer.model import (
     parameter_shapes,
 )
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
-from medtrain.trainer.progress import Display, duration
+from medtrain.trainer.progress import Display, heldout_line, summary
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
@@ -138,7 +138,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     last, complete = world.from_main(look)
     if complete:
         if world.is_main:
-            display.say(_summary(folder, 0, 0.0))
+            display.say(summary(folder, 0, 0.0))
         return TrainResult(folder.root, folder.model, folder.rows()[-1])
     if world.is_main:
         _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
@@ -195,7 +195,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if done == 0 and evaluate_now(0):
         row = {"step": 0} | objective.evaluate(policy, world)
         record(row)
-        display.say(_heldout_line(row))
+        display.say(heldout_line(row))
 
     flops = _FlopsPerToken(prepared.hf_config, multiplied)
     peak = _peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
@@ -244,7 +244,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 spent += seconds
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
                 if evaluate_now(step + 1):
-                    display.say(_heldout_line(row))
+                    display.say(heldout_line(row))
                 asked = bool(reduced[-1] > 0)
                 if asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
                     save(step + 1)
@@ -260,7 +260,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         dtype = _export_dtype(config, prepared.compute_dtype)
         export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path)
     if world.is_main:
-        display.say(_summary(folder, steps - done, time.monotonic() - began))
+        display.say(summary(folder, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.model, row or folder.rows()[-1])
 
 
@@ -419,41 +419,6 @@ def _max_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _heldout_line(row: dict[str, Any]) -> str:
-    shown = {k.removeprefix("heldout/"): v for k, v in row.items() if k.startswith("heldout/") and v is not None}
-    numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-    return f"held-out at step {row['step']}: {numbers}"
-
-
-def _summary(folder: RunFolder, steps: int, seconds: float) -> str:
-    """The closing lines: first and last value of what matters, over the whole run and all its starts."""
-    rows = folder.rows()
-    trained = [row for row in rows if "loss" in row]
-    heldout = [row for row in rows if any(name.startswith("heldout/") for name in row)]
-    lines = [f"done: {steps:,} steps in {duration(seconds)}" if steps else "already complete"]
-
-    def span(name: str, within: list[dict[str, Any]]) -> str:
-        return f"{name} {within[0][name]:.4f} -> {within[-1][name]:.4f}"
-
-    names = [name for name in ("loss", "rewards/margin", "rewards/accuracy") if name in trained[-1]]
-    lines.append("  ".join(span(name, trained) for name in names))
-    if heldout:
-        watched = ("bits_per_byte", "heldout/loss", "rewards/margin", "rewards/accuracy")
-        lines.append(
-            "  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched))
-        )
-    lines.append(
-        f"{trained[-1]['tokens_total']:,} tokens counted, "
-        f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
-    )
-    if clamped_rows():
-        lines.append(
-            f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly"
-        )
-    lines.append(f"model: {folder.model}   metrics: {folder.metrics}   ledger: {folder.ledger}")
-    return "\n".join(lines)
 
 
 class _Tensorboard:
