@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -137,6 +138,7 @@ def test_a_run_without_the_likelihood_term_warns_once_of_the_source_that_falls(r
     rpo_tree["data"]["pairs"] = [{"path": str(path), "name": path.stem} for path in paths]
     rpo_tree["rpo"] |= {"alpha": 0.0}
     rpo_tree["optim"] |= {"steps": 30, "batch_pairs": 8, "lr": 0.02}
+    rpo_tree["checkpoint"] = {"every": 25, "keep": 2}
     _run(rpo_tree, tmp_path / "run")
     warned = [line for line in capfd.readouterr().err.splitlines() if "grow less likely" in line]
     names = [line.split("warning: ")[1].split(":")[0] for line in warned]
@@ -145,7 +147,13 @@ def test_a_run_without_the_likelihood_term_warns_once_of_the_source_that_falls(r
     for name in names:
         step = int(warned[names.index(name)].split("to step ")[1].split()[0])
         window = [row for row in rows if row["step"] <= step][-10:]
-        assert np.mean([row[f"sources/{name}/rewards/chosen"] for row in window]) < 0
+        assert step < 25 and np.mean([row[f"sources/{name}/rewards/chosen"] for row in window]) < 0
+    # Gone on with from step 25, it does not say so again.
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000030")
+    _run(rpo_tree, tmp_path / "run")
+    err = capfd.readouterr().err
+    assert "going on from step-00000025" in err and "grow less likely" not in err
     run_on_ranks(2, tmp_path, _run, rpo_tree, tmp_path / "two")
     again = [line for line in capfd.readouterr().err.splitlines() if "grow less likely" in line]
     assert [line.split(" their log-prob")[0] for line in again] == [line.split(" their log-prob")[0] for line in warned]

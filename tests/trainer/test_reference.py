@@ -1,6 +1,7 @@
 """Reference log-probabilities: what a kill leaves is used, what is missing is computed, and every bit is the same."""
 
 import copy
+import json
 import os
 import signal
 
@@ -18,7 +19,7 @@ NUM_PAIRS, A_PART = 30, 4
 
 @pytest.fixture
 def tree(rpo_tree, tmp_path, monkeypatch):
-    """30 pairs of 11 prompts in 8 parts."""
+    """30 pairs of 11 prompts in 8 parts, most of several micro-batches."""
     monkeypatch.setattr(reference, "PAIRS_A_PART", A_PART)
     rows = [
         {
@@ -29,7 +30,7 @@ def tree(rpo_tree, tmp_path, monkeypatch):
         for i in range(NUM_PAIRS)
     ]
     rpo_tree["data"]["pairs"] = [{"path": str(write_jsonl(tmp_path / "pairs.jsonl", rows))}]
-    rpo_tree["optim"]["steps"] = 1
+    rpo_tree["optim"] |= {"steps": 1, "micro_batch_tokens": 28}
     return rpo_tree
 
 
@@ -67,13 +68,27 @@ def _die_writing(number, before_it_appears, tree, out):
     run(tree, out)
 
 
+def record_calls(monkeypatch, tmp_path):
+    """Note the pairs of every micro-batch that any process computes; returns what reads them back."""
+    compute, log = reference._micro_batch_logps, tmp_path / "calls.jsonl"
+
+    def recording(policy, pairs, indices, share):
+        with open(log, "a") as file:
+            file.write(f"{indices}\n")
+        return compute(policy, pairs, indices, share)
+
+    monkeypatch.setattr(reference, "_micro_batch_logps", recording)
+    return lambda: [json.loads(line) for line in log.read_text().splitlines()]
+
+
 @pytest.mark.parametrize(("number", "before_it_appears"), [(3, False), (3, True), (1, True), (8, False)])
 def test_a_killed_pass_goes_on_with_what_is_missing_and_every_bit_is_that_of_an_undisturbed_one(
     tree, tmp_path, monkeypatch, number, before_it_appears
 ):
+    calls = record_calls(monkeypatch, tmp_path)
     run(tree, tmp_path / "whole")
-    whole = parts(tmp_path / "whole")
-    assert len(whole) == 8
+    whole, undisturbed = parts(tmp_path / "whole"), calls()
+    assert len(whole) == 8 and len(undisturbed) > 16
     arguments = (number, before_it_appears, tree, tmp_path / "killed")
     child = torch.multiprocessing.get_context("fork").Process(target=_die_writing, args=arguments)
     child.start()
@@ -81,32 +96,32 @@ def test_a_killed_pass_goes_on_with_what_is_missing_and_every_bit_is_that_of_an_
     assert child.exitcode == -signal.SIGKILL
     left = parts(tmp_path / "killed")
     assert len(left) == number - before_it_appears and left.items() <= whole.items()
-    computed, compute = [], reference._micro_batch_logps
-
-    def recording(policy, pairs, indices, share):
-        computed.append(indices)
-        return compute(policy, pairs, indices, share)
-
-    monkeypatch.setattr(reference, "_micro_batch_logps", recording)
+    before = len(calls())
     run(tree, tmp_path / "killed")
     assert parts(tmp_path / "killed") == whole
-    missing = list(range(len(left) * A_PART, NUM_PAIRS))
-    spot_checks = [0, 9, 19, 29]
-    assert sorted(i for indices in computed for i in indices) == sorted([*missing, *spot_checks])
+    missing, spot_checks = list(range(len(left) * A_PART, NUM_PAIRS)), [0, 9, 19, 29]
+    again = calls()[before:]
+    assert sorted(i for indices in again for i in indices) == sorted([*missing, *spot_checks])
+    assert all(indices in undisturbed for indices in again), "packed as in the undisturbed pass"
 
 
-def test_parts_are_the_same_bits_at_any_world_size_whichever_part_was_there(tree, tmp_path):
-    tree["optim"]["micro_batch_tokens"] = 48  # several micro-batches a part
+def test_parts_are_the_same_bits_from_the_same_micro_batches_at_any_world_size(tree, tmp_path, monkeypatch):
+    calls = record_calls(monkeypatch, tmp_path)
     run(tree, tmp_path / "one")
+    alone = calls()
     for size in (2, 3):
+        before = len(calls())
         run_on_ranks(size, tmp_path, run, tree, tmp_path / str(size))
         assert parts(tmp_path / str(size)) == parts(tmp_path / "one")
+        dealt = calls()[before:]
+        assert sorted(set(map(tuple, dealt)) - {()}) == sorted(set(map(tuple, alone)))
+        assert len(dealt) % size == 0, "every rank calls the model equally often"
 
 
 def test_budget_and_sharing_change_the_log_probs_by_less_than_the_stated_tolerance(tree, tmp_path):
     run(tree, tmp_path / "a")
     run(tree, tmp_path / "b", share_prompts=False)
-    tree["optim"]["micro_batch_tokens"] = 48
+    tree["optim"]["micro_batch_tokens"] = 4096
     run(tree, tmp_path / "c")
     for other in ("b", "c"):
         off = np.abs(values(tmp_path / "a") - values(tmp_path / other))
