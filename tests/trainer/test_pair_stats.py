@@ -137,7 +137,7 @@ def test_a_run_without_the_likelihood_term_warns_once_of_the_source_that_falls(r
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in (("near", rows), ("far", other))]
     rpo_tree["data"]["pairs"] = [{"path": str(path), "name": path.stem} for path in paths]
     rpo_tree["rpo"] |= {"alpha": 0.0}
-    rpo_tree["optim"] |= {"steps": 30, "batch_pairs": 8, "lr": 0.02}
+    rpo_tree["optim"] |= {"steps": 50, "batch_pairs": 8, "lr": 0.02}
     rpo_tree["checkpoint"] = {"every": 25, "keep": 2}
     _run(rpo_tree, tmp_path / "run")
     warned = [line for line in capfd.readouterr().err.splitlines() if "grow less likely" in line]
@@ -150,7 +150,7 @@ def test_a_run_without_the_likelihood_term_warns_once_of_the_source_that_falls(r
         assert step < 25 and np.mean([row[f"sources/{name}/rewards/chosen"] for row in window]) < 0
     # Gone on with from step 25, it does not say so again.
     shutil.rmtree(tmp_path / "run" / "model")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000030")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000050")
     _run(rpo_tree, tmp_path / "run")
     err = capfd.readouterr().err
     assert "going on from step-00000025" in err and "grow less likely" not in err

@@ -161,7 +161,7 @@ def sampled_tree(rpo_tree, tmp_path):
     rows = [
         {
             "prompt": made_up_text(100 + i % 7, 3 + i % 7),
-            "chosen": made_up_text(200 + i % 7 + 7 * (i % 3), 2 + i % 5) + " 答え : a",
+            "chosen": made_up_text(200 + i % 14, 2 + i % 7) + " 答え : a",
             "rejected": made_up_text(300 + i, 2 + i % 4) + " 答え : b",
         }
         for i in range(24)
