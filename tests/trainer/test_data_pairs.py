@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -105,6 +105,7 @@ def test_a_pair_batch_counts_exactly_the_completions(tmp_path):
 SHAPES = st.tuples(st.integers(0, 3), *[st.lists(st.integers(0, 2), min_size=1, max_size=4)] * 3)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(SHAPES, min_size=1, max_size=6), st.booleans())
 def test_what_each_side_sees_and_must_find_is_its_own_prompt_and_completion(shapes, share):
     segments = [np.array([salt, *p]) if k == 0 else np.array(p) for salt, *rest in shapes for k, p in enumerate(rest)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SIZES, made_up_text, read_metrics, run_on_ranks, without_timing, write_jsonl
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medtrain.kernels.preference import sum_by_sequence
@@ -127,6 +127,7 @@ def test_a_changed_prompt_leaves_the_other_prompts_bitwise_unchanged(policy):
     assert torch.equal(before[2], after[2]) and torch.equal(before[3], after[3])
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12),
        st.integers(30, 60), st.integers(1, 4), st.booleans())  # fmt: skip
 def test_a_plan_holds_every_pair_once_within_the_budget_and_counts_what_batches_compute(shapes, capacity, size, share):
