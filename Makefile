@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OUT_DIR ?= benchmarks/results
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-check clean
 
 # The stamp is remade when the requirements change, so a pull never leaves an old environment behind.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -21,6 +22,18 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# On a machine with a CUDA device: the op's tests and the quick benchmark; the two limits keep it under 8 minutes. Installs
+# nothing and needs no network: $(PYTHON) has torch, triton, transformers, pytest. The benchmark runs after failing tests too.
+gpu-check: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-check:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "make gpu-check: $(PYTHON) finds no CUDA device (or no torch)"; exit 2; }
+	@status=0; \
+	timeout 200 $(PYTHON) -m pytest tests/kernels || status=1; \
+	timeout 270 $(PYTHON) -m medtrain bench kernels --quick --out '$(OUT_DIR)' || status=1; \
+	[ $$status = 0 ] || echo "make gpu-check: something failed, see above"; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -16,6 +16,7 @@ setup(
         "torch>=2.11,<2.14",
         'triton>=3.6,<3.8; platform_system == "Linux"',
         "transformers>=5.17,<6",
+        "peft>=0.18,<1",
         "safetensors>=0.5",
         "click>=8.1",
         "pyyaml>=6",
@@ -27,6 +28,8 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "setuptools>=68"],
+        # Peers of `medtrain bench kernels`, at the versions its goals name; nothing else imports them.
+        "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],
     },
     entry_points={"console_scripts": ["medtrain=medtrain.trainer.cli:main"]},
 )

@@ -20,54 +20,66 @@ in the backward. What the forward keeps depends on who needs a gradient:
 
     nobody (reference, evaluation)     nothing; one GEMM
     hidden only (frozen head, LoRA)    the unit gradient [N, H]; two GEMMs, and none in the backward
-    weight                             also E of the first rows, as many as fit into ``keep_bytes``; the backward
-                                       recomputes the others'
+    weight                             also E of the first vocabulary entries, as many as fit into ``keep_bytes``; the
+                                       backward recomputes the others'
 
-This is the plain PyTorch path, for any device. It reads from the device in each call, to check the range of the targets
-and to find rows out of range.
+Two implementations share this face: ``logps_torch`` (any device and dtype) and ``logps_triton`` (CUDA). Both stand behind
+the custom ops ``medtrain::logps`` and ``medtrain::logps_grad_weight``, so torch.compile and fake tensors see one
+operation each.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["DEFAULT_KEEP_BYTES", "chunked_logps", "clamped_rows", "reset_clamped_rows", "select_path"]
+from medtrain.kernels import logps_torch
+from medtrain.kernels.logps_torch import compute_dtype, kept_dtype, unit_dtype
+
+__all__ = [
+    "DEFAULT_KEEP_BYTES",
+    "chunked_logps",
+    "clamped_rows",
+    "num_kept_entries",
+    "reset_clamped_rows",
+    "select_path",
+]
 
 DEFAULT_KEEP_BYTES = 2**30
 """Bytes of E kept from forward to backward when the weight is trained and the caller names no budget."""
 
-OFFSET = 40.0
-# 2**108 leaves a factor of 2**20 below float32's largest number: room for a vocabulary-wide sum times a weight.
-SUM_LIMIT = 2.0**108
-
-# The one temporary that is as wide as a slab: 2**22 float32 are 16 MiB. Beyond 4096 rows wider slabs gain no speed.
-_TILE_ELEMENTS = 2**22
-_TILE_ROWS = 4096
-
 _SUPPORTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_num_clamped_rows = 0
+_num_clamped_rows: dict[torch.device, Tensor] = {}
 
 
 def clamped_rows() -> int:
     """Rows met so far in this process (since ``reset_clamped_rows``) that were out of range and walked a second time.
 
     Their results are exact, so the count warns of cost and of a strange model (a token less likely than exp(-114)),
-    not of wrong numbers.
+    not of wrong numbers. Waits for the devices that counted.
     """
-    return _num_clamped_rows
+    return sum(int(count) for count in _num_clamped_rows.values())
 
 
 def reset_clamped_rows() -> None:
     """Set the count of ``clamped_rows`` back to zero."""
-    global _num_clamped_rows
-    _num_clamped_rows = 0
+    _num_clamped_rows.clear()
 
 
 def select_path(hidden: Tensor) -> str:
     """Name of the implementation that ``chunked_logps`` takes for such a ``hidden``; this is where it is chosen."""
+    # The Triton kernels compute in float32; float64 is there to check against.
+    if hidden.is_cuda and hidden.dtype != torch.float64:
+        return "triton"
     return "torch"
+
+
+def _path(hidden: Tensor):
+    if select_path(hidden) == "triton":
+        # Imported here: Triton exists on Linux alone.
+        from medtrain.kernels import logps_triton
+
+        return logps_triton
+    return logps_torch
 
 
 def chunked_logps(
@@ -84,28 +96,29 @@ def chunked_logps(
         targets: [N] int64, each in [0, V).
         keep_bytes: bytes of E that may stay alive between forward and backward when ``weight`` needs a gradient; saves
             the backward a GEMM. 0 always works. Default ``DEFAULT_KEEP_BYTES``.
-        slab_size: vocabulary entries walked at once; by default chosen from N and V. Changes results by rounding only.
+        slab_size: vocabulary entries walked at once; by default chosen from the shapes. Changes results by rounding only.
 
     Returns:
-        [N] float32 (float64 for float64 inputs). Logits and sums are float32 (float64) whatever the input dtype; E is
-        rounded to bfloat16 only where it is kept for 16-bit inputs. Gradients have the dtype of their tensor.
+        [N] float32 (float64 for float64 inputs). Logits and sums are float32 (float64) whatever the input dtype. E is
+        rounded to bfloat16 for 16-bit inputs: where it is kept, and on CUDA also as a factor of the gradients.
+        Gradients have the dtype of their tensor.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a sharded weight, a target outside [0, V).
+        ValueError: shapes, dtypes or devices that do not fit, a sharded weight, a target outside [0, V). On CUDA such a
+            target stops the process with a device-side assertion instead: to raise, the host would have to wait.
     """
     _check(hidden, weight, targets, keep_bytes, slab_size)
-    keep_bytes = DEFAULT_KEEP_BYTES if keep_bytes is None else keep_bytes
-    slab_size = default_slab_size(len(hidden), len(weight)) if slab_size is None else min(slab_size, len(weight))
-    return _PATHS[select_path(hidden)](hidden, weight, targets, keep_bytes, slab_size)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        keep_bytes = DEFAULT_KEEP_BYTES if keep_bytes is None else keep_bytes
+        return _ChunkedLogps.apply(hidden, weight, targets, keep_bytes, slab_size)
+    return _walk(hidden, weight, targets, 0, False, slab_size)[0]
 
 
-def default_slab_size(num_rows: int, vocab_size: int) -> int:
-    """Slab width whose tile stays near 16 MiB: the whole vocabulary if that fits, else equal slabs, multiples of 64."""
-    widest = _TILE_ELEMENTS // max(1, min(num_rows, _TILE_ROWS))
-    if widest >= vocab_size:
-        return vocab_size
-    num_slabs = -(-vocab_size // widest)
-    return -(-vocab_size // (64 * num_slabs)) * 64
+def num_kept_entries(num_rows: int, vocab_size: int, dtype: torch.dtype, keep_bytes: int) -> int:
+    """Vocabulary entries whose E of ``num_rows`` rows fits into ``keep_bytes``: all of them, or a multiple of 8."""
+    fit = keep_bytes // (max(num_rows, 1) * kept_dtype(dtype).itemsize)
+    # Rows of 8 entries keep to the 16 bytes that Hopper's copy engine and cuBLAS's fast kernels ask for.
+    return vocab_size if fit >= vocab_size else fit // 8 * 8
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int | None, slab_size: int | None) -> None:
@@ -138,23 +151,6 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int | No
         raise ValueError(f"keep_bytes must be 0 or more; found {keep_bytes}")
     if slab_size is not None and slab_size < 1:
         raise ValueError(f"slab_size must be 1 or more; found {slab_size}")
-    if targets.numel():
-        low, high = (bound.item() for bound in targets.aminmax())
-        if low < 0 or high >= weight.shape[0]:
-            row = int(((targets < 0) | (targets >= weight.shape[0])).nonzero()[0])
-            raise ValueError(
-                f"targets[{row}] is {int(targets[row])}, outside [0, {weight.shape[0]}): pass only positions that count"
-            )
-
-
-def _torch_logps(hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int, slab_size: int) -> Tensor:
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _ChunkedLogps.apply(hidden, weight, targets, keep_bytes, slab_size)
-    with _no_autocast(hidden):
-        return _Walk(hidden, weight, targets, slab_size, num_kept=0, unit_gradient=False).logps
-
-
-_PATHS = {"torch": _torch_logps}
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
@@ -162,143 +158,75 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    for low in range(start, stop, step):
-        yield low, min(low + step, stop)
+@torch.library.custom_op("medtrain::logps", mutates_args=())
+def _walk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int, needs_unit: bool, slab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logps, offset, total, inverse, unit, kept) as ``logps_torch.Walk``."""
+    num_kept = num_kept_entries(len(hidden), len(weight), hidden.dtype, keep_bytes)
+    with _no_autocast(hidden):
+        *results, num_clamped = _path(hidden).walk(hidden, weight, targets, num_kept, needs_unit, slab_size)
+    counted = _num_clamped_rows.get(hidden.device)
+    # Not in place: what inference mode once made cannot be changed outside of it.
+    _num_clamped_rows[hidden.device] = num_clamped if counted is None else counted + num_clamped
+    return tuple(results)
 
 
-def _exp_tile(x: Tensor, slab: Tensor, offset: Tensor, out: Tensor) -> Tensor:
-    """``exp(x @ slab.T - offset)``: x [n, H], slab [s, H], offset [n], written into out [n, s]."""
-    # No clamp at 2**108: an overflowing row sums to inf, which the test for SUM_LIMIT catches just as well.
-    return torch.addmm(offset.neg().unsqueeze(1).expand_as(out), x, slab.T, out=out).exp_()
+@_walk.register_fake
+def _(hidden, weight, targets, keep_bytes, needs_unit, slab_size):
+    num_kept = num_kept_entries(len(hidden), len(weight), hidden.dtype, keep_bytes)
+    rows = [hidden.new_empty(len(hidden), dtype=compute_dtype(hidden.dtype)) for _ in range(4)]
+    unit = hidden.new_empty(hidden.shape if needs_unit else (0,), dtype=unit_dtype(hidden.dtype))
+    width = num_kept if select_path(hidden) == "torch" else -(-num_kept // 8) * 8
+    return *rows, unit, hidden.new_empty(len(hidden), width, dtype=kept_dtype(hidden.dtype))
 
 
-def _put_target(tile: Tensor, columns: Tensor, values: Tensor) -> None:
-    """Write values [n] into tile [n, s] at columns [n], where the column lies in the tile. No synchronisation."""
-    inside = (columns >= 0) & (columns < tile.shape[1])
-    columns = columns.clamp(0, tile.shape[1] - 1).unsqueeze(1)
-    tile.scatter_(1, columns, torch.where(inside.unsqueeze(1), values.unsqueeze(1), tile.gather(1, columns)))
+@torch.library.custom_op("medtrain::logps_grad_weight", mutates_args=())
+def _grad_weight(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor | None,
+    targets: Tensor,
+    offset: Tensor,
+    total: Tensor,
+    inverse: Tensor,
+    kept: Tensor,
+    keep_bytes: int,
+    vocab_size: int,
+    slab_size: int | None,
+) -> Tensor:
+    """dW [V, H] from grad [N], the upstream gradient of -logp; weight is None where all of E is kept."""
+    num_kept = num_kept_entries(len(hidden), vocab_size, hidden.dtype, keep_bytes)
+    with _no_autocast(hidden):
+        return _path(hidden).grad_weight(
+            grad, hidden, weight, targets, offset, total, inverse, kept, num_kept, vocab_size, slab_size
+        )
 
 
-class _Walk:
-    """The forward: one walk over the vocabulary, and a second one for the rows that turn out to be out of range.
-
-    Holds the result and what the backward needs: ``logps``, ``offset`` (m), ``total`` (S), ``inverse`` (v), all [N];
-    ``unit`` [N, H], the gradient of -logp with respect to hidden, or None; ``kept``, a [num_kept, slab] tensor a slab.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, slab_size: int, num_kept: int, unit_gradient: bool
-    ) -> None:
-        global _num_clamped_rows
-        dtype = compute_dtype(hidden)
-        self.weight, self.targets, self.slab_size = weight, targets, slab_size
-        x = hidden.to(dtype)
-        target_weight = weight.index_select(0, targets).to(dtype)
-        target_logits = (x * target_weight).sum(1)
-        kept_dtype = _kept_dtype(hidden)
-        self.kept = [
-            torch.empty(num_kept, high - low, dtype=kept_dtype, device=x.device)
-            for low, high in _ranges(0, len(weight) if num_kept else 0, slab_size)
-        ]
-        self.offset = target_logits + OFFSET
-        self.total, unit = self._sums(x, targets, self.offset, unit_gradient, torch.arange(num_kept, device=x.device))
-
-        # Written so that NaN counts as out of range too.
-        outside = (~(self.total < SUM_LIMIT)).nonzero().squeeze(1)
-        if len(outside):
-            _num_clamped_rows += len(outside)
-            x_outside, targets_outside = x[outside], targets[outside]
-            self.offset[outside] = maximum = self._row_maximum(x_outside, targets_outside)
-            self.total[outside], unit_outside = self._sums(
-                x_outside, targets_outside, maximum, unit_gradient, outside[outside < num_kept]
-            )
-            if unit_gradient:
-                unit[outside] = unit_outside
-
-        # Not the constant 40: m was rounded, and its difference to z_y is the offset that the walk really used.
-        rise = self.offset - target_logits
-        # -softplus(t); torch's softplus drops the last 2e-9 nats beyond t = 20.
-        self.logps = torch.nn.functional.logsigmoid(-(self.total.log() + rise))
-        self.inverse = (self.total + torch.exp(-rise)).reciprocal()
-        self.unit = None
-        if unit_gradient:
-            unit.addcmul_(self.total.unsqueeze(1), target_weight, value=-1).mul_(self.inverse.unsqueeze(1))
-            # float16 lacks the range for the gradient of a token that is already certain.
-            self.unit = unit if hidden.dtype == torch.float16 else unit.to(hidden.dtype)
-        if num_kept and kept_dtype == dtype:
-            for (low, _), tile in zip(_ranges(0, len(weight), slab_size), self.kept, strict=True):
-                _put_target(tile, targets[:num_kept] - low, -self.total[:num_kept])
-
-    def _sums(
-        self, x: Tensor, targets: Tensor, offset: Tensor, unit_gradient: bool, kept_rows: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """S [n] and, if asked for, E @ W [n, H] of rows x [n, H]; E of the first ones goes to kept[slab][kept_rows]."""
-        num_rows, num_kept = len(x), len(kept_rows)
-        total = x.new_zeros(num_rows)
-        unit = torch.empty_like(x) if unit_gradient else None
-        tile_rows = max(1, _TILE_ELEMENTS // self.slab_size)
-        buffer = x.new_empty(min(num_rows, tile_rows) * self.slab_size)
-        # Kept E that needs no rounding is computed in its place.
-        in_place = bool(self.kept) and self.kept[0].dtype == x.dtype and num_kept == len(self.kept[0])
-        for index, (low, high) in enumerate(_ranges(0, len(self.weight), self.slab_size)):
-            slab = self.weight[low:high].to(x.dtype)
-            for start, stop in (*_ranges(0, num_kept, tile_rows), *_ranges(num_kept, num_rows, tile_rows)):
-                if in_place and stop <= num_kept:
-                    tile = self.kept[index][start:stop]
-                else:
-                    tile = buffer[: (stop - start) * (high - low)].view(stop - start, high - low)
-                _exp_tile(x[start:stop], slab, offset[start:stop], out=tile)
-                _put_target(tile, targets[start:stop] - low, x.new_zeros(stop - start))
-                total[start:stop] += tile.sum(1)
-                if unit_gradient:
-                    rows = unit[start:stop]
-                    torch.addmm(rows, tile, slab, beta=0 if index == 0 else 1, out=rows)
-                if stop <= num_kept and not in_place:
-                    self.kept[index][kept_rows[start:stop]] = tile.to(self.kept[index].dtype)
-        return total, unit
-
-    def _row_maximum(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Largest logit [n] of each row, the target's own left out."""
-        maximum = x.new_full((len(x),), -torch.inf)
-        tile_rows = max(1, _TILE_ELEMENTS // self.slab_size)
-        for low, high in _ranges(0, len(self.weight), self.slab_size):
-            slab = self.weight[low:high].to(x.dtype)
-            for start, stop in _ranges(0, len(x), tile_rows):
-                logits = x[start:stop] @ slab.T
-                _put_target(logits, targets[start:stop] - low, x.new_full((stop - start,), -torch.inf))
-                maximum[start:stop] = torch.maximum(maximum[start:stop], logits.amax(1))
-        return maximum
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """dtype of logits, sums and results for such a ``hidden``."""
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _kept_dtype(hidden: Tensor) -> torch.dtype:
-    # Not float16 for float16: E needs the 8 exponent bits.
-    return hidden.dtype if hidden.dtype in (torch.float64, torch.float32) else torch.bfloat16
+@_grad_weight.register_fake
+def _(grad, hidden, weight, targets, offset, total, inverse, kept, keep_bytes, vocab_size, slab_size):
+    return hidden.new_empty(vocab_size, hidden.shape[1])
 
 
 class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int, slab_size: int) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int, slab_size: int | None) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        num_kept = min(len(hidden), keep_bytes // (len(weight) * _kept_dtype(hidden).itemsize)) if needs_weight else 0
-        with _no_autocast(hidden):
-            walk = _Walk(hidden, weight, targets, slab_size, num_kept, unit_gradient=needs_hidden)
+        keep_bytes = keep_bytes if needs_weight else 0
+        logps, offset, total, inverse, unit, kept = _walk(hidden, weight, targets, keep_bytes, needs_hidden, slab_size)
         if needs_weight:
             # The weight itself is only needed to recompute E; without it FSDP need not gather it again for our sake.
-            recomputed = weight if num_kept < len(hidden) else None
-            ctx.save_for_backward(
-                walk.unit, hidden, recomputed, targets, walk.offset, walk.total, walk.inverse, *walk.kept
-            )
+            all_kept = num_kept_entries(len(hidden), len(weight), hidden.dtype, keep_bytes) == len(weight)
+            ctx.save_for_backward(unit, hidden, None if all_kept else weight, targets, offset, total, inverse, kept)
         else:
-            ctx.save_for_backward(walk.unit)
-        ctx.slab_size, ctx.num_kept = slab_size, num_kept
-        ctx.hidden_dtype, ctx.weight_shape = hidden.dtype, weight.shape
-        return walk.logps
+            ctx.save_for_backward(unit)
+        ctx.keep_bytes, ctx.slab_size, ctx.vocab_size, ctx.hidden_dtype = (
+            keep_bytes,
+            slab_size,
+            len(weight),
+            hidden.dtype,
+        )
+        return logps
 
     @staticmethod
     @once_differentiable
@@ -306,54 +234,9 @@ class _ChunkedLogps(torch.autograd.Function):
         unit, *for_weight = ctx.saved_tensors
         grad = -grad_logps
         grad_hidden = grad_weight = None
-        with _no_autocast(grad_logps):
-            if ctx.needs_input_grad[0]:
-                grad_hidden = (unit * grad.unsqueeze(1)).to(ctx.hidden_dtype)
-            if ctx.needs_input_grad[1]:
-                grad_weight = _grad_weight(grad, ctx.weight_shape, ctx.slab_size, ctx.num_kept, *for_weight)
+        if ctx.needs_input_grad[0]:
+            # Multiplied in float32 and rounded once, without a float32 tensor in between.
+            grad_hidden = torch.mul(unit, grad.unsqueeze(1), out=torch.empty_like(unit, dtype=ctx.hidden_dtype))
+        if ctx.needs_input_grad[1]:
+            grad_weight = _grad_weight(grad, *for_weight, ctx.keep_bytes, ctx.vocab_size, ctx.slab_size)
         return grad_hidden, grad_weight, None, None, None
-
-
-def _grad_weight(
-    grad: Tensor,
-    weight_shape: torch.Size,
-    slab_size: int,
-    num_kept: int,
-    hidden: Tensor,
-    weight: Tensor | None,
-    targets: Tensor,
-    offset: Tensor,
-    total: Tensor,
-    inverse: Tensor,
-    *kept: Tensor,
-) -> Tensor:
-    """``E'^T (v g X)`` [V, H] in hidden's dtype, slab by slab: each slab is summed over all rows, then written once."""
-    dtype, num_rows = compute_dtype(hidden), len(hidden)
-    if num_rows == 0:
-        return hidden.new_zeros(weight_shape)
-    x = hidden.to(dtype)
-    scaled = x * (inverse * grad).unsqueeze(1)
-    grad_weight = torch.empty(weight_shape, dtype=hidden.dtype, device=hidden.device)
-    sums = None if dtype == hidden.dtype else x.new_empty(slab_size, weight_shape[1])
-    exact = bool(kept) and kept[0].dtype == dtype
-    tile_rows = max(1, _TILE_ELEMENTS // slab_size)
-    buffer = x.new_empty(min(num_rows - num_kept, tile_rows) * slab_size)
-    for index, (low, high) in enumerate(_ranges(0, weight_shape[0], slab_size)):
-        slab = None if weight is None else weight[low:high].to(dtype)
-        out = grad_weight[low:high] if sums is None else sums[: high - low]
-        # Rounded E is widened tile by tile; exact E already holds -S in the target's place.
-        for start, stop in (
-            *_ranges(0, num_kept, num_kept if exact else tile_rows),
-            *_ranges(num_kept, num_rows, tile_rows),
-        ):
-            if start < num_kept:
-                tile = kept[index][start:stop].to(dtype)
-            else:
-                tile = buffer[: (stop - start) * (high - low)].view(stop - start, high - low)
-                _exp_tile(x[start:stop], slab, offset[start:stop], out=tile)
-            if start >= num_kept or not exact:
-                _put_target(tile, targets[start:stop] - low, -total[start:stop])
-            torch.addmm(out, tile.T, scaled[start:stop], beta=0 if start == 0 else 1, out=out)
-        if sums is not None:
-            grad_weight[low:high] = out
-    return grad_weight

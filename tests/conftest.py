@@ -1,9 +1,16 @@
 """Shared fixtures: a made-up tokenizer, corpus and pairs, and tiny settings of both stages."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: without a GPU its kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# isort: split
 from helpers import SIZES, WORDS, made_up_text, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -1,14 +1,21 @@
-"""Helpers of the tests: made-up text, tiny sizes, metrics without timing, and a function run on several gloo ranks."""
+"""Helpers of the tests: made-up text, tiny sizes and runs, curves compared, runs killed, functions on several gloo ranks."""
 
+import copy
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from medtrain.trainer.config import config_from_dict
+from medtrain.trainer.loop import TrainResult, train
+from medtrain.trainer.run_folder import RunFolder
 
 WORDS = [
     "熱",
@@ -91,3 +98,49 @@ def run_on_ranks(size: int, tmp_path: Path, function, *args) -> None:
     for process in processes:
         process.kill()
     assert codes == [0] * size
+
+
+def run(stage, tree, out, **changes) -> TrainResult:
+    """Train as ``tree`` says, into ``out``, with ``section__key=value`` changed."""
+    tree = copy.deepcopy(tree)
+    tree["run"]["out"] = str(out)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree.setdefault(section, {})[key] = value
+    return train(config_from_dict(stage, tree), quiet=True)
+
+
+def assert_same_curve(a, b, tolerance=1e-5) -> None:
+    rows_a, rows_b = without_timing(read_metrics(a)), without_timing(read_metrics(b))
+    assert len(rows_a) == len(rows_b)
+    for x, y in zip(rows_a, rows_b, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            if name.endswith("accuracy") and x["step"] <= 1:
+                continue  # policy == reference: the sign of a margin that is 0 but for rounding
+            if name.endswith("length_correlation"):  # rounding of the margins over how far they spread
+                assert (x[name] is None) == (y[name] is None), (x["step"], name)
+                assert (x[name] or 0) == pytest.approx(y[name] or 0, abs=1e-2), (x["step"], name)
+                continue
+            assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), (x["step"], name)
+
+
+def _killed(stage, tree, out, at_step) -> None:
+    """Run until the row of ``at_step`` is written, then die as SIGKILL dies: nothing is flushed, nothing is closed."""
+    write = RunFolder.append_metrics
+
+    def dying(self, row):
+        write(self, row)
+        if row["step"] == at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunFolder.append_metrics = dying
+    run(stage, tree, out)
+
+
+def kill_in_a_child(stage, tree, out, at_step) -> None:
+    """Run in a child that dies of SIGKILL once the row of ``at_step`` is written."""
+    child = torch.multiprocessing.get_context("fork").Process(target=_killed, args=(stage, tree, out, at_step))
+    child.start()
+    child.join(timeout=240)
+    assert child.exitcode == -signal.SIGKILL

@@ -1,8 +1,8 @@
 """Sharded checkpoints: saved by all ranks, whole or absent, resumable on any number of ranks.
 
-``checkpoints/step-00000010/`` holds torch.distributed.checkpoint files (weights and optimizer state, each rank's own
-shards) and ``trainer.json``. It is written under a name ending in ``.partial`` and renamed when every rank has written,
-so a folder without that ending is complete.
+``checkpoints/step-00000010/`` holds torch.distributed.checkpoint files (trained weights and optimizer state, each rank's
+own shards; frozen weights stay where they came from) and ``trainer.json``. It is written under a name ending in
+``.partial`` and renamed when every rank has written, so a folder without that ending is complete.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from medtrain.trainer.model import PolicyModel
 
 # What torch says of a run of one process, where it is right and nothing is wrong.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+# Strictness is dcp.load's: it fails where the checkpoint lacks what the model trains.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -62,7 +66,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     world.barrier()
     policy.reshard()
-    weights, moments = get_state_dict(policy, optimizer)
+    weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
     dcp.save(
         {"model": weights, "optim": moments},
         storage_writer=FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
@@ -81,13 +85,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Optimizer | None, world: World) -> dict:
-    """Fill ``policy`` (and ``optimizer``) from a complete checkpoint, each rank its own shards; returns its state.
+    """Fill what ``policy`` trains (and ``optimizer``) from a complete checkpoint, each rank its own shards; returns its state.
 
     Raises:
         InputError: a damaged checkpoint.
     """
     policy.reshard()
-    weights, moments = get_state_dict(policy, optimizer if optimizer is not None else [])
+    weights, moments = get_state_dict(policy, optimizer if optimizer is not None else [], options=_TRAINED)
     tree = {"model": weights, "optim": moments} if optimizer is not None else {"model": weights}
     try:
         dcp.load(tree, storage_reader=FileSystemReader(folder), no_dist=world.size == 1)
@@ -101,7 +105,7 @@ def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Op
         optimizer if optimizer is not None else [],
         model_state_dict=tree["model"],
         optim_state_dict=tree.get("optim", {}),
-        options=StateDictOptions(strict=True),
+        options=_TRAINED,
     )
     return state
 

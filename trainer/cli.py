@@ -154,11 +154,15 @@ def demo(out: str, seed: int) -> None:
 @main.command()
 @click.argument("run_or_checkpoint", type=click.Path())
 @click.argument("out_dir", type=click.Path())
-def export(run_or_checkpoint: str, out_dir: str) -> None:
-    """Write a run's last checkpoint, or the one named, as a Hugging Face folder."""
-    from medtrain.trainer.loop import export_run
+@click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone, as a PEFT folder.")
+def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
+    """Write a run's last checkpoint, or the one named, as a Hugging Face folder.
 
-    path = export_run(run_or_checkpoint, out_dir)
+    A LoRA run's adapters are merged into the base weights that they were trained on (an NF4 base: widened, as trained).
+    """
+    from medtrain.trainer.export import export_run
+
+    path = export_run(run_or_checkpoint, out_dir, adapter=adapter)
     if _is_main():
         click.echo(path)
 
@@ -177,6 +181,48 @@ def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     summary = check_config(load_config(None, config, overrides), samples)
     if _is_main():
         click.echo(summary)
+
+
+@main.group()
+def bench() -> None:
+    """Measure: the log-probability op beside its peers and a floor of bare GEMMs."""
+
+
+@bench.command("kernels")
+@click.option("--quick", is_flag=True, help="On a GPU: two shapes, nothing begun after 200 seconds.")
+@click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
+@click.option("--shapes", metavar="NxHxV,...", help="Tokens x hidden size x vocabulary, instead of the usual ones.")
+@click.option("--impl", "impls", metavar="NAME,...", help="Only these implementations.")
+@click.option("--commit", help="Recorded where the source tree is not a git checkout.")
+def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, commit: str | None) -> None:
+    """Time, memory and error of the op in all its modes; on a CPU a small form, where memory and errors hold."""
+    from rich.console import Console
+
+    from medtrain.benchmarks.kernels import failures, parse_names, parse_shapes, run_kernels
+    from medtrain.benchmarks.report import show
+
+    result, path = run_kernels(
+        out,
+        quick=quick,
+        shapes=parse_shapes(shapes) if shapes is not None else None,
+        impls=parse_names(impls) if impls is not None else None,
+        commit=commit,
+        echo=lambda line: click.echo(line, err=True),
+    )
+    show(result, Console(width=None if sys.stdout.isatty() else 160))
+    click.echo(f"{path}\n{path.with_suffix('.md')}")
+    if failed := failures(result["rows"]):
+        click.echo("\n".join(f"medtrain: our own op failed: {line}" for line in failed), err=True)
+        sys.exit(1)
+
+
+@bench.command("table")
+@click.argument("file", type=click.Path())
+def bench_table(file: str) -> None:
+    """Draw the tables of a benchmark FILE.json as Markdown."""
+    from medtrain.benchmarks.report import load, markdown
+
+    click.echo(markdown(load(file)), nl=False)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,22 @@ class RpoConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on frozen base weights (medtrain.trainer.lora). Off without ``rank`` or ``path``."""
+
+    rank: int = 0  # of each adapter; 0: train all weights
+    alpha: float | None = None  # an adapter counts alpha / rank times; default: twice the rank
+    target_modules: list[str] = field(default_factory=list)  # e.g. q_proj; default: every linear layer but the head
+    path: str | None = None  # a PEFT adapter folder to train on; it brings rank, alpha and target modules
+    base: Literal["dense", "nf4"] = "dense"  # frozen weights in the compute precision, or linear layers in 4 bits
+    merge: bool = True  # write model/ (base and adapters as one) beside adapter/ at the end
+
+    @property
+    def on(self) -> bool:
+        return self.rank > 0 or self.path is not None
+
+
+@dataclass(frozen=True)
 class PrecisionConfig:
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
 
@@ -112,6 +128,7 @@ class Config:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     rpo: RpoConfig = RpoConfig()
+    lora: LoraConfig = LoraConfig()
     precision: PrecisionConfig = PrecisionConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -168,6 +185,7 @@ FREE_SETTINGS = (
     "model.activation_checkpointing",
     "model.export_dtype",
     "model.tokenizer",
+    "lora.merge",
     "precision.compute",  # what it comes to on this machine is compared instead
     "data.cache",
     "data.share_prompts",
@@ -318,10 +336,17 @@ _ALSO_CALLED = {
     "max_grad_norm": "grad_clip",
     "save_steps": "every",
     "lr_scheduler_type": "schedule",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
 }
 
 
 def _unknown_key(name: str, file, keys: list[str]) -> InputError:
+    if name in ("lora.dropout", "lora.lora_dropout"):  # many configurations of others have it
+        # Random numbers in the forward would part step 0 from the reference and a resumed run from the first one.
+        return bad_input(
+            "not supported", file=file, field=name, expected="nothing: adapters are trained without dropout"
+        )
     # Two ways to be near: the right setting in the wrong section, or a typing slip.
     by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
     last = name.rsplit(".", 1)[-1]
@@ -433,9 +458,26 @@ def _validate(config: Config, file) -> None:
     if rpo.label_smoothing > 0 and rpo.loss not in ("sigmoid", "robust", "simpo"):
         raise bad_input("has no effect with this loss", file=file, field="rpo.label_smoothing", found=f"rpo.loss={rpo.loss}",
                         expected="rpo.loss sigmoid, robust or simpo")  # fmt: skip
+    _validate_lora(config.lora, file)
     require(config.eval.every >= 0, "eval.every", config.eval.every, "0 or more")
     require(config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "1 or more")
     require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "1 or more")
+
+
+def _validate_lora(lora: LoraConfig, file) -> None:
+    if lora.rank < 0:
+        raise bad_input("out of range", file=file, field="lora.rank", found=lora.rank, expected="0 (off) or more")
+    if lora.alpha is not None and not 0 < lora.alpha < float("inf"):
+        raise bad_input("out of range", file=file, field="lora.alpha", found=lora.alpha, expected="more than 0")
+    changed = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora)}
+    changed = {name: value for name, value in changed.items() if value != getattr(LoraConfig(), name)}
+    for name, value in changed.items():
+        if not lora.on:
+            raise bad_input("has no effect without adapters", file=file, field=f"lora.{name}", found=value,
+                            expected="lora.rank above 0, or lora.path")  # fmt: skip
+        if lora.path is not None and name in ("rank", "alpha", "target_modules"):
+            raise bad_input("has no effect with lora.path", file=file, field=f"lora.{name}", found=value,
+                            expected="nothing: the adapter brings its own")  # fmt: skip
 
 
 def learned_settings(settings: dict[str, Any]) -> dict[str, Any]:

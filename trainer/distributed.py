@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from medtrain.trainer.errors import InputError
 
@@ -63,6 +65,19 @@ class World:
         if box[1] is not None:
             raise InputError(box[1])
         return box[0]
+
+
+def local_part(param: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """This rank's storage of a parameter, and which part of the whole tensor it holds."""
+    if not isinstance(param, DTensor):
+        return param.data, tuple(slice(0, n) for n in param.shape)
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return param.to_local().data, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def whole(param: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of a parameter, on every rank; all ranks must call this."""
+    return param.full_tensor() if isinstance(param, DTensor) else param.data
 
 
 @contextmanager

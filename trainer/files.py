@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """:func:`write_bytes` of indented JSON."""
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def replace_folder(partial: Path, out: Path) -> None:
+    """Let ``partial``'s files reach the disk and put it in the place of ``out``, old or new at any moment."""
+    for path in partial.iterdir():
+        sync_file(path)
+    old = out.with_name(out.name + ".old" + PARTIAL)
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -7,7 +7,6 @@ function of (weights, optimizer state, step number), so a run started again goes
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import signal
@@ -26,11 +25,13 @@ from transformers.utils import logging as transformers_logging
 
 from medtrain.kernels.logps import reset_clamped_rows, select_path
 from medtrain.trainer.attention import select_backend
-from medtrain.trainer.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from medtrain.trainer.config import Config, config_from_dict
+from medtrain.trainer.checkpoint import load_checkpoint, save_checkpoint
+from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.export import export_dtype
 from medtrain.trainer.files import write_json
+from medtrain.trainer.lora import Adapters, adapter_digest, export_adapters, fill_adapters, plan_adapters, start_digest
 from medtrain.trainer.model import (
     PolicyModel,
     build_model,
@@ -52,8 +53,8 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e1
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``model_dir``: the exported HF folder; ``metrics``: the last row of metrics.jsonl; ``interrupted``: stopped by a
-    signal after saving, with no export."""
+    """``model_dir``: the exported HF folder (``lora.merge`` false: the PEFT folder); ``metrics``: the last row of
+    metrics.jsonl; ``interrupted``: stopped by a signal after saving, with no export."""
 
     run_dir: Path
     model_dir: Path
@@ -69,6 +70,7 @@ class Prepared:
     hf_config: Any
     shapes: dict[str, tuple[int, ...]]
     checkpoint: Checkpoint | None
+    adapters: Adapters | None
     objective: Objective
     steps: int
     compute_dtype: torch.dtype
@@ -101,6 +103,7 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
     checkpoint = Checkpoint(config.model.path) if config.model.path is not None else None
     if checkpoint is not None:
         checkpoint.check(shapes, tied=hf_config.tie_word_embeddings)
+    adapters = plan_adapters(config.lora, shapes)
     limit = hf_config.max_position_embeddings
     name = "seq_len" if config.stage == "cpt" else "max_length"
     if getattr(config.data, name) > limit:
@@ -112,6 +115,10 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
     else:
         digest = digest_of_init(config.model.init | {"vocab_size": hf_config.vocab_size}, config.run.seed)
     objective.digests |= {"weights": digest, "precision": str(compute_dtype).removeprefix("torch.")}
+    trained = world.from_main(lambda: adapter_digest(adapters))
+    if trained is not None:
+        objective.digests["lora.path"] = trained
+    objective.start_digest = start_digest(digest, adapters, trained)
     steps = config.optim.steps
     if steps is None:
         steps = max(1, math.ceil(config.optim.epochs * objective.epoch_size / objective.step_size))
@@ -123,7 +130,7 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
-    return Prepared(tokenizer, hf_config, shapes, checkpoint, objective, steps, compute_dtype, paths)
+    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, steps, compute_dtype, paths)
 
 
 def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
@@ -133,13 +140,13 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     def look() -> tuple[tuple[int, Path] | None, bool]:
         folder.check(config.settings(), objective.digests)
         last = folder.last_checkpoint()
-        return last, last is not None and last[0] == steps and folder.model.is_dir()
+        return last, last is not None and last[0] == steps and not folder.missing_results(config)
 
     last, complete = world.from_main(look)
     if complete:
         if world.is_main:
-            display.say(summary(folder, 0, 0.0))
-        return TrainResult(folder.root, folder.model, folder.rows()[-1])
+            display.say(summary(folder, config, 0, 0.0))
+        return TrainResult(folder.root, folder.results(config)[-1], folder.rows()[-1])
     if world.is_main:
         _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
     _check_shared(folder, world)
@@ -149,16 +156,26 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         f"{config.stage}: {total / 1e6:,.1f} M parameters, {steps:,} steps, {world.size} x {device_name(world.device)}\n"
         + "paths: " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items())
     )  # fmt: skip
+    adapters = prepared.adapters
+    if adapters is not None:
+        display.say(adapters.describe(total))
     torch.manual_seed(config.run.seed)
     reset_clamped_rows()
     torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
     policy = build_model(
-        config.model, prepared.hf_config, world, prepared.compute_dtype, backend=prepared.paths["attention"]
+        config.model,
+        prepared.hf_config,
+        world,
+        prepared.compute_dtype,
+        backend=prepared.paths["attention"],
+        adapters=adapters,
     )
     if prepared.checkpoint is not None:
         load_weights(policy, prepared.checkpoint)
     else:
         init_weights(policy, config.run.seed)
+    if adapters is not None:
+        fill_adapters(policy, adapters, config.run.seed)
     objective.prepare(policy, world, folder.reference, display.say)
     optimizer = _optimizer(policy, config, world)
 
@@ -197,7 +214,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         record(row)
         display.say(heldout_line(row))
 
-    flops = _FlopsPerToken(prepared.hf_config, multiplied)
+    flops = _FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = _peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
     began, spent = time.monotonic(), 0.0
     display.start(done, steps)
@@ -250,18 +267,23 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                     save(step + 1)
                 if asked and step + 1 < steps:
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
-                    return TrainResult(folder.root, folder.model, row, interrupted=True)
+                    return TrainResult(folder.root, folder.results(config)[-1], row, interrupted=True)
     finally:
         display.stop()
         if board is not None:
             board.close()
 
-    if done < steps or not folder.model.is_dir():
-        dtype = _export_dtype(config, prepared.compute_dtype)
-        export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path)
+    # Rank 0 looks for all, lest ranks take different ways.
+    due = folder.results(config) if done < steps else world.from_main(lambda: folder.missing_results(config))
+    if folder.adapter in due:
+        export_adapters(policy, adapters, folder.adapter, world, base=config.model.path)
+    if folder.model in due:
+        dtype = export_dtype(config, prepared.compute_dtype)
+        export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path,
+                     adapters=adapters)  # fmt: skip
     if world.is_main:
-        display.say(summary(folder, steps - done, time.monotonic() - began))
-    return TrainResult(folder.root, folder.model, row or folder.rows()[-1])
+        display.say(summary(folder, config, steps - done, time.monotonic() - began))
+    return TrainResult(folder.root, folder.results(config)[-1], row or folder.rows()[-1])
 
 
 def check(config: Config, samples: int = 0) -> str:
@@ -287,41 +309,11 @@ def check(config: Config, samples: int = 0) -> str:
             "paths:  " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items()),
             "nothing is wrong",
         ]
+        if prepared.adapters is not None:
+            lines.insert(2, "lora:   " + prepared.adapters.describe(total))
         if samples:
             lines += ["", decoded_samples(prepared.objective, prepared.tokenizer, samples)]
         return "\n".join(lines)
-
-
-def export_run(run_or_checkpoint: str | Path, out: str | Path) -> Path:
-    """Export a run's last checkpoint, or the checkpoint folder named, as a HF folder; returns ``out``.
-
-    Raises:
-        InputError: no run, no complete checkpoint, or an ``out`` that is already something.
-    """
-    _quiet_libraries()
-    place, out = Path(run_or_checkpoint), Path(out)
-    root = place.parent.parent if place.parent.name == "checkpoints" else place
-    folder = RunFolder(root)
-    if not folder.manifest.is_file():
-        raise bad_input(
-            "neither a run folder nor one of its checkpoints", file=place, expected="manifest.json of a run"
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise bad_input("already exists", file=out, expected="a new folder")
-    complete = complete_checkpoints(folder.checkpoints)
-    chosen = [path for _, path in complete if root == place or path.name == place.name]
-    if not chosen:
-        raise bad_input("no complete checkpoint", file=place, found=", ".join(p.name for _, p in complete) or "none")
-    manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
-    config = config_from_dict(manifest["stage"], manifest["settings"], file=folder.manifest)
-    compute_dtype = getattr(torch, manifest["starts"][-1]["paths"]["compute"])
-    with join_world(device_type="cpu") as world:  # a whole model fits into host memory sooner than into one GPU
-        tokenizer = load_tokenizer(config.model)
-        hf_config = load_model_config(config.model, tokenizer)
-        policy = build_model(config.model, hf_config, world, torch.float32, backend="sdpa")
-        load_checkpoint(chosen[-1], policy, None, world)
-        dtype = _export_dtype(config, compute_dtype)
-        return export_model(policy, tokenizer, out, world, dtype=dtype, source=config.model.path)
 
 
 def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World, step: int) -> None:
@@ -335,12 +327,16 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
         "world_size": world.size,
         "paths": prepared.paths,
     }
+    total, _ = num_parameters(prepared.shapes)
+    trained = prepared.adapters.num_parameters if prepared.adapters else 0
     folder.write_manifest(
         {
             "stage": config.stage,
             "settings": config.settings(),
             "steps": prepared.steps,
             "digests": prepared.objective.digests,
+            "parameters": {"all": total + trained, "trained": trained or total},
+            "adapters": None if prepared.adapters is None else prepared.adapters.about(),
             # One entry each time the run was started, so that a curve can be traced to what computed it.
             "starts": [*folder.starts(), start],
         }
@@ -388,19 +384,14 @@ def _compute_dtype(config: Config) -> torch.dtype:
     return getattr(torch, choice)
 
 
-def _export_dtype(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
-    choice = config.model.export_dtype
-    return compute_dtype if choice == "auto" else getattr(torch, choice)
-
-
 class _FlopsPerToken:
-    """Model FLOPs of forward and backward: 6 a parameter that multiplies, and attention's 6 * layers * heads * dim * the
-    sum of squared document lengths (causal, so half of 12)."""
+    """Model FLOPs of forward and backward: 6 a parameter that multiplies (4 where it is frozen), and attention's 6 *
+    layers * heads * dim * the sum of squared document lengths (causal, so half of 12)."""
 
-    def __init__(self, hf_config, multiplied: int):
+    def __init__(self, hf_config, multiplied: int, adapters: Adapters | None):
         heads = hf_config.num_attention_heads
         head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-        self.dense = 6 * multiplied
+        self.dense = 6 * multiplied if adapters is None else 4 * multiplied + 6 * adapters.num_parameters
         self.attention = 6 * hf_config.num_hidden_layers * heads * head_dim
 
     def __call__(self, tokens: int, squared_lengths: float) -> float:

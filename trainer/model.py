@@ -1,7 +1,8 @@
 """The policy: a Hugging Face decoder whose head gives log-probabilities, built on meta and sharded by FSDP2.
 
-Order matters (each step was got wrong by someone): build on the meta device, wrap for activation checkpointing, shard,
-``to_empty``, rebuild the rotary tables (``to_empty`` leaves them as garbage), then fill in the weights.
+Order matters (each step was got wrong by someone): build on the meta device, put in adapters, wrap for activation
+checkpointing, shard, ``to_empty``, rebuild the rotary tables (``to_empty`` leaves them as garbage), then fill in the
+weights.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from medtrain.trainer import attention
 from medtrain.trainer.config import ModelConfig
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.lora import Adapters, add_adapters
 from medtrain.trainer.tokenizer import read_tokenizer
 
 # Decoders whose weights are named model.* and lm_head.weight and whose layers all attend to the whole document.
@@ -184,17 +186,29 @@ def _check_tokenizer_fits(config: ModelConfig, hf_config, tokenizer, where) -> N
 
 
 def build_model(
-    config: ModelConfig, hf_config: PreTrainedConfig, world: World, compute_dtype: torch.dtype, *, backend: str
+    config: ModelConfig,
+    hf_config: PreTrainedConfig,
+    world: World,
+    compute_dtype: torch.dtype,
+    *,
+    backend: str,
+    adapters: Adapters | None = None,
 ) -> PolicyModel:
-    """An empty (unfilled) policy on ``world.device``, float32 master weights, sharded where there is a mesh.
+    """An empty (unfilled) policy on ``world.device``, sharded where there is a mesh. What is trained has float32 masters;
+    what ``adapters`` freeze is kept in ``compute_dtype``.
 
     FSDP units: each decoder layer; the head (with the embedding where they are tied, else gradients of the two uses
     would part); the root with the rest.
     """
     with torch.device("meta"):
         hf_model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=torch.float32, attn_implementation=attention.NAME, trust_remote_code=False
+            hf_config,
+            dtype=compute_dtype if adapters else torch.float32,
+            attn_implementation=attention.NAME,
+            trust_remote_code=False,
         )
+        if adapters:
+            add_adapters(hf_model, adapters)
         policy = PolicyModel(hf_model, config.keep_bytes, backend, compute_dtype)
     policy.train()
     if config.activation_checkpointing == "full":
@@ -213,7 +227,7 @@ def build_model(
         else:
             fully_shard(policy.lm_head, **options)
         fully_shard(policy, **options)
-    elif compute_dtype != torch.float32:
+    elif compute_dtype != torch.float32 and not adapters:
         raise ValueError("computing in a lower precision than the master weights needs a mesh")
     policy.to_empty(device=world.device)
     if policy.tied and world.mesh is None:
@@ -221,11 +235,6 @@ def build_model(
     with world.device:
         policy.model.rotary_emb = type(policy.model.rotary_emb)(hf_config)
     return policy
-
-
-def clean_name(name: str) -> str:
-    """A parameter's Hugging Face name, without what wrapping put in."""
-    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def parameter_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ Denominators belong to the whole optimizer step, so the result does not depend o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -38,6 +39,7 @@ from medtrain.trainer.data.sources import name_sources
 from medtrain.trainer.data.tokens import tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
 from medtrain.trainer.distributed import World
+from medtrain.trainer.lora import without_adapters
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.pair_stats import LikelihoodAlarm, num_sums, pair_metrics, pair_sums
 from medtrain.trainer.reference import ReferenceCache
@@ -180,6 +182,7 @@ class Rpo:
         self.num_sums = num_sums(len(self.sources))
         names = [pairs.name for pairs in self.sources]
         self.alarm = LikelihoodAlarm(names, config.rpo.beta, has_reference=config.rpo.loss != "simpo")
+        self.start_digest = ""  # of the policy before its first step; the loop sets it
         self.reference: dict[int, torch.Tensor] = {}  # id(PairSet) -> float64 [P, 2]
 
     def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
@@ -190,9 +193,11 @@ class Rpo:
                 self.reference[id(pairs)] = torch.zeros(pairs.num_pairs, 2, dtype=torch.float64)
             return
         for pairs in [*self.sources, *self.heldout]:
-            cache = ReferenceCache(folder, pairs, self.digests["weights"], policy.compute_dtype, policy.backend)
+            cache = ReferenceCache(folder, pairs, self.start_digest, policy.compute_dtype, policy.backend)
             layout = {"capacity": self.capacity, "share": self.share}
-            missing, parts = cache.fill(policy, world, **layout), len(cache.parts())
+            # Adapters that begin at zero stay out; the check has them in, and so proves that they change nothing.
+            with without_adapters(policy) if "lora.path" not in self.digests else contextlib.nullcontext():
+                missing, parts = cache.fill(policy, world, **layout), len(cache.parts())
             off = cache.check(policy, world, **layout)
             what = f"{missing} of {parts} parts computed" if missing else "from the cache"
             say(f"reference of {pairs.name}: {what}; policy == reference within {off:.1e} nats")

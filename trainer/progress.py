@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medtrain.kernels.logps import clamped_rows
+from medtrain.trainer.config import Config
 from medtrain.trainer.run_folder import RunFolder
 
 SECONDS_BETWEEN_LINES = 15.0  # where the output is not a terminal
@@ -77,7 +78,7 @@ def heldout_line(row: dict[str, Any]) -> str:
     return f"held-out at step {row['step']}: {numbers}"
 
 
-def summary(folder: RunFolder, steps: int, seconds: float) -> str:
+def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> str:
     """The closing lines: first and last value of what matters, over the whole run and all its starts."""
     rows = folder.rows()
     trained = [row for row in rows if "loss" in row]
@@ -104,7 +105,8 @@ def summary(folder: RunFolder, steps: int, seconds: float) -> str:
         lines.append(
             f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly"
         )
-    lines.append(f"model: {folder.model}   metrics: {folder.metrics}   ledger: {folder.ledger}")
+    made = "   ".join(f"{path.name}: {path}" for path in reversed(folder.results(config)))
+    lines.append(f"{made}   metrics: {folder.metrics}   ledger: {folder.ledger}")
     return "\n".join(lines)
 
 

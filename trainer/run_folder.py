@@ -20,7 +20,7 @@ from medtrain.trainer.config import Config, learned_settings
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import PARTIAL, sync_file, write_bytes, write_json
 
-PACKAGES = ("medtrain", "torch", "triton", "transformers", "safetensors", "numpy", "flash-attn", "liger-kernel")
+PACKAGES = ("medtrain", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "flash-attn", "liger-kernel")
 
 
 class RunFolder:
@@ -34,6 +34,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.reference = self.root / "reference"
         self.model = self.root / "model"
+        self.adapter = self.root / "adapter"
         self.tensorboard = self.root / "tensorboard"
 
     def check(self, settings: dict[str, Any], digests: dict[str, str]) -> None:
@@ -77,6 +78,15 @@ class RunFolder:
     def last_checkpoint(self) -> tuple[int, Path] | None:
         found = complete_checkpoints(self.checkpoints)
         return found[-1] if found else None
+
+    def results(self, config: Config) -> list[Path]:
+        """The folders that the finished run leaves, the one to go on with last."""
+        if not config.lora.on:
+            return [self.model]
+        return [self.adapter, self.model] if config.lora.merge else [self.adapter]
+
+    def missing_results(self, config: Config) -> list[Path]:
+        return [path for path in self.results(config) if not path.is_dir()]
 
     def starts(self) -> list[dict[str, Any]]:
         """What the manifest says of earlier starts of this run."""

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from medtrain.trainer.distributed import World
+from medtrain.trainer.distributed import World, local_part, whole
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import PARTIAL, file_sha256, sync_file, sync_folder, write_json
-from medtrain.trainer.model import PolicyModel, clean_name
+from medtrain.trainer.files import PARTIAL, file_sha256, replace_folder, write_json
+from medtrain.trainer.lora import Adapters, adapter_pairs, is_adapter, is_packed, weight_name
+from medtrain.trainer.model import PolicyModel, parameter_shapes
+from medtrain.trainer.quant import dequantize, quantize
 
 MAX_FILE_BYTES = 5_000_000_000  # of an exported safetensors file, as transformers splits them
 
@@ -92,28 +92,29 @@ class Checkpoint:
                                 found=self.dtypes[name], expected="F32, F16 or BF16")  # fmt: skip
 
 
-def _local_part(param: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
-    """This rank's storage of a parameter, and which part of the whole tensor it holds."""
-    if not isinstance(param, DTensor):
-        return param.data, tuple(slice(0, n) for n in param.shape)
-    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    return param.to_local().data, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+def _fill(local: torch.Tensor, values: torch.Tensor, name: str) -> None:
+    """Copy rows of a tensor into this rank's storage, as it is kept there: cast, or quantized."""
+    if is_packed(name):
+        local.copy_(quantize(values.to(local.device), local.dtype))
+    else:
+        local.copy_(values)
 
 
 @torch.no_grad()
 def load_weights(policy: PolicyModel, checkpoint: Checkpoint) -> None:
-    """Copy this rank's part of every tensor from the files into the (sharded) parameters, casting to their dtype."""
+    """Copy this rank's part of every tensor from the files into the (sharded) parameters, cast or quantized as they are
+    kept; adapters are left alone."""
     policy.reshard()
     handles: dict[Path, object] = {}
     for name, param in policy.named_parameters():
-        name = clean_name(name)
-        local, part = _local_part(param)
-        if local.numel() == 0:
+        local, part = local_part(param)
+        if local.numel() == 0 or is_adapter(name):
             continue
-        path = checkpoint.where[name]
+        hf_name = weight_name(name)
+        path = checkpoint.where[hf_name]
         if path not in handles:
             handles[path] = safe_open(path, framework="pt")
-        local.copy_(handles[path].get_slice(name)[part])
+        _fill(local, handles[path].get_slice(hf_name)[part[:1]], name)
 
 
 @torch.no_grad()
@@ -121,21 +122,24 @@ def init_weights(policy: PolicyModel, seed: int) -> None:
     """Random weights as Hugging Face draws them: matrices normal with ``initializer_range``, norms 1, biases 0.
 
     Each tensor has a generator of its own, seeded by (seed, name), and is drawn whole before it is cut: the weights do
-    not depend on the number of ranks.
+    not depend on the number of ranks. Adapters are left alone.
     """
     policy.reshard()
-    std = policy.config.initializer_range
+    std, shapes = policy.config.initializer_range, parameter_shapes(policy.config)
     for name, param in policy.named_parameters():
-        name = clean_name(name)
-        local, part = _local_part(param)
+        hf_name = weight_name(name)
+        local, part = local_part(param)
+        if is_adapter(name):
+            continue
         if name.endswith(".bias"):
             local.zero_()
         elif param.ndim == 1:
             local.fill_(1.0)
         else:
-            words = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            words = hashlib.sha256(f"{seed}/{hf_name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(words[:8], "little") >> 1)
-            local.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator)[part])
+            drawn = torch.empty(shapes[hf_name]).normal_(0.0, std, generator=generator)
+            _fill(local, drawn[part[:1]], name)
 
 
 @torch.no_grad()
@@ -147,11 +151,15 @@ def export_model(
     *,
     dtype: torch.dtype,
     source: str | Path | None = None,
+    adapters: Adapters | None = None,
 ) -> Path:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and vLLM load; all ranks must call this.
 
-    The folder appears whole or not at all. ``source`` is the checkpoint the run began with: its generation settings
-    are kept.
+    Adapters are merged into the base weights that they were trained on: NF4 ones are widened, not the original ones taken
+    again, so that what is written is the model that was trained. Sums are made in float32 and rounded once.
+
+    The folder appears whole or not at all. ``source`` is the checkpoint the run began with: its generation settings are
+    kept.
     """
     policy.reshard()
     out = Path(out)
@@ -170,15 +178,24 @@ def export_model(
         shards[-1] = {}
         sizes[-1] = 0
 
+    pairs = adapter_pairs(policy)
     for name, param in policy.named_parameters():
-        tensor = param.full_tensor() if isinstance(param, DTensor) else param.data
+        if is_adapter(name):
+            continue
+        hf_name = weight_name(name)
+        tensor = whole(param)
+        if is_packed(name):
+            tensor = dequantize(tensor, torch.float32)
+        if hf_name in pairs:
+            a, b = pairs[hf_name]
+            tensor = tensor.float() + adapters.scaling * (whole(b) @ whole(a))
         tensor = tensor.to(dtype)
         num_bytes = tensor.numel() * tensor.element_size()
         if sizes[-1] and sizes[-1] + num_bytes > MAX_FILE_BYTES:
             flush()
         sizes[-1] += num_bytes
         if world.is_main:
-            shards[-1][clean_name(name)] = tensor.cpu().contiguous()
+            shards[-1][hf_name] = tensor.cpu().contiguous()
     flush()
     if world.is_main:
         _name_files(partial, written)
@@ -188,15 +205,7 @@ def export_model(
         hf_config.save_pretrained(partial)
         write_json(partial / "generation_config.json", _generation_config(tokenizer, source))
         tokenizer.save_pretrained(partial)
-        for path in partial.iterdir():
-            sync_file(path)
-        old = out.with_name(out.name + ".old" + PARTIAL)
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-        sync_folder(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(partial, out)
     world.barrier()
     return out
 

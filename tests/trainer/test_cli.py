@@ -55,6 +55,23 @@ def set_path(tree, dotted, value):
         ("optim.warmup_steps", 6, ["optim.warmup_steps", "below the 6 steps"]),
         ("data.seq_len", 10**6, ["data.seq_len", "max_position_embeddings"]),
         ("model.eos_token", "<stop>", ["model.eos_token", "not in the vocabulary"]),
+        ("lora.alpha", 8, ["lora.alpha", "has no effect without adapters", "lora.rank above 0"]),
+        ("lora.base", "nf4", ["lora.base", "has no effect without adapters"]),
+        ("lora.merge", False, ["lora.merge", "has no effect without adapters"]),
+        ("lora.target_modules", ["q_proj"], ["lora.target_modules", "has no effect without adapters"]),
+        ("lora.path", "nowhere", ["lora.path", "nowhere", "not a PEFT adapter"]),
+        ("lora", {"rank": -1}, ["lora.rank", "found -1"]),
+        ("lora", {"rank": 4, "alpha": 0}, ["lora.alpha", "more than 0"]),
+        ("lora", {"rank": 4, "path": "a"}, ["lora.rank", "has no effect with lora.path"]),
+        (
+            "lora",
+            {"rank": 4, "target_modules": ["lm_head"]},
+            ["lora.target_modules", "found lm_head", "q_proj, up_proj"],
+        ),
+        ("lora", {"rank": 4, "target_modules": ["o_proj"] * 2}, ["lora.target_modules", "named twice"]),
+        ("lora", {"rank": 4, "base": "nf4"}, ["lora.base", "NF4 blocks", "rows of 16", "multiple of 64"]),
+        ("lora", {"rank": 4, "dropout": 0.1}, ["lora.dropout", "not supported", "without dropout"]),
+        ("lora", {"r": 4}, ["lora.r", "unknown key", "'lora.rank'"]),
     ],
 )
 def test_wrong_settings(cpt_tree, tmp_path, setting, value, parts):
@@ -155,6 +172,9 @@ def test_check_reads_everything_and_writes_no_run(rpo_tree, tmp_path):
     result = call("check", write_config(rpo_tree, tmp_path))
     assert result.exit_code == 0 and "nothing is wrong" in result.stdout and "rpo, 6 steps" in result.stdout
     assert not (tmp_path / "rpo").exists()
+    rpo_tree["lora"] = {"rank": 4}
+    result = call("check", write_config(rpo_tree, tmp_path))
+    assert "lora:   LoRA rank 4, alpha 8 on down_proj" in result.stdout and "parameters trained" in result.stdout
     rpo_tree["data"]["pairs"][0]["path"] = "gone.jsonl"
     assert call("check", write_config(rpo_tree, tmp_path)).exit_code == 2
 

@@ -1,50 +1,22 @@
 """Training runs: the same curve at any world size, batch and interruption; what is exported is what was trained."""
 
-import copy
 import json
 import os
 import signal
 
 import pytest
 import torch
-from helpers import read_metrics, run_on_ranks, without_timing
+from helpers import assert_same_curve, kill_in_a_child, read_metrics, run, run_on_ranks, without_timing
 from transformers import AutoModelForCausalLM
 
 from medtrain.trainer import loop
-from medtrain.trainer.config import config_from_dict
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.loop import train
 from medtrain.trainer.run_folder import RunFolder
 from medtrain.trainer.tokenizer import read_tokenizer
 
 
-def run(stage, tree, out, **changes):
-    tree = copy.deepcopy(tree)
-    tree["run"]["out"] = str(out)
-    for name, value in changes.items():
-        section, key = name.split("__")
-        tree.setdefault(section, {})[key] = value
-    return train(config_from_dict(stage, tree), quiet=True)
-
-
 def tree_of(stage, request):
     return request.getfixturevalue(f"{stage}_tree")
-
-
-def assert_same_curve(a, b, tolerance=1e-5):
-    rows_a, rows_b = without_timing(read_metrics(a)), without_timing(read_metrics(b))
-    assert len(rows_a) == len(rows_b)
-    for x, y in zip(rows_a, rows_b, strict=True):
-        assert x.keys() == y.keys()
-        for name in x:
-            if name.endswith("accuracy") and x["step"] <= 1:
-                continue  # policy == reference: the sign of a margin that is 0 but for rounding
-            if name.endswith("length_correlation"):  # rounding of the margins over how far they spread
-                assert (x[name] is None) == (y[name] is None) and (x[name] or 0) == pytest.approx(
-                    y[name] or 0, abs=1e-2
-                )
-                continue
-            assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), (x["step"], name)
 
 
 @pytest.mark.parametrize("stage", ["cpt", "rpo"])
@@ -78,26 +50,6 @@ def test_three_ranks_with_less_work_than_ranks_still_agree(rpo_tree, tmp_path):
     assert_same_curve(tmp_path / "one", tmp_path / "three")
 
 
-def _killed(stage, tree, out, at_step):
-    """Run until the row of ``at_step`` is written, then die as SIGKILL dies: nothing is flushed, nothing is closed."""
-    write = RunFolder.append_metrics
-
-    def dying(self, row):
-        write(self, row)
-        if row["step"] == at_step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    RunFolder.append_metrics = dying
-    run(stage, tree, out)
-
-
-def _kill_in_a_child(stage, tree, out, at_step):
-    child = torch.multiprocessing.get_context("fork").Process(target=_killed, args=(stage, tree, out, at_step))
-    child.start()
-    child.join(timeout=240)
-    assert child.exitcode == -signal.SIGKILL
-
-
 @pytest.mark.parametrize(("stage", "at_step"), [("cpt", 1), ("cpt", 5), ("rpo", 3)])
 def test_a_killed_run_started_again_repeats_every_bit(stage, at_step, request, tmp_path):
     tree = tree_of(stage, request)
@@ -106,7 +58,7 @@ def test_a_killed_run_started_again_repeats_every_bit(stage, at_step, request, t
     rows = tree["data"]["sources" if stage == "cpt" else "pairs"][0]["path"]
     tree |= {"data": tree["data"] | {"heldout": [{"path": rows, "name": "held"}]}, "eval": {"every": 3}}
     run(stage, tree, tmp_path / "whole")
-    _kill_in_a_child(stage, tree, tmp_path / "killed", at_step)
+    kill_in_a_child(stage, tree, tmp_path / "killed", at_step)
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # a row half written when the power went
     run(stage, tree, tmp_path / "killed")
@@ -118,7 +70,7 @@ def test_a_killed_run_started_again_repeats_every_bit(stage, at_step, request, t
 def test_a_checkpoint_half_written_is_never_taken_for_one(cpt_tree, tmp_path):
     run("cpt", cpt_tree, tmp_path / "whole")
     cpt_tree["checkpoint"] = {"every": 2, "keep": 5}
-    _kill_in_a_child("cpt", cpt_tree, tmp_path / "killed", 5)
+    kill_in_a_child("cpt", cpt_tree, tmp_path / "killed", 5)
     last = tmp_path / "killed" / "checkpoints" / "step-00000004"
     last.rename(last.with_name(last.name + ".partial"))
     run("cpt", cpt_tree, tmp_path / "killed")
@@ -242,7 +194,7 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused_untouched(cpt_t
 def test_a_run_goes_on_where_its_input_has_moved_but_not_where_it_has_changed(cpt_tree, tmp_path):
     cpt_tree["checkpoint"] = {"every": 2}
     run("cpt", cpt_tree, tmp_path / "whole")
-    _kill_in_a_child("cpt", cpt_tree, tmp_path / "moved", 3)
+    kill_in_a_child("cpt", cpt_tree, tmp_path / "moved", 3)
     elsewhere = tmp_path / "elsewhere.jsonl"
     text = open(cpt_tree["data"]["sources"][0]["path"], encoding="utf-8").read()
     elsewhere.write_text(text + '{"text": "熱"}\n', encoding="utf-8")

@@ -13,7 +13,7 @@ from medtrain.trainer.data.batch import pair_batch
 from medtrain.trainer.data.pairs import load_pairs
 from medtrain.trainer.data.sources import Source
 from medtrain.trainer.distributed import World
-from medtrain.trainer.model import build_model, clean_name, load_model_config, load_tokenizer
+from medtrain.trainer.model import build_model, load_model_config, load_tokenizer
 from medtrain.trainer.weights import Checkpoint, load_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -69,7 +69,7 @@ def ours(policy_folder, reference_folder, pairs, **options):
     sums, lengths = side_logps(policy, pairs)
     loss, _ = preference_loss(sums, lengths, reference, nll_norm="token", **options)
     loss.backward()
-    return loss.item(), {clean_name(name): p.grad for name, p in policy.named_parameters()}
+    return loss.item(), {name: p.grad for name, p in policy.named_parameters()}
 
 
 def assert_same(ours, theirs):
@@ -96,8 +96,8 @@ TRL_LOSSES = [
 @pytest.mark.parametrize(("theirs", "mine"), TRL_LOSSES, ids=["-".join(t["loss_type"]) for t, _ in TRL_LOSSES])
 def test_trl_dpo_trainer_has_the_same_loss_and_gradients(setting, tmp_path, theirs, mine):
     """Through its own tokenisation and collation: so the tokens that count are the same too."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed (the extra 'peers')")
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed (the extra 'peers')")
+    trl = pytest.importorskip("trl", reason="TRL is not installed (the extra 'bench')")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed (the extra 'bench')")
     policy_folder, reference_folder, rows, pairs = setting
     tokenizer = load_tokenizer(ModelConfig(path=str(policy_folder)))
     tokenizer.pad_token = tokenizer.unk_token
@@ -124,7 +124,7 @@ LIGER_LOSSES = [{"loss_type": "sigmoid"}, {"loss_type": "hinge"}, {"loss_type": 
 
 @pytest.mark.parametrize("theirs", LIGER_LOSSES, ids=lambda options: options["loss_type"])
 def test_liger_dpo_loss_has_the_same_loss_and_gradients(setting, theirs):
-    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is not installed (the extra 'peers')")
+    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is not installed (the extra 'bench')")
     policy_folder, reference_folder, _, pairs = setting
     sides = [
         (pairs.prompt(i), (pairs.chosen, pairs.rejected)[side](i)) for side in (0, 1) for i in range(pairs.num_pairs)

@@ -1,0 +1,314 @@
+"""The CUDA path of the log-probability op against float64: on a GPU where there is one, else in Triton's interpreter."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton exists on Linux alone")
+
+from medtrain.kernels import logps as op  # noqa: E402
+from medtrain.kernels import logps_kernels, logps_launch, logps_triton  # noqa: E402
+from medtrain.kernels.logps import chunked_logps, clamped_rows, reset_clamped_rows  # noqa: E402
+from medtrain.kernels.reference import reference_logps  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Stores to bfloat16 round to nearest on a GPU and cut off in the interpreter: twice the error.
+BF16_TOLERANCE = 4e-3 if DEVICE == "cuda" else 8e-3
+
+
+@pytest.fixture(autouse=True)
+def the_triton_path(monkeypatch):
+    monkeypatch.setattr(op, "select_path", lambda hidden: "triton")
+    torch.manual_seed(0)
+    reset_clamped_rows()
+    # Small chunks, so that small inputs have several; the fused GEMM's blocks fit the tensor cores on a GPU.
+    blocks = logps_launch.ExpGemm() if DEVICE == "cuda" else logps_launch.ExpGemm(16, 32, 16, 2)
+    with logps_launch.forced(rows=16, exp_gemm=blocks):
+        yield
+
+
+def problem(num_rows, hidden_size, vocab_size, dtype=torch.float32, scale=0.5):
+    hidden = torch.randn(num_rows, hidden_size).to(DEVICE, dtype).requires_grad_()
+    weight = (scale * torch.randn(vocab_size, hidden_size)).to(DEVICE, dtype).requires_grad_()
+    targets = torch.randint(vocab_size, (num_rows,))
+    targets[: 2 * num_rows : 5] = vocab_size - 1  # some in the last tile, which is not full
+    return hidden, weight, targets.to(DEVICE)
+
+
+def expected(hidden, weight, targets, upstream):
+    hidden, weight = (tensor.detach().cpu().double().requires_grad_() for tensor in (hidden, weight))
+    logps = reference_logps(hidden, weight, targets.cpu())
+    return logps.detach(), *torch.autograd.grad(logps, (hidden, weight), upstream.cpu().double())
+
+
+def relative(found, wanted):
+    return ((found.cpu().double() - wanted).norm() / wanted.norm()).item()
+
+
+def check(hidden, weight, targets, tolerance=1e-5, logps_tolerance=1e-5, **options):
+    """chunked_logps and its gradients within tolerance of float64's; gradients by norm, logps element by element."""
+    upstream = torch.randn(len(targets))
+    wanted, *wanted_gradients = expected(hidden, weight, targets, upstream)
+    logps = chunked_logps(hidden, weight, targets, **options)
+    torch.testing.assert_close(
+        logps.detach().cpu().double(), wanted, rtol=logps_tolerance, atol=logps_tolerance, equal_nan=True
+    )
+    inputs = [(t, g) for t, g in zip((hidden, weight), wanted_gradients, strict=True) if t.requires_grad]
+    if inputs:
+        found = torch.autograd.grad(logps, [tensor for tensor, _ in inputs], upstream.to(DEVICE))
+        for gradient, (tensor, wanted_gradient) in zip(found, inputs, strict=True):
+            assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape
+            assert relative(gradient, wanted_gradient) <= tolerance
+
+
+GEMMS = pytest.mark.parametrize("gemm", ["cublas", "fused"])
+
+
+@GEMMS
+@pytest.mark.parametrize("keep_bytes", [0, None, 37 * 48 * 4])
+@pytest.mark.parametrize("slab_size", [None, 40])
+@pytest.mark.parametrize("trained", ["both", "hidden", "weight", "none"])
+def test_float32_equals_full_softmax_for_any_slab_and_budget(trained, slab_size, keep_bytes, gemm):
+    hidden, weight, targets = problem(37, 24, 101)
+    hidden.requires_grad_(trained in ("both", "hidden"))
+    weight.requires_grad_(trained in ("both", "weight"))
+    with logps_launch.forced(gemm=gemm):
+        check(hidden, weight, targets, keep_bytes=keep_bytes, slab_size=slab_size)
+    assert clamped_rows() == 0
+
+
+@GEMMS
+@pytest.mark.parametrize("shape", [(1, 8, 2), (1, 1, 1), (17, 19, 33), (50, 300, 70), (16, 16, 32), (3, 8, 257)])
+def test_odd_shapes(shape, gemm):
+    hidden, weight, targets = problem(*shape)
+    if shape[2] == 1:  # one word: certain, without a gradient
+        logps = chunked_logps(hidden, weight, targets)
+        grads = torch.autograd.grad(logps.sum(), (hidden, weight))
+        assert logps.tolist() == [0.0] and not any(g.any() for g in grads)
+        return
+    with logps_launch.forced(gemm=gemm):
+        check(hidden, weight, targets)
+        check(hidden, weight, targets, keep_bytes=0, slab_size=7)
+
+
+@GEMMS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep_bytes", [0, None, 37 * 48 * 2])
+def test_16_bit_inputs_have_float32_logits(keep_bytes, dtype, gemm):
+    hidden, weight, targets = problem(37, 24, 101, dtype, scale=3.0)
+    with logps_launch.forced(gemm=gemm):
+        # 1e-5 on logps of tens of nats: logits rounded to 16 bits would be off by 1e-2 and more.
+        check(hidden, weight, targets, tolerance=BF16_TOLERANCE, keep_bytes=keep_bytes, slab_size=40)
+
+
+@GEMMS
+def test_bf16_margin_is_right_to_a_thousandth_of_a_nat(gemm):
+    weight = torch.randn(1001, 64) / 8
+    targets = torch.randint(1001, (260,))
+    hidden = (18 * weight[targets] + 3 * torch.randn(260, 64)).to(DEVICE, torch.bfloat16)
+    weight = weight.to(DEVICE, torch.bfloat16)
+    sign = torch.ones(260, dtype=torch.float64)
+    sign[130:] = -1
+    with logps_launch.forced(gemm=gemm, rows=128), torch.no_grad():
+        logps = chunked_logps(hidden, weight, targets.to(DEVICE))
+    wanted = reference_logps(hidden.cpu(), weight.cpu(), targets)
+    assert abs(((logps.cpu().double() - wanted) * sign).sum()) <= 1e-3
+    rounded = torch.log_softmax((hidden @ weight.T).float().cpu(), 1).gather(1, targets[:, None]).squeeze(1)
+    assert abs(((rounded.double() - wanted) * sign).sum()) > 1e-2  # the yardstick is sharp
+
+
+# --- range ------------------------------------------------------------------------------------------------------------
+
+
+def planted(logps, vocab_size=70, hidden_size=72):
+    """Rows whose target has about the given log-probability; the weight is an identity, so hidden states are logits."""
+    targets = (torch.arange(len(logps)) * 13 + 5) % vocab_size
+    hidden = torch.zeros(len(logps), hidden_size)
+    hidden[:, :vocab_size] = -500.0
+    for row, logp in enumerate(logps):
+        rival = -logp if logp < -30 else (torch.tensor(-logp).expm1().log().item() if logp else -300.0)
+        hidden[row, (targets[row] + vocab_size // 2) % vocab_size] = 3.0 * row + rival
+        hidden[row, targets[row]] = 3.0 * row
+    weight = torch.eye(vocab_size, hidden_size)
+    return hidden.to(DEVICE).requires_grad_(), weight.to(DEVICE).requires_grad_(), targets.to(DEVICE)
+
+
+@GEMMS
+def test_planted_logps_from_zero_to_minus_114_are_right_to_1e_5(gemm):
+    hidden, weight, targets = planted([0.0, -1e-8, -1e-3, -20.0, -100.0, -114.0])
+    wanted = expected(hidden, weight, targets, torch.ones(6))[0]
+    with logps_launch.forced(gemm=gemm):
+        found = chunked_logps(hidden, weight, targets)
+    torch.testing.assert_close(found.detach().cpu().double(), wanted, rtol=1e-5, atol=1e-12)
+    assert clamped_rows() == 0
+
+
+@GEMMS
+@pytest.mark.parametrize("keep_bytes", [0, None, 40 * 24 * 4])
+@pytest.mark.parametrize("outside", [[4], [0, 5, 17, 38], list(range(40))])
+def test_rows_out_of_range_are_counted_and_exact_in_every_mode(outside, keep_bytes, gemm):
+    logps = [-140.0 - 20 * row if row in outside else -1.0 - row for row in range(40)]
+    hidden, weight, targets = planted(logps)
+    with logps_launch.forced(gemm=gemm):
+        for trained in ((True, True), (True, False), (False, True), (False, False)):
+            hidden.requires_grad_(trained[0])
+            weight.requires_grad_(trained[1])
+            reset_clamped_rows()
+            check(hidden, weight, targets, keep_bytes=keep_bytes, slab_size=32)
+            assert clamped_rows() == len(outside)
+
+
+def test_16_bit_rows_out_of_range_keep_their_gradients():
+    hidden, weight, targets = problem(37, 24, 101, torch.bfloat16, scale=12.0)
+    check(hidden, weight, targets, tolerance=BF16_TOLERANCE, keep_bytes=37 * 48 * 2, slab_size=40)
+    assert 0 < clamped_rows() < 37
+
+
+def test_a_nan_stays_in_its_row():
+    hidden, weight, targets = problem(20, 8, 50)
+    with torch.no_grad():
+        hidden[7, 3] = float("nan")
+        logps = chunked_logps(hidden, weight, targets).cpu()
+    assert logps.isnan().nonzero().tolist() == [[7]]
+    keep = torch.arange(20) != 7
+    wanted = reference_logps(hidden.detach().cpu(), weight.detach().cpu(), targets.cpu())
+    torch.testing.assert_close(logps[keep].double(), wanted[keep], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_out_of_range_are_listed_in_order_over_many_blocks():
+    total = torch.rand(10_000, device=DEVICE)
+    wanted = [0, 1, 4095, 4096, 7777, 9999]
+    total[wanted] = torch.tensor([2.0**108, torch.inf, torch.nan, 2.0**120, 2.0**108, 2.0**109], device=DEVICE)
+    rows = torch.full((10_000,), -1, dtype=torch.int32, device=DEVICE)
+    count = torch.empty(1, dtype=torch.int32, device=DEVICE)
+    logps_kernels.list_rows_kernel[(1,)](total, rows, count, 10_000, BLOCK=4096)
+    assert int(count) == 6 and rows[:6].tolist() == wanted and bool((rows[6:] == -1).all())
+
+
+# --- inputs, determinism, synchronisation -----------------------------------------------------------------------------
+
+
+@GEMMS
+def test_strided_inputs(gemm):
+    hidden, weight, targets = problem(24, 16, 33)
+    strided_hidden = torch.stack([hidden, hidden], 2).detach()[..., 1].requires_grad_()
+    strided_weight = weight.detach().T.contiguous().T.requires_grad_()
+    strided_targets = torch.stack([targets, targets], 1)[:, 0]
+    with logps_launch.forced(gemm=gemm):
+        check(strided_hidden, strided_weight, strided_targets, keep_bytes=0, slab_size=8)
+        check(strided_hidden, strided_weight, strided_targets)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, None])
+def test_no_rows(keep_bytes):
+    hidden, weight, targets = problem(0, 8, 7)
+    logps = chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes)
+    logps.sum().backward()
+    assert logps.shape == (0,) and hidden.grad.shape == (0, 8) and not weight.grad.any()
+
+
+@GEMMS
+@pytest.mark.parametrize("keep_bytes", [0, 37 * 48 * 2])
+def test_reruns_are_bitwise_equal(keep_bytes, gemm):
+    hidden, weight, targets = problem(37, 24, 101, torch.bfloat16, scale=6.0)  # some rows out of range too
+    upstream = torch.randn(37, device=DEVICE)
+
+    def run():
+        logps = chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes, slab_size=40)
+        return logps, *torch.autograd.grad(logps, (hidden, weight), upstream)
+
+    with logps_launch.forced(gemm=gemm):
+        for first, second in zip(run(), run(), strict=True):
+            assert torch.equal(first, second)
+
+
+def test_custom_op_shapes_are_those_the_fake_implementation_tells():
+    hidden, weight, targets = (tensor.detach() for tensor in problem(21, 8, 50, torch.bfloat16))
+    for keep_bytes in (0, 1000, 2**30):
+        arguments = (hidden, weight, targets, keep_bytes, True, 16)
+        torch.library.opcheck(op._walk, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_target_outside_the_vocabulary_stops_the_process():
+    if DEVICE == "cpu":
+        hidden, weight, _ = problem(3, 8, 5)
+        with pytest.raises(RuntimeError, match="outside"):
+            chunked_logps(hidden, weight, torch.tensor([0, 5, 1]))
+        return
+    # In a process of its own: a failed assertion on the device ends every later call.
+    script = """
+import torch
+from medtrain import chunked_logps
+chunked_logps(torch.zeros(3, 8, device="cuda"), torch.zeros(5, 8, device="cuda"), torch.tensor([0, 5, 1], device="cuda"))
+torch.cuda.synchronize()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode != 0 and "assert" in run.stderr.lower()
+
+
+def test_float32_matmul_settings_of_the_process_are_given_back():
+    matmul = torch.backends.cuda.matmul
+    names = ("fp32_precision", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    with contextlib.suppress(ZeroDivisionError), logps_triton._exact_matmul():
+        assert [getattr(matmul, name) for name in names] == ["ieee", False, False]
+        raise ZeroDivisionError
+    assert [getattr(matmul, name) for name in names] == before
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: a CPU has nothing to wait for")
+@pytest.mark.parametrize("keep_bytes", [0, None])
+@GEMMS
+def test_forward_and_backward_never_wait_for_the_device(gemm, keep_bytes):
+    hidden, weight, targets = problem(300, 64, 1000, torch.bfloat16)
+    upstream = torch.randn(300, device=DEVICE)
+
+    def run():
+        with logps_launch.forced(gemm=gemm):
+            logps = chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes)
+            torch.autograd.grad(logps, (hidden, weight), upstream)
+
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- compilation for Hopper -------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_compiles_for_sm_90_without_spills():
+    # In a process of its own: what was imported for the interpreter cannot be compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "medtrain.benchmarks.kernel_resources"], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines() if '"kernel"' in line]
+    assert {row["kernel"].split("/")[0] for row in rows} == {
+        name.removesuffix("_kernel") for name in logps_kernels.__all__
+    }
+    for row in rows:
+        assert row["local"] == 0, row
+        assert row["shared"] <= 227 * 1024, row
+        if row["kernel"].startswith("exp_gemm"):
+            assert row["wgmma"] > 0, row
+
+
+def test_launches_keep_to_their_bounds():
+    for hidden_size in (64, 896, 1536, 2048, 3584, 5120, 8192, 16_384):
+        launch = logps_launch.choose_launch(hidden_size)
+        assert launch.rows >= 1
+    for vocab_size in (5, 151_936, 152_064):
+        for num_rows in (1, 100, 2304, 32_768):
+            slab = logps_launch.slab_size(vocab_size, num_rows, 6, 256 * 2**20)
+            assert 1 <= slab <= vocab_size
+            assert slab == min(vocab_size, 256) or slab * num_rows * 6 <= 256 * 2**20 + 256 * num_rows * 6
+    assert logps_launch.slab_size(152_064, 2304, 0, 1) == 152_064

@@ -1,0 +1,85 @@
+"""``medtrain export``: a run's checkpoint as a Hugging Face folder, or a LoRA run's adapters as a PEFT folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from medtrain.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from medtrain.trainer.config import Config, config_from_dict
+from medtrain.trainer.distributed import World, join_world
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.lora import export_adapters, plan_adapters
+from medtrain.trainer.model import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.run_folder import RunFolder
+from medtrain.trainer.weights import Checkpoint, export_model, init_weights, load_weights
+
+
+def export_dtype(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
+    """The precision of exported weights that ``model.export_dtype`` asks for."""
+    choice = config.model.export_dtype
+    return compute_dtype if choice == "auto" else getattr(torch, choice)
+
+
+def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool = False) -> Path:
+    """Export a run's last checkpoint, or the checkpoint folder named, as a HF folder; returns ``out``.
+
+    A LoRA run's adapters are merged into its base weights, or written alone as a PEFT folder where ``adapter`` is true.
+
+    Raises:
+        InputError: no run, no complete checkpoint, an ``out`` that is already something; of a LoRA run: base weights that
+            are gone or have changed; ``adapter`` asked of another run.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    place, out = Path(run_or_checkpoint), Path(out)
+    root = place.parent.parent if place.parent.name == "checkpoints" else place
+    folder = RunFolder(root)
+    if not folder.manifest.is_file():
+        raise bad_input(
+            "neither a run folder nor one of its checkpoints", file=place, expected="manifest.json of a run"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise bad_input("already exists", file=out, expected="a new folder")
+    complete = complete_checkpoints(folder.checkpoints)
+    chosen = [path for _, path in complete if root == place or path.name == place.name]
+    if not chosen:
+        raise bad_input("no complete checkpoint", file=place, found=", ".join(p.name for _, p in complete) or "none")
+    manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
+    config = config_from_dict(manifest["stage"], manifest["settings"], file=folder.manifest)
+    compute_dtype = getattr(torch, manifest["starts"][-1]["paths"]["compute"])
+    if adapter and not config.lora.on:
+        raise bad_input("no LoRA run", file=place, expected="a run with adapters, or no --adapter")
+    with join_world(device_type="cpu") as world:  # a whole model fits into host memory sooner than into one GPU
+        tokenizer = load_tokenizer(config.model)
+        hf_config = load_model_config(config.model, tokenizer)
+        adapters = None
+        if config.lora.on:
+            # What the run made of lora.path, whatever that is by now; its values come from the checkpoint.
+            made = {name: manifest["adapters"][name] for name in ("rank", "alpha", "target_modules")}
+            adapters = plan_adapters(dataclasses.replace(config.lora, path=None, **made), parameter_shapes(hf_config))
+        base_dtype = torch.float32 if adapters is None else compute_dtype
+        policy = build_model(config.model, hf_config, world, base_dtype, backend="sdpa", adapters=adapters)
+        if adapters is not None:
+            _load_base(policy, config, manifest["digests"]["weights"], world)
+        load_checkpoint(chosen[-1], policy, None, world)
+        if adapter:
+            return export_adapters(policy, adapters, out, world, base=config.model.path)
+        dtype = export_dtype(config, compute_dtype)
+        return export_model(policy, tokenizer, out, world, dtype=dtype, source=config.model.path, adapters=adapters)
+
+
+def _load_base(policy: PolicyModel, config: Config, digest: str, world: World) -> None:
+    """Fill in the frozen weights of a LoRA run, which its checkpoints do not hold."""
+    if config.model.path is None:
+        init_weights(policy, config.run.seed)
+        return
+    checkpoint = Checkpoint(config.model.path)
+    if world.from_main(checkpoint.digest) != digest:
+        raise bad_input("other weights than those the run began with", file=config.model.path,
+                        expected="the run's own base, which its checkpoints do not hold")  # fmt: skip
+    load_weights(policy, checkpoint)
