@@ -97,7 +97,7 @@ def run_on_ranks(size: int, tmp_path: Path, function, *args) -> None:
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * size
+    assert codes == [0] * size, codes
 
 
 def run(stage, tree, out, **changes) -> TrainResult:
