@@ -170,12 +170,15 @@ def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
 @main.command()
 @CONFIG
 @OVERRIDES
-def check(config: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=0, help="Print the first so many windows or pairs as text."
+)
+def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     """Read and check settings, tokenizer, weights and data; train nothing, write nothing but the token cache."""
     from medtrain.trainer.config import load_config
     from medtrain.trainer.loop import check as check_config
 
-    summary = check_config(load_config(None, config, overrides))
+    summary = check_config(load_config(None, config, overrides), samples)
     if _is_main():
         click.echo(summary)
 
