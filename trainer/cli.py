@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from typing import NoReturn
@@ -34,6 +35,9 @@ class _Group(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Continued pretraining (CPT) and Reasoning Preference Optimization (RPO) for Hugging Face checkpoints."""
+    # transformers imports torchao where it is installed, and torchao warns of kernels that this machine cannot load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _is_main() -> bool:

@@ -13,9 +13,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from medtrain.trainer.model import (
     parameter_shapes,
 )
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
+from medtrain.trainer.optimizer import check_state, make_optimizer
+from medtrain.trainer.precision import Fp8, plan_fp8
 from medtrain.trainer.progress import Display, heldout_line, summary
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
@@ -74,6 +77,7 @@ class Prepared:
     objective: Objective
     steps: int
     compute_dtype: torch.dtype
+    fp8: Fp8 | None
     paths: dict[str, str]
 
 
@@ -86,7 +90,7 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
     """
     _quiet_libraries()
     compute_dtype = _compute_dtype(config)
-    with join_world(needs_group=compute_dtype != torch.float32) as world:
+    with join_world(needs_group=compute_dtype != torch.float32 or config.precision.fp8_all_gather) as world:
         display = Display(enabled=world.is_main and not quiet)
         prepared = prepare(config, world, display)
         return _run(config, prepared, world, display)
@@ -104,6 +108,11 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
     if checkpoint is not None:
         checkpoint.check(shapes, tied=hf_config.tie_word_embeddings)
     adapters = plan_adapters(config.lora, shapes)
+    fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)
+    check_state(config.optim.state, shapes)
+    if config.precision.weights == "bf16" and compute_dtype != torch.bfloat16:
+        raise bad_input("weights in bfloat16 are computed with as they are", field="precision.weights", found="bf16",
+                        expected="precision.compute=bfloat16")  # fmt: skip
     limit = hf_config.max_position_embeddings
     name = "seq_len" if config.stage == "cpt" else "max_length"
     if getattr(config.data, name) > limit:
@@ -130,7 +139,7 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
-    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, steps, compute_dtype, paths)
+    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, steps, compute_dtype, fp8, paths)
 
 
 def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
@@ -159,6 +168,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     adapters = prepared.adapters
     if adapters is not None:
         display.say(adapters.describe(total))
+    if prepared.fp8 is not None:
+        display.say(prepared.fp8.describe())
     torch.manual_seed(config.run.seed)
     reset_clamped_rows()
     torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
@@ -169,6 +180,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         prepared.compute_dtype,
         backend=prepared.paths["attention"],
         adapters=adapters,
+        fp8=prepared.fp8,
+        weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
     )
     if prepared.checkpoint is not None:
         load_weights(policy, prepared.checkpoint)
@@ -176,8 +189,15 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         init_weights(policy, config.run.seed)
     if adapters is not None:
         fill_adapters(policy, adapters, config.run.seed)
-    objective.prepare(policy, world, folder.reference, display.say)
-    optimizer = _optimizer(policy, config, world)
+    guard, exactly = None, nullcontext
+    if prepared.fp8 is not None:
+        from medtrain.trainer.fp8 import Guard, without_fp8  # torchao, for those who ask for it
+
+        # Reference and held-out numbers are those of the model that is exported.
+        guard, exactly = Guard(config.precision, policy, world), partial(without_fp8, policy)
+    with exactly():
+        objective.prepare(policy, world, folder.reference, display.say)
+    optimizer = make_optimizer(policy, config)
 
     state = {"tokens_total": 0, "pairs_total": 0}
     done = 0
@@ -210,7 +230,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
 
     row: dict[str, Any] = {}
     if done == 0 and evaluate_now(0):
-        row = {"step": 0} | objective.evaluate(policy, world)
+        with exactly():
+            row = {"step": 0} | objective.evaluate(policy, world)
         record(row)
         display.say(heldout_line(row))
 
@@ -228,41 +249,50 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 batches, n = objective.micro_batches(step, world)
                 sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
                 attended = 0.0
+                checked = guard.check(step, batches[0], display.say) if guard is not None else {}
                 for batch in batches:
                     loss, stats = objective.loss(policy, batch, n)
                     # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
                     (loss * world.size).backward()
                     sums += stats
                     attended += batch.attended
-                # One reduction a step carries everything: sums, attention work, and whether any rank was told to stop.
-                extra = torch.tensor([attended, float(stop.asked)], dtype=torch.float64, device=world.device)
-                reduced = world.sum(torch.cat([sums, extra]))
-                metrics = objective.metrics(reduced[:-2], n)
+                # One reduction a step carries everything: sums, attention work, whether any rank was told to stop.
+                parts = [sums, torch.tensor([attended, float(stop.asked)], dtype=torch.float64, device=world.device)]
+                if guard is not None:
+                    parts.append(guard.nonfinite_gradients())
+                totals, (attended, asked, *broken) = world.sum(torch.cat(parts)).tensor_split([len(sums)])
+                metrics = objective.metrics(totals, n) | checked
+                if broken:
+                    metrics["fp8/nonfinite_gradients"] = float(broken[0])
                 grad_norm = _clip(policy, config.optim.grad_clip)
                 if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
                     raise RuntimeError(
                         f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}: not finite, stopped before "
                         f"the update; the last checkpoint stands in {folder.checkpoints}"
+                        + (f"; {broken[0]:.0f} FP8 weights have such gradients" if broken else "")
                     )
                 optimizer.step()
+                if guard is not None:
+                    guard.rescale()
                 optimizer.zero_grad(set_to_none=True)
                 state["tokens_total"] += n.tokens
                 state["pairs_total"] += n.pairs
                 seconds = time.perf_counter() - started
-                work = flops(n.inputs.computed, float(reduced[-2]))
+                work = flops(n.inputs.computed, float(attended))
                 row = {"step": step + 1, **metrics, "grad_norm": grad_norm, "lr": lr, "tokens": n.tokens,
                        "tokens_total": state["tokens_total"], "seconds": seconds,
                        **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
                        "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
                 if evaluate_now(step + 1):
-                    row |= objective.evaluate(policy, world)
+                    with exactly():
+                        row |= objective.evaluate(policy, world)
                 record(row)
                 spent += seconds
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
                 if evaluate_now(step + 1):
                     display.say(heldout_line(row))
-                asked = bool(reduced[-1] > 0)
+                asked = bool(asked > 0)
                 if asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
                     save(step + 1)
                 if asked and step + 1 < steps:
@@ -309,6 +339,8 @@ def check(config: Config, samples: int = 0) -> str:
             "paths:  " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items()),
             "nothing is wrong",
         ]
+        if prepared.fp8 is not None:
+            lines.insert(2, "fp8:    " + prepared.fp8.describe())
         if prepared.adapters is not None:
             lines.insert(2, "lora:   " + prepared.adapters.describe(total))
         if samples:
@@ -337,6 +369,7 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
             "digests": prepared.objective.digests,
             "parameters": {"all": total + trained, "trained": trained or total},
             "adapters": None if prepared.adapters is None else prepared.adapters.about(),
+            "fp8": None if prepared.fp8 is None else prepared.fp8.about(),
             # One entry each time the run was started, so that a curve can be traced to what computed it.
             "starts": [*folder.starts(), start],
         }
@@ -354,22 +387,6 @@ def _check_shared(folder: RunFolder, world: World) -> None:
     if blind:
         raise bad_input("not a folder that all nodes share", field="run.out", found=f"{blind} of {world.size} ranks do not "
                         f"see {folder.manifest}", expected="a shared file system")  # fmt: skip
-
-
-def _optimizer(policy: PolicyModel, config: Config, world: World) -> torch.optim.AdamW:
-    policy.reshard()
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-        fused=True,
-    )
 
 
 def _clip(policy: PolicyModel, limit: float) -> float:
