@@ -96,7 +96,10 @@ class SmallAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
             if name in state
         ]
-        function = _eight_bit_step if len(moments) == 4 else _plain_step
+        function = _plain_step
+        if len(moments) == 4:
+            function = _eight_bit_step
+            moments += [_levels(True, weight.device), _levels(False, weight.device)]
         if weight.device.type == "cuda":
             function = _compiled(function)
         # Numbers that change from step to step go in as tensors, lest each be compiled for.
@@ -151,14 +154,31 @@ def _plain_step(weight, grad, m, v, numbers, key, first: int, beta1: float, beta
     _move(weight, m, v, numbers, key, first, eps)
 
 
-def _eight_bit_step(weight, grad, m8, m_scale, v8, v_scale, numbers, key, first: int, beta1: float, beta2: float, eps):
+def _eight_bit_step(
+    weight,
+    grad,
+    m8,
+    m_scale,
+    v8,
+    v_scale,
+    m_levels,
+    v_levels,
+    numbers,
+    key,
+    first: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
+
     grad = grad.float()
-    m = _widened(m8, m_scale, True).lerp(grad, 1 - beta1)
-    v = _widened(v8, v_scale, False).lerp(grad.square(), 1 - beta2)
-    for codes, scales, moment, signed in ((m8, m_scale, m, True), (v8, v_scale, v, False)):
-        new_codes, new_scales = _narrowed(moment, signed)
-        codes.copy_(new_codes)
-        scales.copy_(new_scales)
+    m = dequant_with_qmap(m8, m_levels, m_scale.view(-1)).lerp(grad, 1 - beta1)
+    v = dequant_with_qmap(v8, v_levels, v_scale.view(-1)).lerp(grad.square(), 1 - beta2)
+    for codes, scales, levels, moment in ((m8, m_scale, m_levels, m), (v8, v_scale, v_levels, v)):
+        scaled, new_scales = scale_tensor(moment, BLOCK)
+        codes.copy_(quantize_8bit_with_qmap(scaled, levels))
+        scales.copy_(new_scales.view_as(scales))
     _move(weight, m, v, numbers, key, first, eps)
 
 
@@ -210,20 +230,6 @@ def _levels(signed: bool, device: torch.device) -> torch.Tensor:
 @lru_cache
 def _code_of_zero(signed: bool) -> int:
     return int((_levels(signed, torch.device("cpu")) == 0).nonzero())
-
-
-def _widened(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
-    from torchao.optim.quant_utils import dequant_with_qmap
-
-    return dequant_with_qmap(codes, _levels(signed, codes.device), scales.view(-1))
-
-
-def _narrowed(moment: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [as the moment] and scales [rows, columns / BLOCK]."""
-    from torchao.optim.quant_utils import quantize_8bit_with_qmap, scale_tensor
-
-    scaled, scales = scale_tensor(moment, BLOCK)
-    return quantize_8bit_with_qmap(scaled, _levels(signed, moment.device)), scales.view(len(moment), -1)
 
 
 @lru_cache
