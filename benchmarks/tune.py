@@ -25,7 +25,7 @@ from medtrain.kernels.logps_launch import ExpGemm, Launch, choose_launch, forced
 MIB = 2**20
 # Of the blocks only those that compile for Hopper without spills (medtrain.benchmarks.kernel_resources).
 BLOCKS = tuple(
-    ExpGemm(m, n, k, group_m, stages, warps)
+    ExpGemm(m, n, k, group_m, stages, warps, flatten)
     for m, n, k, stages, warps in (
         (128, 256, 64, 3, 8),
         (128, 256, 64, 4, 8),
@@ -33,6 +33,7 @@ BLOCKS = tuple(
         (256, 128, 64, 3, 8),
     )
     for group_m in (8, 16)
+    for flatten in (True, False)
 )
 ROWS = (1536, 2048, 2304, 2816, 3584, 4096)
 SLAB_BYTES = (64 * MIB, 128 * MIB, 192 * MIB, 256 * MIB)
