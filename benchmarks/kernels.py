@@ -36,7 +36,7 @@ SMALL = ((1024, 64, 4096),)
 
 HEADS = ("frozen", "trained", None)
 # Quick: no implementation is begun after so many seconds; what has begun is finished.
-QUICK_SECONDS = 200.0
+QUICK_SECONDS = 150.0
 
 
 def names() -> list[str]:

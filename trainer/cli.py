@@ -189,7 +189,7 @@ def bench() -> None:
 
 
 @bench.command("kernels")
-@click.option("--quick", is_flag=True, help="On a GPU: two shapes, nothing begun after 200 seconds.")
+@click.option("--quick", is_flag=True, help="On a GPU: two shapes, nothing begun after 150 seconds.")
 @click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
 @click.option("--shapes", metavar="NxHxV,...", help="Tokens x hidden size x vocabulary, instead of the usual ones.")
 @click.option("--impl", "impls", metavar="NAME,...", help="Only these implementations.")
