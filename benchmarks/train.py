@@ -5,6 +5,7 @@ medtrain bench train --stage rpo [--model tiny|1.5b|7b] [--quick] [--out DIR]
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from medtrain.trainer.model import num_parameters, parameter_shapes
 from medtrain.trainer.step import FlopsPerToken, peak_flops
 from medtrain.trainer.tokenizer import read_tokenizer
 
-STAGES = ("rpo",)
+STAGE = "train-rpo"
 OURS = Arm("medtrain", note="one micro-batch a step, each layer recomputed in the backward")
 TRL = Arm("trl", note="one padded micro-batch a step, gradient checkpointing, transformers' own layers")
 TRL_LIGER = Arm("trl", "Liger layers", "as trl, its layers Liger's", liger=True)
@@ -78,7 +79,6 @@ def choose(name: str | None, device: torch.device) -> tuple[Model, ...]:
 
 def run_train(
     out: str | Path,
-    stage: str = "rpo",
     *,
     models: tuple[Model, ...] | None = None,
     quick: bool = False,
@@ -87,7 +87,7 @@ def run_train(
     device: torch.device | None = None,
     echo: Callable[[str], None] = print,
 ) -> tuple[dict[str, Any], Path]:
-    """Run the benchmark; write ``OUT/train-STAGE-DEVICE-DATE.json`` and, beside it, its table as Markdown.
+    """Run the benchmark; write ``OUT/train-rpo-DEVICE-DATE.json`` and, beside it, its table as Markdown.
 
     Args:
         out: folder, made if need be. Files there are never overwritten: a second run of a day gets a number.
@@ -106,16 +106,16 @@ def run_train(
     form = "small" if device.type == "cpu" else "quick" if quick else "full"
     warm_up, counted = STEPS[form]
     deadline = time.monotonic() + BEGIN_SECONDS[form]
-    name = f"train-{stage}"
-    result = report.header(name, device, commit) | {"form": form, "clocks": [], "rows": []}
-    path = report.free_path(out, name, device)
+    result = report.header(STAGE, device, commit) | {"form": form, "clocks": [], "rows": []}
+    path = report.free_path(out, STAGE, device)
     for model in models or choose(None, device):
         echo(f"{model.name}, {model.how}, {model.precision} on {result['device']}")
         with tempfile.TemporaryDirectory(prefix="medtrain-bench-") as folder:
             steps = warm_up + counted
             inputs, work = make_inputs(model, Path(folder), steps_to_run(device, steps), device)
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # what the weights were drawn in: the rows' processes need it
+                gc.collect()  # what the weights were drawn in: the rows' processes need it
+                torch.cuda.empty_cache()
             about = _about(model, inputs, work[:steps], device)
             for arm in ARMS[form] if arms is None else arms:
                 found: Measured | str = "left out: the time of the quick form was up"
@@ -158,6 +158,8 @@ def _run_arm(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.d
         "HF_HOME": str(folder / "hf"),
     }
     env = {name: value for name, value in env.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if device.type == "cuda":  # with several in sight, Hugging Face's Trainer would use them all
+        env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = [sys.executable, "-m", "medtrain.benchmarks.train_arms", str(job), str(result)]
     with open(log, "w", encoding="utf-8") as output:
         try:
@@ -236,7 +238,7 @@ def _row(arm: Arm, model: Model, about: dict[str, Any], found: Measured | str, w
     computed = np.array(found.computed[warm_up : len(found.ms)])
     return row | {
         "tokens_per_second": float(np.median(useful / seconds)),
-        "pairs_per_second": float(np.median(np.array([w.pairs for w in work]) / seconds)),
+        "pairs_per_second": 1e3 * model.pairs_a_step / times.median,
         "mfu": float(np.median(np.array(flops) / seconds)) / about["peak"] if about["peak"] else None,
         "max_memory_gib": None if found.peak_bytes is None else found.peak_bytes / 2**30,
         "step_extra_bytes": found.extra_bytes,

@@ -126,7 +126,7 @@ def run_trl(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.de
     Reference log-probs are computed before, as ours are. The order is kept by a sequential sampler over rows that stand in
     our order. ``padding_free`` does nothing in TRL 1.16 (its documentation says so), so its batches are padded.
     """
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": str(device.type == "cpu").lower()}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM, TrainerCallback
     from transformers.utils import is_flash_attn_2_available

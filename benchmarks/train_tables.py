@@ -20,7 +20,8 @@ LEGEND = """\
   precision (ours by FSDP2's mixed precision, TRL by autocast); under LoRA the frozen base lies in it.
 - A step is timed from the end of the one before, the device idle at both ends: batches, forward, backward, clipping, update,
   and whatever metrics the trainer computes in it. Step ms: median after the warm-up; spread: 10th to 90th percentile, steps
-  of different pairs being different work; pairs/s and tokens/s: medians over steps. Of medtrain: pairs/s over our default's.
+  of different pairs being different work; pairs/s follow from that median, tokens/s are the median over steps. Of medtrain:
+  pairs/s over our default's.
 - useful: the fewest positions anyone could compute (each distinct prompt of the step once, and of each completion all but
   its last token, which predicts nothing) over the tokens the model was given, padding included. useful tok/s counts them.
 - mfu: model FLOPs of those positions alone (the head on completions only, nothing recomputed) over the bf16 dense peak.
@@ -29,9 +30,10 @@ LEGEND = """\
 - loss: of the first step and the last one compared, before its update; off by: the largest relative difference to our
   default's over those steps. TRL pools the NLL over a micro-batch, so it is the same loss with one micro-batch a step.
 - TRL 1.16 has no padding-free batches (padding_free falls back with a warning)."""
-CPU_NOTE = (
-    "- On a CPU the model is tiny and its times mean little: loss, padding and step MB are what this table is for."
-)
+CPU_NOTE = """\
+- On a CPU the model is tiny and its times mean little: loss, padding and our own step MB are what this table is for. TRL's head
+  scores every position there, padding too, and holds a tile 32,768 entries wide whatever the vocabulary; on a GPU it scores
+  completions alone."""
 
 
 def about(rows: list[dict]) -> str:
