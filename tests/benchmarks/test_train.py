@@ -67,7 +67,7 @@ def test_tiny_form_end_to_end_without_the_peer(tmp_path, monkeypatch):
     assert 0.5 < row["useful_token_share"] <= 1
     assert row["step_extra_bytes"] > 4 * row["parameters"]  # the gradients at least
     assert row["mfu"] is row["max_memory_gib"] is None
-    assert row["loss_difference"] == 0 and row["margins"][0] == 0 != row["margins"][-1]
+    assert row["loss_difference"] == 0 and abs(row["margins"][0]) < 1e-5 < 1e-3 < abs(row["margins"][-1])
     assert row["lengths"]["prompt"]["min"] >= 10 and row["lengths"]["completion"]["max"] <= 91
 
     assert find(result, "trl")["reason"].startswith("not installed: ")
