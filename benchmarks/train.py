@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import medtrain
 from medtrain.benchmarks import report
-from medtrain.benchmarks.measure import clocks, times_of
+from medtrain.benchmarks.measure import times_of
 from medtrain.benchmarks.train_arms import Arm, Measured, steps_to_run
 from medtrain.benchmarks.train_inputs import MODELS, Inputs, Model, Work, config, make_inputs, most_tokens
 from medtrain.trainer.config import Config
@@ -49,10 +49,11 @@ ARMS = {
         Arm("medtrain", "no recomputing", "micro-batches within a small token budget", checkpointing=False, few=True),
         TRL,
         TRL_LIGER,
-        Arm("trl", "Liger layers, few pairs", "1 or 2 pairs a micro-batch, which pads less; it pools the NLL over each "
-            "micro-batch, so that its loss is another", few=True, liger=True),
-        Arm("trl", "Liger layers, few pairs, no recomputing", "as before, without gradient checkpointing",
-            checkpointing=False, few=True, liger=True),
+        Arm("trl", "few pairs", "1 or 2 pairs a micro-batch, which pads less; it pools the NLL over each micro-batch, so "
+            "that its loss is another", few=True),
+        Arm("trl", "few pairs, no recomputing", "as before, without gradient checkpointing", checkpointing=False, few=True),
+        Arm("trl", "few pairs, no recomputing, Liger layers", "as before, its layers Liger's", checkpointing=False, few=True,
+            liger=True),
     ),
 }  # fmt: skip
 # Of each form: steps that are not counted, steps that are, seconds after which no row is begun, and most of one row.
@@ -106,7 +107,7 @@ def run_train(
     form = "small" if device.type == "cpu" else "quick" if quick else "full"
     warm_up, counted = STEPS[form]
     deadline = time.monotonic() + BEGIN_SECONDS[form]
-    result = report.header(STAGE, device, commit) | {"form": form, "clocks": [], "rows": []}
+    result = report.header(STAGE, device, commit) | {"form": form, "rows": []}
     path = report.free_path(out, STAGE, device)
     for model in models or choose(None, device):
         echo(f"{model.name}, {model.how}, {model.precision} on {result['device']}")
@@ -122,9 +123,6 @@ def run_train(
                 if time.monotonic() < deadline:
                     found = _run_arm(arm, model, inputs, steps, device, Path(folder))
                 result["rows"].append(_row(arm, model, about, found, warm_up))
-                if device.type == "cuda":
-                    result["clocks"].append({"model": model.name, "impl": arm.impl, "variant": arm.variant,
-                                             "nvidia_smi": clocks(device)})  # fmt: skip
                 label = f"{arm.impl} {arm.variant}".strip()
                 echo(f"  {label}: {found if isinstance(found, str) else 'timed'}")
                 _compare_losses(result["rows"])
@@ -226,6 +224,7 @@ def _row(arm: Arm, model: Model, about: dict[str, Any], found: Measured | str, w
         "margins": None,
         "loss_difference": None,
         "paths": None,
+        "clocks": None,
         "note": arm.note,
         "reason": found if isinstance(found, str) else None,
     }
@@ -250,6 +249,7 @@ def _row(arm: Arm, model: Model, about: dict[str, Any], found: Measured | str, w
         "losses": found.losses[:FIRST_STEPS],
         "margins": found.margins[:FIRST_STEPS],
         "paths": found.paths,
+        "clocks": found.clocks,
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from medtrain.benchmarks.measure import cpu_memory, why_not
+from medtrain.benchmarks.measure import clocks, cpu_memory, why_not
 from medtrain.benchmarks.train_inputs import RPO, SEED, Inputs, Model, config, most_tokens, token_ids
 
 
@@ -39,7 +39,8 @@ class Arm:
 class Measured:
     """What a side found, by step: ``ms`` wall clock, ``losses`` and ``margins`` before the update, ``computed`` tokens the
     model was given, padding included, ``micro_batches``. ``peak_bytes``: CUDA's allocator, over all steps;
-    ``extra_bytes``: on the CPU, most beyond what was there before it, over one more step."""
+    ``extra_bytes``: on the CPU, most beyond what was there before it, over one more step. ``clocks``: of a GPU, right after
+    the last step."""
 
     ms: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Measured:
     peak_bytes: int | None = None
     extra_bytes: int | None = None
     paths: dict[str, str] = field(default_factory=dict)
+    clocks: dict[str, str] | None = None
 
 
 class Meter:
@@ -71,6 +73,8 @@ class Meter:
             self.found.ms.append(1e3 * (self._at - before))
             if self.device.type == "cuda":
                 self.found.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+                if len(self.found.ms) == self.steps:
+                    self.found.clocks = clocks(self.device)
             elif len(self.found.ms) == self.steps:
                 self._memory = self._profile.enter_context(cpu_memory())
         else:
