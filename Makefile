@@ -6,18 +6,23 @@ OUT_DIR ?= benchmarks/results
 
 .PHONY: demo test lint gpu-check clean
 
-# The stamp is remade when the requirements change, so a pull never leaves an old environment behind.
-$(VENV)/.installed: setup.py pyproject.toml
+# The stamp is remade when the requirements or this file change, so a pull never leaves an old environment behind.
+$(VENV)/.installed: setup.py pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "medtrain needs Python 3.11 or newer; found $$($(PYTHON) --version). Say: make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# The tests against peers (TRL, Liger) need the peers; they need Triton, so elsewhere those tests skip.
+$(VENV)/.installed-peers: $(VENV)/.installed
+	[ "$$(uname)" != Linux ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/medtrain demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed

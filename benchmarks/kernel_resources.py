@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import triton
@@ -19,6 +19,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from medtrain.benchmarks.tune import BLOCKS
 from medtrain.kernels import logps_kernels as kernels
 from medtrain.kernels.logps_launch import LAUNCHES, ExpGemm
 
@@ -77,7 +78,8 @@ def variants() -> dict[str, tuple[ASTSource, dict]]:
         "forward": {"SUM": True, "STORE": True, "PUT": False},
         "backward": {"SUM": False, "STORE": True, "PUT": True},
     }
-    blocks = {launch.exp_gemm for launch in LAUNCHES.values()}
+    # The candidates of the tuner too; how tiles are grouped changes nothing here.
+    blocks = dict.fromkeys(replace(one, group_m=8) for one in (*(x.exp_gemm for x in LAUNCHES.values()), *BLOCKS))
     for form, flags in forms.items():
         found[f"exp_rows/{form}"] = _source(kernels.exp_rows_kernel, {"BLOCK": 4096, **flags}), {"num_warps": 8}
         for shape in blocks:

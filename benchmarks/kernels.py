@@ -20,6 +20,8 @@ from medtrain.benchmarks.kernel_tables import shape_name
 from medtrain.benchmarks.measure import Calls, Memory, Times, clocks, measure_memory, time_rounds, why_not
 from medtrain.benchmarks.peers import IMPLEMENTATIONS, KEEP_ALL, Implementation, Unavailable, floor, floor_flops
 from medtrain.kernels.logps import select_path
+from medtrain.kernels.logps_launch import forced
+from medtrain.kernels.logps_memory import logps_memory
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
 
@@ -129,7 +131,9 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"{shape_name(row['N'], row['H'], row['V'], row['dtype'])}, {row['head']}: {row['reason']}"
         for row in rows
-        if row["impl"] == "medtrain" and row["reason"] and not row["reason"].startswith(("out of memory", "left out"))
+        if row["impl"] == "medtrain"
+        and row["reason"]
+        and not row["reason"].startswith(("out of memory", "left out", "cannot run here"))
     ]
 
 
@@ -184,6 +188,8 @@ def _run_shape(
                     dw_bytes = inputs.weight.nbytes if head == "trained" else 0
                     row |= {"extra_bytes": memory.peak - dw_bytes} | errors
                     row["error_tokens"] = len(wanted.inputs.hidden)
+                    if implementation.impl == "medtrain":
+                        row["formula_bytes"] = _formula(implementation, head, shape, dtype, path, dw_bytes)
                     if floor_ms:
                         row["floor_share"] = floor_ms / measured.median
                 elif stage == "forward":
@@ -198,6 +204,20 @@ def _run_shape(
     return rows, seen
 
 
+def _formula(implementation: Implementation, head: str | None, shape: Shape, dtype, path: str, dw_bytes: int) -> int:
+    """What ``extra_bytes`` of our own op should be."""
+    with forced(**({"gemm": implementation.gemm} if implementation.gemm else {})):
+        memory = logps_memory(
+            *shape,
+            dtype,
+            trains_hidden=head is not None,
+            trains_weight=head == "trained",
+            keep_bytes=implementation.keep_bytes,
+            path=path,
+        )
+    return max(memory.forward - dw_bytes, memory.backward)
+
+
 def _check(implementation: Implementation, inputs: Inputs, wanted: Reference, device: torch.device) -> _Found | str:
     """What a first call finds, or the reason why there is none."""
     try:
@@ -205,7 +225,7 @@ def _check(implementation: Implementation, inputs: Inputs, wanted: Reference, de
         finite = all(math.isfinite(value) for value in found[1].values() if value is not None)
         return found if finite else "its result is not finite"
     except Unavailable as error:
-        return str(error)
+        return f"cannot run here: {error}"
     except Exception as error:  # whatever a peer does on this machine is a line of the table, not the end of the run
         reason = why_not(error)
     _free(device)
@@ -257,6 +277,7 @@ def _row(
         "ms_spread": times and times.spread,
         "rounds": times and times.rounds,
         "extra_bytes": None,
+        "formula_bytes": None,
         "kept_bytes": None,
         "floor_share": None,
         "tflops": None,

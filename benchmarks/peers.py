@@ -19,6 +19,7 @@ from torch import Tensor
 from medtrain.benchmarks.inputs import BETA, Inputs
 from medtrain.benchmarks.measure import Calls
 from medtrain.kernels.logps import chunked_logps
+from medtrain.kernels.logps_launch import forced, supports_fused
 
 
 class Unavailable(Exception):
@@ -35,7 +36,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Implementation:
-    """``impl`` is the name in the benchmark file; ``variant`` tells rows of one name apart ("" is its default)."""
+    """``impl`` is the name in the benchmark file; ``variant`` tells rows of one name apart ("" is its default).
+
+    ``keep_bytes`` and ``gemm`` are our op's, where they are not its own choice.
+    """
 
     impl: str
     prepare: Callable[[Inputs], Prepared]
@@ -43,6 +47,7 @@ class Implementation:
     note: str = ""
     heads: tuple[str | None, ...] = (None, "frozen", "trained")
     keep_bytes: int | None = None
+    gemm: str | None = None
 
 
 def per_token(
@@ -57,9 +62,29 @@ def per_token(
     )
 
 
-def medtrain(inputs: Inputs, keep_bytes: int | None = None) -> Prepared:
+def medtrain(inputs: Inputs, keep_bytes: int | None = None, gemm: str | None = None) -> Prepared:
+    """``gemm``: that of ``medtrain.kernels.logps_launch.Launch`` instead of the table's choice."""
     hidden, weight, targets = inputs.hidden, inputs.weight, inputs.targets
-    return per_token(inputs, lambda: chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes))
+    if gemm is None:
+        return per_token(inputs, lambda: chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes))
+    _need_cuda(inputs)
+    if gemm == "fused" and (
+        torch.cuda.get_device_capability(hidden.device) < (9, 0) or not supports_fused(hidden, weight)
+    ):
+        raise Unavailable("the fused GEMM needs Hopper's copy engine and 16-bit rows that begin at 16 bytes")
+
+    def op() -> Tensor:
+        with forced(gemm=gemm):
+            return chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes)
+
+    prepared = per_token(inputs, op)
+    backward = prepared.calls.backward
+
+    def forced_backward(output: Tensor) -> tuple[Tensor, ...]:
+        with forced(gemm=gemm):
+            return backward(output)
+
+    return Prepared(Calls(op, backward and forced_backward), prepared.margins)
 
 
 def plain(inputs: Inputs) -> Prepared:
@@ -152,7 +177,7 @@ def torch_own(inputs: Inputs) -> Prepared:
 
 def _need_cuda(inputs: Inputs) -> None:
     if not inputs.hidden.is_cuda:
-        raise Unavailable("its Triton kernels need CUDA")
+        raise Unavailable("needs CUDA")
 
 
 KEEP_ALL = 2**62
@@ -163,6 +188,9 @@ IMPLEMENTATIONS = (
                    heads=("trained",), keep_bytes=0),
     Implementation("medtrain", partial(medtrain, keep_bytes=KEEP_ALL), "keep all", "the backward recomputes nothing",
                    heads=("trained",), keep_bytes=KEEP_ALL),
+    Implementation("medtrain", partial(medtrain, gemm="cublas"), "cublas", "logits from cuBLAS, the exponential apart",
+                   gemm="cublas"),
+    Implementation("medtrain", partial(medtrain, gemm="fused"), "fused", "the exponential in the GEMM's epilogue", gemm="fused"),
     Implementation("trl", trl, note="log-probabilities alone; logits rounded to the inputs' dtype"),
     Implementation("liger", liger_dpo, note="computes the DPO loss too, and both gradients in the forward; "
                    "its margins set its own upstream gradient; one pair at a time; compiled on CUDA only"),

@@ -39,13 +39,16 @@ from medtrain.trainer.tokenizer import read_tokenizer
 
 STAGE = "train-rpo"
 OURS = Arm("medtrain", note="one micro-batch a step, each layer recomputed in the backward")
+SEPARATE = Arm("medtrain", "separate prompts", "as medtrain, but a prompt is computed anew for each completion",
+               share_prompts=False)  # fmt: skip
 TRL = Arm("trl", note="one padded micro-batch a step, gradient checkpointing, transformers' own layers")
 TRL_LIGER = Arm("trl", "Liger layers", "as trl, its layers Liger's", liger=True)
 ARMS = {
-    "small": (OURS, TRL),
+    "small": (OURS, SEPARATE, TRL),
     "quick": (OURS, TRL, TRL_LIGER),
     "full": (
         OURS,
+        SEPARATE,
         Arm("medtrain", "no recomputing", "micro-batches within a small token budget", checkpointing=False, few=True),
         TRL,
         TRL_LIGER,
@@ -186,7 +189,7 @@ def _about(model: Model, inputs: Inputs, work: list[Work], device: torch.device)
     return {
         "parameters": total,
         "work": work,
-        "flops": [flops(w.tokens, w.squared_lengths) - head * (w.tokens - w.head_tokens) for w in work],
+        "flops": [flops(w.tokens, w.attended) - head * (w.tokens - w.head_tokens) for w in work],
         "peak": peak,
         "lengths": {"prompt": _spread(prompt), "completion": _spread(np.concatenate(sides))},
     }

@@ -25,13 +25,14 @@ from medtrain.benchmarks.train_inputs import RPO, SEED, Inputs, Model, config, m
 @dataclass(frozen=True)
 class Arm:
     """One row to be: ``variant`` tells rows of one impl apart ("" is its default). ``few``: small micro-batches (of
-    ``Model.few_tokens`` or ``few_pairs``) instead of one a step; ``liger``: TRL with Liger's layers."""
+    ``Model.few_tokens`` or ``few_pairs``) instead of one a step; ``share_prompts``: ours; ``liger``: TRL with Liger's layers."""
 
     impl: str
     variant: str = ""
     note: str = ""
     checkpointing: bool = True
     few: bool = False
+    share_prompts: bool = True
     liger: bool = False
 
 
@@ -102,7 +103,8 @@ def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: tor
 
     total = steps_to_run(device, steps)
     budget = model.few_tokens if arm.few else most_tokens(model)
-    settings = config(model, inputs, total, micro_batch_tokens=budget, checkpointing=arm.checkpointing)
+    settings = config(model, inputs, total, micro_batch_tokens=budget, checkpointing=arm.checkpointing,
+                      share_prompts=arm.share_prompts)  # fmt: skip
     display, optim, found = Display(enabled=False), settings.optim, Measured()
     with join_world(needs_group=model.precision != "float32", device_type=device.type) as world:
         prepared = prepare(settings, world, display)

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from medtrain.trainer.config import Config, config_from_dict
+from medtrain.trainer.data.batch import pair_batch
 from medtrain.trainer.data.pairs import PairSet
 from medtrain.trainer.distributed import World
 from medtrain.trainer.objectives import Rpo
@@ -87,20 +88,29 @@ class Inputs:
 class Work:
     """What a step has to do, whoever does it. ``tokens``: the fewest positions anyone could compute: each distinct prompt
     once, and of every completion all but its last token, from which nothing is predicted. ``head_tokens``: completion
-    tokens. ``squared_lengths``: attention's sum of squares over that layout, as the training loop counts documents."""
+    tokens. ``attended``: of a micro-batch of all of them, as the training loop counts attention's work."""
 
     pairs: int
     tokens: int
     head_tokens: int
-    squared_lengths: int
+    attended: int
 
 
-def config(model: Model, inputs: Inputs, steps: int, *, micro_batch_tokens: int, checkpointing: bool) -> Config:
+def config(
+    model: Model,
+    inputs: Inputs,
+    steps: int,
+    *,
+    micro_batch_tokens: int,
+    checkpointing: bool,
+    share_prompts: bool = True,
+) -> Config:
     """Our settings. ``run.out`` is where a run would go: the benchmark keeps its reference there."""
     longest = model.prompt[2] + model.completion[2] + 1
     return config_from_dict("rpo", {
         "model": {"path": str(inputs.checkpoint), "activation_checkpointing": "full" if checkpointing else "none"},
-        "data": {"pairs": [{"path": str(inputs.pairs)}], "max_length": longest},
+        "data": {"pairs": [{"path": str(inputs.pairs)}], "max_length": longest,
+                 "share_prompts": share_prompts},
         "optim": OPTIM | {"lr": model.lr, "steps": steps, "batch_pairs": model.pairs_a_step,
                           "micro_batch_tokens": micro_batch_tokens},
         "rpo": RPO,
@@ -131,15 +141,9 @@ def make_inputs(model: Model, folder: Path, steps: int, device: torch.device) ->
 
 def work(pairs: PairSet, items: list[int]) -> Work:
     """The work of a step that takes the pairs ``items``."""
-    prompts = {pairs.prompt(i).tobytes(): len(pairs.prompt(i)) for i in items}
-    completions = [(len(pairs.prompt(i)), len(side)) for i in items for side in (pairs.chosen(i), pairs.rejected(i))]
-    return Work(
-        pairs=len(items),
-        tokens=sum(prompts.values()) + sum(length - 1 for _, length in completions),
-        head_tokens=sum(length for _, length in completions),
-        squared_lengths=sum(p * p for p in prompts.values())
-        + sum((p + length - 1) ** 2 - p * p for p, length in completions),
-    )
+    batch = pair_batch([pairs], [(0, i) for i in items], share=True)
+    head_tokens = sum(len(pairs.chosen(i)) + len(pairs.rejected(i)) for i in items)
+    return Work(len(items), batch.input_ids.numel(), head_tokens, batch.attended)
 
 
 def token_ids(text: str) -> list[int]:

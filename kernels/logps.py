@@ -167,7 +167,8 @@ def _walk(
     with _no_autocast(hidden):
         *results, num_clamped = _path(hidden).walk(hidden, weight, targets, num_kept, needs_unit, slab_size)
     counted = _num_clamped_rows.get(hidden.device)
-    _num_clamped_rows[hidden.device] = num_clamped if counted is None else counted.add_(num_clamped)
+    # Not in place: what inference mode once made cannot be changed outside of it.
+    _num_clamped_rows[hidden.device] = num_clamped if counted is None else counted + num_clamped
     return tuple(results)
 
 

@@ -1,4 +1,4 @@
-"""Launch choices of the CUDA path by shape: one table, set by measurement (``medtrain bench kernels --tune``), not at import.
+"""Launch choices of the CUDA path by shape: one table, set by measurement (``medtrain bench tune``), not at import.
 
 Every figure here changes speed and memory only, and results by rounding at most.
 """

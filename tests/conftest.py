@@ -19,6 +19,11 @@ from transformers import PreTrainedTokenizerFast
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    # The tests on several ranks fork, and a process that has imported TRL or Liger runs threads: those tests go last.
+    items.sort(key=lambda item: "benchmarks" in item.path.parts or item.path.stem in ("test_peers", "test_docs"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory) -> Path:
     """A word-level tokenizer with eos ``</s>`` (id 1); id 0 is an ordinary word."""

@@ -59,7 +59,11 @@ def read_metrics(run: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-TIMING = ("seconds", "tokens_per_second", "mfu", "max_memory_gib")
+# What depends on speed and on how a step is packed.
+TIMING = (
+    "seconds", "tokens_per_second", "mfu", "max_memory_gib",
+    "tokens_computed", "tokens_prompt", "tokens_padding", "tokens_saved", "tokens_completion", "useful_token_share",
+)  # fmt: skip
 
 
 def without_timing(rows: list[dict]) -> list[dict]:
@@ -93,7 +97,7 @@ def run_on_ranks(size: int, tmp_path: Path, function, *args) -> None:
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * size
+    assert codes == [0] * size, codes
 
 
 def run(stage, tree, out, **changes) -> TrainResult:
@@ -114,6 +118,10 @@ def assert_same_curve(a, b, tolerance=1e-5) -> None:
         for name in x:
             if name.endswith("accuracy") and x["step"] <= 1:
                 continue  # policy == reference: the sign of a margin that is 0 but for rounding
+            if name.endswith("length_correlation"):  # rounding of the margins over how far they spread
+                assert (x[name] is None) == (y[name] is None), (x["step"], name)
+                assert (x[name] or 0) == pytest.approx(y[name] or 0, abs=1e-2), (x["step"], name)
+                continue
             assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), (x["step"], name)
 
 

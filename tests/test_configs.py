@@ -9,7 +9,9 @@ from medtrain.trainer.config import load_config, load_pairs_config
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*cpt.yaml")) + sorted(CONFIGS.glob("*rpo*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*cpt.yaml")) + sorted(CONFIGS.glob("*rpo*.yaml")), ids=lambda p: p.name
+)
 def test_a_shipped_training_config_is_valid_and_every_setting_in_it_counts(path):
     config = load_config(None, path)
     assert config.stage in path.stem

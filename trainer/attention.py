@@ -1,12 +1,22 @@
 """Causal attention over packed documents, one face over three backends; documents never see each other.
 
-The model is called on one flat row of tokens [1, T]; a :class:`PackedLayout` says where each document begins. The
-backend is chosen once by :func:`select_backend`, printed, and written into the manifest:
+The model is called on one flat row of tokens [1, T], cut into segments. A segment's tokens attend to a shared prompt
+that stands elsewhere in the row, if it has one, and causally to each other; a plain document is a segment without a
+prompt. The backend is chosen once by :func:`select_backend`, printed, and written into the manifest:
 
 - ``flash_attn``: the flash-attn package, where installed, on CUDA in half precision;
 - ``torch_varlen``: torch's own variable-length flash attention, on CUDA in half precision;
-- ``sdpa``: documents of like length gathered into padded rows, each row plain causal attention. Padding stands at the
-  end of a row, where causality alone keeps it out of every real token's sight. Right on any device and dtype.
+- ``sdpa``: prompt and segment gathered, those of like length into padded rows, each row plain causal attention. Padding
+  stands at the end of a row, where causality alone keeps it out of every real token's sight. Right on any device and
+  dtype. The prompt's queries ride along and are dropped: attention alone is computed twice, and no mask is needed.
+
+The flash backends gather the keys and values of (prompt, segment) and leave the queries where they are. Fewer queries
+than keys: both kernels align their causal mask to the bottom right (flash-attn from 2.1 on by its documentation;
+torch's bundled copy by ``row_idx + max_seqlen_k - max_seqlen_q`` in ATen's flash_attn/mask.h).
+
+A gathered prompt gets gradients from several segments. The gather is ``index_select``, whose backward adds in a fixed
+order on the CPU and, on CUDA, under ``torch.use_deterministic_algorithms``; otherwise CUDA adds by atomics, where the sum
+of two (a pair) is still the same in any order and that of more may differ in its last bit.
 """
 
 from __future__ import annotations
@@ -38,33 +48,44 @@ def select_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the documents of one packed row lie, prepared once a micro-batch and used by every layer.
+    """Where the segments of one packed row lie, prepared once a micro-batch and used by every layer.
 
     Attributes:
         backend: one of the names above.
-        cu_seqlens: int32 [D + 1], document d is tokens cu_seqlens[d] to cu_seqlens[d + 1].
-        max_seqlen: tokens of the longest document.
-        groups: for ``sdpa``: one (rows, length, index) a group of documents of like length; index [rows * length] gives
-            the token at each place, a document's last token standing in for padding.
+        cu_seqlens: int32 [S + 1], segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1] of the row.
+        max_seqlen: tokens of the longest segment.
+        key_cu_seqlens: int32 [S + 1], segment s attends to key_index[key_cu_seqlens[s]:key_cu_seqlens[s + 1]], the last
+            of which are its own tokens.
+        max_key_seqlen: the longest of these.
+        key_index: int64 [K], tokens of the row; None: every segment attends to its own tokens alone.
+        groups: for ``sdpa``: one (rows, length, index) a group of segments of like key length; index [rows * length]
+            gives the token at each place, a segment's last token standing in for padding.
         inverse: for ``sdpa``: [T], the place of each token in the groups laid end to end.
     """
 
     backend: str
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    key_cu_seqlens: torch.Tensor
+    max_key_seqlen: int
+    key_index: torch.Tensor | None = None
     groups: tuple[tuple[int, int, torch.Tensor], ...] = ()
     inverse: torch.Tensor | None = None
 
 
-def packed_layout(cu_seqlens: torch.Tensor, max_seqlen: int, backend: str, device: torch.device) -> PackedLayout:
-    """Build the layout of one packed row from ``cu_seqlens`` (int32 [D + 1])."""
+def packed_layout(batch, backend: str) -> PackedLayout:
+    """Build the layout of the packed row of a :class:`~medtrain.trainer.data.batch.MicroBatch`, on its device."""
+    keys = (batch.key_cu_seqlens, batch.max_key_seqlen, batch.key_index)
     if backend != "sdpa":
-        return PackedLayout(backend, cu_seqlens.to(device, non_blocking=True), max_seqlen)
-    bounds = cu_seqlens.cpu().long()  # planned on the host, wherever the batch is
+        return PackedLayout(backend, batch.cu_seqlens, batch.max_seqlen, *keys)
+    device = batch.cu_seqlens.device
+    own = batch.cu_seqlens.cpu().long().diff()  # planned on the host, wherever the batch is
+    bounds = batch.key_cu_seqlens.cpu().long()
+    tokens = torch.arange(int(bounds[-1])) if batch.key_index is None else batch.key_index.cpu()
     starts, lengths = bounds[:-1], bounds.diff()
     order = torch.argsort(lengths, descending=True, stable=True)
     sorted_lengths = lengths[order].tolist()
-    groups, inverse, placed, first = [], torch.empty(int(bounds[-1]), dtype=torch.long), 0, 0
+    groups, inverse, placed, first = [], torch.empty(int(own.sum()), dtype=torch.long), 0, 0
     while first < len(sorted_lengths):
         longest = sorted_lengths[first]
         # A new group costs some kernel launches, padding costs work: allow a quarter, or a few tokens.
@@ -72,22 +93,22 @@ def packed_layout(cu_seqlens: torch.Tensor, max_seqlen: int, backend: str, devic
         last = first
         while last < len(sorted_lengths) and sorted_lengths[last] >= shortest:
             last += 1
-        documents = order[first:last]
-        column = torch.arange(longest)
-        real = column < lengths[documents, None]
-        index = starts[documents, None] + torch.minimum(column, lengths[documents, None] - 1)
+        segments = order[first:last]
+        column, length = torch.arange(longest), lengths[segments, None]
+        wanted = (column < length) & (column >= length - own[segments, None])
+        index = tokens[starts[segments, None] + torch.minimum(column, length - 1)]
         place = placed + torch.arange(index.numel()).view_as(index)
-        inverse[index[real]] = place[real]
+        inverse[index[wanted]] = place[wanted]
         groups.append((last - first, longest, index.reshape(-1).to(device)))
         placed += index.numel()
         first = last
-    return PackedLayout(backend, cu_seqlens.to(device), max_seqlen, tuple(groups), inverse.to(device))
+    return PackedLayout(backend, batch.cu_seqlens, batch.max_seqlen, *keys, tuple(groups), inverse.to(device))
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
     """q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim]."""
     grouped = k.shape[1] != q.shape[1]
-    if len(layout.groups) == 1 and layout.groups[0][0] == 1:  # one document: nothing to gather
+    if len(layout.groups) == 1 and layout.groups[0][0] == 1:  # one segment: nothing to gather
         rows = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
         out = F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=grouped)
         return out.squeeze(0).transpose(0, 1)
@@ -99,11 +120,22 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayou
     return torch.cat(pieces).index_select(0, layout.inverse)
 
 
+def _gather(k: torch.Tensor, v: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    if layout.key_index is None:
+        return k, v
+    return k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
+
+
+def _bounds(layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    return layout.cu_seqlens, layout.key_cu_seqlens, layout.max_seqlen, layout.max_key_seqlen
+
+
 def _torch_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    k, v = _gather(k, v, layout)
     options = {}
     if k.shape[1] != q.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -111,17 +143,16 @@ def _torch_varlen(
         else:  # torch 2.11
             repeat = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    cu, longest = layout.cu_seqlens, layout.max_seqlen
     # window_size=(-1, 0) is how this function spells causal.
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), **options)
+    return varlen_attn(q, k, v, *_bounds(layout), scale=scale, window_size=(-1, 0), **options)
 
 
 def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    cu, longest = layout.cu_seqlens, layout.max_seqlen
+    k, v = _gather(k, v, layout)
     return flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True,
+        q, k, v, *_bounds(layout), softmax_scale=scale, causal=True,
         deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds up in any order otherwise
     )  # fmt: skip
 

@@ -171,12 +171,15 @@ def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
 @main.command()
 @CONFIG
 @OVERRIDES
-def check(config: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=0, help="Print the first so many windows or pairs as text."
+)
+def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     """Read and check settings, tokenizer, weights and data; train nothing, write nothing but the token cache."""
     from medtrain.trainer.config import load_config
     from medtrain.trainer.loop import check as check_config
 
-    summary = check_config(load_config(None, config, overrides))
+    summary = check_config(load_config(None, config, overrides), samples)
     if _is_main():
         click.echo(summary)
 
@@ -236,6 +239,24 @@ def _show_benchmark(result: dict, path: Path, failed: list[str], what: str) -> N
     if failed:
         click.echo("\n".join(f"medtrain: our own {what} failed: {line}" for line in failed), err=True)
         sys.exit(1)
+
+
+@bench.command("tune")
+@click.option(
+    "--shapes", metavar="NxHxV,...", default="8192x3584x152064", show_default=True, help="As in `bench kernels`."
+)
+def bench_tune(shapes: str) -> None:
+    """Find the op's fastest launch choices on this GPU; prints entries for the table in kernels/logps_launch.py."""
+    import torch
+
+    from medtrain.benchmarks.kernels import parse_shapes
+    from medtrain.benchmarks.tune import tune
+
+    chosen = parse_shapes(shapes)
+    if not torch.cuda.is_available():
+        _fail("bench tune: no CUDA device here, and launch choices mean nothing without one")
+    for hidden_size, launch in tune(chosen, torch.device("cuda"), echo=click.echo).items():
+        click.echo(f"    {hidden_size}: {launch},")
 
 
 @bench.command("table")

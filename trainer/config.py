@@ -44,6 +44,10 @@ class DataConfig:
     seq_len: int = 4096  # CPT: tokens a window; longer documents are split
     max_length: int = 4096  # RPO: tokens of prompt + completion
     overlong: Literal["error", "drop", "cut_completion", "cut_prompt"] = "error"  # RPO: pairs over max_length
+    unusable: Literal["error", "drop"] = (
+        "error"  # RPO: pairs that are empty, identical, or lose their prompt in the template
+    )
+    share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; changes speed only
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
 
 
@@ -140,9 +144,10 @@ class Config:
     def unused(self) -> list[str]:
         """Dotted names the user set that this stage does not read."""
         other = {
-            "cpt": ("data.pairs", "data.max_length", "data.overlong", "optim.batch_pairs", "rpo."),
+            "cpt": ("data.pairs", "data.max_length", "data.overlong", "data.unusable", "data.share_prompts",
+                    "optim.batch_pairs", "rpo."),
             "rpo": ("data.sources", "data.seq_len", "optim.batch_tokens"),
-        }[self.stage]
+        }[self.stage]  # fmt: skip
         names = {name for name in self.given if name.startswith(other)}
         if self.optim.schedule != "wsd" and "optim.decay_steps" in self.given:
             names.add("optim.decay_steps")
@@ -183,6 +188,7 @@ FREE_SETTINGS = (
     "lora.merge",
     "precision.compute",  # what it comes to on this machine is compared instead
     "data.cache",
+    "data.share_prompts",
     "eval.every",
     "checkpoint.every",
     "checkpoint.keep",

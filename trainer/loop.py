@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from medtrain.kernels.logps import clamped_rows, reset_clamped_rows, select_path
+from medtrain.kernels.logps import reset_clamped_rows, select_path
 from medtrain.trainer.attention import select_backend
 from medtrain.trainer.checkpoint import load_checkpoint, save_checkpoint
 from medtrain.trainer.config import Config
@@ -40,8 +40,9 @@ from medtrain.trainer.model import (
     parameter_shapes,
 )
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
-from medtrain.trainer.progress import Display, duration
+from medtrain.trainer.progress import Display, heldout_line, summary
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
+from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
 from medtrain.trainer.step import FlopsPerToken, make_optimizer, optimizer_step, peak_flops
 from medtrain.trainer.weights import Checkpoint, digest_of_init, export_model, init_weights, load_weights
@@ -141,7 +142,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     last, complete = world.from_main(look)
     if complete:
         if world.is_main:
-            display.say(_summary(folder, config, 0, 0.0))
+            display.say(summary(folder, config, 0, 0.0))
         return TrainResult(folder.root, folder.results(config)[-1], folder.rows()[-1])
     if world.is_main:
         _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
@@ -166,11 +167,15 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if world.is_main:
         folder.cut_metrics(done if last is not None else -1)
     board = _Tensorboard(folder, done) if world.is_main else None
+    for earlier in folder.rows() if world.is_main and last is not None else ():
+        objective.watch(earlier)
 
     def record(row: dict[str, Any]) -> None:
         if world.is_main:
             folder.append_metrics(row)
             board.write(row)
+            if warning := objective.watch(row):
+                display.say(warning)
 
     def evaluate_now(step: int) -> bool:
         if not objective.heldout:
@@ -186,7 +191,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if done == 0 and evaluate_now(0):
         row = {"step": 0} | objective.evaluate(policy, world)
         record(row)
-        display.say(_heldout_line(row))
+        display.say(heldout_line(row))
 
     flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
@@ -205,10 +210,10 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 state["tokens_total"] += n.tokens
                 state["pairs_total"] += n.pairs
                 seconds = time.perf_counter() - started
-                work = flops(n.inputs, this.squared_lengths)
+                work = flops(n.inputs.computed, this.squared_lengths)
                 row = {"step": step + 1, **this.metrics, "lr": lr, "tokens": n.tokens,
                        "tokens_total": state["tokens_total"], "seconds": seconds,
-                       "tokens_per_second": n.inputs / seconds,
+                       **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
                        "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
                 if evaluate_now(step + 1):
@@ -217,7 +222,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 spent += seconds
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
                 if evaluate_now(step + 1):
-                    display.say(_heldout_line(row))
+                    display.say(heldout_line(row))
                 if this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
                     save(step + 1)
                 if this.asked and step + 1 < steps:
@@ -237,7 +242,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path,
                      adapters=adapters)  # fmt: skip
     if world.is_main:
-        display.say(_summary(folder, config, steps - done, time.monotonic() - began))
+        display.say(summary(folder, config, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.results(config)[-1], row or folder.rows()[-1])
 
 
@@ -267,8 +272,9 @@ def start(
     return policy, make_optimizer(policy, config.optim)
 
 
-def check(config: Config) -> str:
-    """Everything a run does before its folder is touched; returns a summary to print.
+def check(config: Config, samples: int = 0) -> str:
+    """Everything a run does before its folder is touched; returns a summary to print, and the run's first ``samples``
+    windows or pairs, decoded.
 
     Raises:
         InputError: whatever ``train`` would raise.
@@ -291,6 +297,8 @@ def check(config: Config) -> str:
         ]
         if prepared.adapters is not None:
             lines.insert(2, "lora:   " + prepared.adapters.describe(total))
+        if samples:
+            lines += ["", decoded_samples(prepared.objective, prepared.tokenizer, samples)]
         return "\n".join(lines)
 
 
@@ -346,41 +354,6 @@ def _max_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _heldout_line(row: dict[str, Any]) -> str:
-    numbers = "  ".join(f"{k.removeprefix('heldout/')} {v:.4f}" for k, v in row.items() if k.startswith("heldout/"))
-    return f"held-out at step {row['step']}: {numbers}"
-
-
-def _summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> str:
-    """The closing lines: first and last value of what matters, over the whole run and all its starts."""
-    rows = folder.rows()
-    trained = [row for row in rows if "loss" in row]
-    heldout = [row for row in rows if any(name.startswith("heldout/") for name in row)]
-    lines = [f"done: {steps:,} steps in {duration(seconds)}" if steps else "already complete"]
-
-    def span(name: str, within: list[dict[str, Any]]) -> str:
-        return f"{name} {within[0][name]:.4f} -> {within[-1][name]:.4f}"
-
-    names = [name for name in ("loss", "rewards/margin", "rewards/accuracy") if name in trained[-1]]
-    lines.append("  ".join(span(name, trained) for name in names))
-    if heldout:
-        watched = ("bits_per_byte", "heldout/loss", "rewards/margin", "rewards/accuracy")
-        lines.append(
-            "  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched))
-        )
-    lines.append(
-        f"{trained[-1]['tokens_total']:,} tokens counted, "
-        f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
-    )
-    if clamped_rows():
-        lines.append(
-            f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly"
-        )
-    made = "   ".join(f"{path.name}: {path}" for path in reversed(folder.results(config)))
-    lines.append(f"{made}   metrics: {folder.metrics}   ledger: {folder.ledger}")
-    return "\n".join(lines)
 
 
 class _Tensorboard:

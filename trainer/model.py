@@ -66,7 +66,7 @@ class PolicyModel(nn.Module):
         Args:
             batch: a :class:`~medtrain.trainer.data.batch.MicroBatch` on the model's device.
         """
-        layout = attention.packed_layout(batch.cu_seqlens, batch.max_seqlen, self.backend, batch.input_ids.device)
+        layout = attention.packed_layout(batch, self.backend)
         output = self.model(
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),

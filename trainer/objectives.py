@@ -5,7 +5,8 @@ Both objects have the same face, and the loop knows nothing else of a stage:
 - ``prepare(policy, world, folder, say)``: what must be known before the first step (RPO: the reference log-probs);
 - ``micro_batches(step, world)``: this rank's batches (on the host), as many on every rank, and the step's denominators;
 - ``loss(policy, batch, denominators)``: this batch's part of the step's loss, and sums for the metrics;
-- ``metrics(sums, denominators)``: the step's numbers, from sums over all ranks and micro-batches;
+- ``metrics(sums, denominators)``: the step's numbers, from sums (``num_sums`` of them) over all ranks and micro-batches;
+- ``watch(row)``: is shown each row of metrics.jsonl in turn, and returns a warning to print, or None;
 - ``evaluate(policy, world)``: held-out numbers;
 - ``epoch_size`` and ``step_size`` in the same unit, ``ledger``, ``digests``.
 
@@ -29,16 +30,18 @@ import torch
 from medtrain.kernels.preference import preference_loss, sum_by_sequence
 from medtrain.trainer.config import Config
 from medtrain.trainer.data.batch import MicroBatch, cpt_batch, pair_batch
-from medtrain.trainer.data.ledger import cpt_ledger, pair_ledger
+from medtrain.trainer.data.ledger import cpt_ledger, describe, pair_ledger
 from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import check_capacity, pack
 from medtrain.trainer.data.pairs import PairSet, load_pairs
+from medtrain.trainer.data.sharing import TokenCounts, plan_pairs
 from medtrain.trainer.data.sources import name_sources
 from medtrain.trainer.data.tokens import tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
 from medtrain.trainer.distributed import World
 from medtrain.trainer.lora import without_adapters
 from medtrain.trainer.model import PolicyModel
+from medtrain.trainer.pair_stats import LikelihoodAlarm, num_sums, pair_metrics, pair_sums
 from medtrain.trainer.reference import ReferenceCache
 
 Say = Callable[[str], None]
@@ -46,11 +49,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Denominators:
-    """Of one optimizer step, over all ranks: ``tokens`` counted (CPT), ``pairs`` and ``chosen_tokens`` (RPO);
-    ``inputs`` are the tokens the model computes."""
+    """Of one optimizer step, over all ranks: ``tokens`` counted, ``pairs`` and ``chosen_tokens`` (RPO), each pair's own
+    also where they are computed once for several; ``inputs``: what the model computes."""
 
     tokens: int
-    inputs: int
+    inputs: TokenCounts
     pairs: int = 0
     chosen_tokens: int = 0
 
@@ -59,7 +62,7 @@ class Cpt:
     """Next-token prediction on documents: loss = -sum(logps) / counted tokens of the step."""
 
     stage = "cpt"
-    stat_names = ("nll",)
+    num_sums = 1
 
     def __init__(self, config: Config, tokenizer, world: World, say: Say):
         cache = Path(config.data.cache or os.environ.get("MEDTRAIN_CACHE") or Path.home() / ".cache" / "medtrain")
@@ -102,7 +105,8 @@ class Cpt:
         plan = pack(items.lengths, self.capacity, world.size)
         batches = [cpt_batch(self.sources, [pairs[i] for i in by_rank[world.rank]]) for by_rank in plan]
         tokens = int(items.lengths.sum())
-        return batches, Denominators(tokens=tokens, inputs=tokens)
+        padding = sum(not mine for by_rank in plan for mine in by_rank)
+        return batches, Denominators(tokens, TokenCounts(0, tokens, padding, needed=tokens, separate=tokens))
 
     def loss(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
         nll = -policy(batch.to(policy.device)).sum()
@@ -110,6 +114,9 @@ class Cpt:
 
     def metrics(self, sums: torch.Tensor, n: Denominators) -> dict[str, Any]:
         return {"loss": float(sums[0]) / n.tokens}
+
+    def watch(self, row: dict[str, Any]) -> str | None:
+        """CPT has no alarm."""
 
     @torch.no_grad()
     def evaluate(self, policy: PolicyModel, world: World) -> dict[str, float]:
@@ -130,10 +137,6 @@ class Rpo:
     """Reasoning preference optimization on pairs (medtrain.kernels.preference): DPO + alpha * NLL of the chosen side."""
 
     stage = "rpo"
-    stat_names = (
-        "objective", "dpo_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy",
-        "logps/chosen", "logps/rejected",
-    )  # fmt: skip
 
     def __init__(self, config: Config, tokenizer, world: World, say: Say):
         self.config = config.rpo
@@ -142,26 +145,43 @@ class Rpo:
         def load(sources, what: str = "") -> list[PairSet]:
             found = []
             for source in name_sources(sources):
-                pairs = load_pairs(source, tokenizer, max_length=config.data.max_length, overlong=config.data.overlong)
+                data = config.data
+                pairs = load_pairs(
+                    source, tokenizer, max_length=data.max_length, overlong=data.overlong, unusable=data.unusable
+                )
                 say(f"{what}{source.name}: {pairs.num_pairs:,} pairs, {len(pairs.tokens):,} tokens")
+                for line in describe(pair_ledger([pairs])):
+                    say(f"warning: {what}{line}")
                 _tell_unknown(pairs.tokens, tokenizer, source.name, say)
                 found.append(pairs)
             return found
 
         self.sources = load(config.data.pairs)
         self.heldout = load(config.data.heldout, "held-out ")
-        longest = max(int(pairs.lengths.max()) for pairs in [*self.sources, *self.heldout])
+        self.share = config.data.share_prompts
+        longest = max(
+            int((pairs.lengths if self.share else pairs.separate_lengths).max())
+            for pairs in [*self.sources, *self.heldout]
+        )
         check_capacity(longest, self.capacity, what="a pair, both sides")
         self.epoch_size = sum(pairs.num_pairs for pairs in self.sources)
         shares = source_shares([p.weight for p in self.sources], [p.num_pairs for p in self.sources])
         self.step_size = config.optim.batch_pairs
         ones = [np.ones(pairs.num_pairs, dtype=np.int64) for pairs in self.sources]
         self.order = GlobalOrder(ones, shares, self.step_size, config.run.seed, setting="optim.batch_pairs")
-        self.lengths = [pairs.lengths for pairs in self.sources]
         self.completion_lengths = [pairs.completion_lengths.reshape(-1, 2) for pairs in self.sources]
         self.ledger = pair_ledger(self.sources) | {"heldout": pair_ledger(self.heldout)["sources"]}
+        self.ledger["tokenizer"] = {
+            "eos": tokenizer.eos_token, "bos": tokenizer.bos_token,
+            "pad_is_eos": tokenizer.pad_token_id == tokenizer.eos_token_id,
+        }  # fmt: skip
+        if self.ledger["tokenizer"]["pad_is_eos"]:
+            say(f"note: pad is eos, {tokenizer.eos_token}: nothing is padded or masked by it, and eos is learned")
         self.digests = {f"data.pairs.{i}": pairs.digest for i, pairs in enumerate(self.sources)}
         self.digests |= {f"data.heldout.{i}": pairs.digest for i, pairs in enumerate(self.heldout)}
+        self.num_sums = num_sums(len(self.sources))
+        names = [pairs.name for pairs in self.sources]
+        self.alarm = LikelihoodAlarm(names, config.rpo.beta, has_reference=config.rpo.loss != "simpo")
         self.start_digest = ""  # of the policy before its first step; the loop sets it
         self.reference: dict[int, torch.Tensor] = {}  # id(PairSet) -> float64 [P, 2]
 
@@ -174,10 +194,11 @@ class Rpo:
             return
         for pairs in [*self.sources, *self.heldout]:
             cache = ReferenceCache(folder, pairs, self.start_digest, policy.compute_dtype, policy.backend)
+            layout = {"capacity": self.capacity, "share": self.share}
             # Adapters that begin at zero stay out; the check has them in, and so proves that they change nothing.
             with without_adapters(policy) if "lora.path" not in self.digests else contextlib.nullcontext():
-                missing, parts = cache.fill(policy, self.capacity, world), len(cache.parts())
-            off = cache.check(policy, self.capacity, world)
+                missing, parts = cache.fill(policy, world, **layout), len(cache.parts())
+            off = cache.check(policy, world, **layout)
             what = f"{missing} of {parts} parts computed" if missing else "from the cache"
             say(f"reference of {pairs.name}: {what}; policy == reference within {off:.1e} nats")
             self.reference[id(pairs)] = torch.from_numpy(cache.load())
@@ -185,26 +206,26 @@ class Rpo:
     def micro_batches(self, step: int, world: World) -> tuple[list[MicroBatch], Denominators]:
         items = self.order.step(step)
         ids = list(zip(items.source_ids.tolist(), items.item_ids.tolist(), strict=True))
-        lengths = np.array([self.lengths[s][i] for s, i in ids])
-        plan = pack(lengths, self.capacity, world.size)
-        batches = [pair_batch(self.sources, [ids[i] for i in by_rank[world.rank]]) for by_rank in plan]
+        plan, inputs = self._plan(self.sources, ids, world)
+        batches = [
+            pair_batch(self.sources, [ids[i] for i in by_rank[world.rank]], share=self.share) for by_rank in plan
+        ]
         completions = np.array([self.completion_lengths[s][i] for s, i in ids])
-        return batches, Denominators(
-            tokens=int(completions.sum()),
-            inputs=int(lengths.sum()),
-            pairs=len(ids),
-            chosen_tokens=int(completions[:, 0].sum()),
-        )
+        return batches, Denominators(int(completions.sum()), inputs, len(ids), int(completions[:, 0].sum()))
+
+    def _plan(self, sources, ids, world: World):
+        return plan_pairs(sources, ids, share=self.share, capacity=self.capacity, world_size=world.size)
 
     def loss(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
         return self._loss(policy, batch, n, self.sources)
 
     def _loss(self, policy, batch: MicroBatch, n: Denominators, sources) -> tuple[torch.Tensor, torch.Tensor]:
         # Lengths and ids stay on the host: reading them from a GPU would wait for it.
-        sums = sum_by_sequence(policy(batch.to(policy.device)), batch.target_cu_seqlens)
+        moved = batch.to(policy.device)
+        sums = sum_by_sequence(policy(moved), batch.target_cu_seqlens).index_select(0, moved.sides)
         rows = [self.reference[id(sources[s])][i] for s, i in _ids(batch)]
         reference = torch.stack(rows).view(-1) if rows else torch.zeros(0, dtype=torch.float64)
-        lengths = batch.target_cu_seqlens.diff()
+        lengths = batch.target_cu_seqlens.diff()[batch.sides]
         settings = {"beta": self.config.beta, "num_pairs": n.pairs, "num_chosen_tokens": n.chosen_tokens,
                     "nll_norm": self.config.nll_norm}  # fmt: skip
         if self.config.loss == "sft":
@@ -217,15 +238,18 @@ class Rpo:
                 sums, lengths, reference.to(sums.device), alpha=self.config.alpha, loss=self.config.loss,
                 label_smoothing=self.config.label_smoothing, simpo_gamma=self.config.simpo_gamma, **settings,
             )  # fmt: skip
-        parts = [loss.detach(), *(stats[name].sum() for name in self.stat_names[1:])]
-        return loss, torch.stack([part.double() for part in parts])
+        return loss, pair_sums(loss, stats, lengths, batch.source_ids, len(sources))
 
     def metrics(self, sums: torch.Tensor, n: Denominators) -> dict[str, Any]:
-        values = dict(zip(self.stat_names, sums.tolist(), strict=True))
+        return self._metrics(sums, n, self.sources)
+
+    def _metrics(self, sums: torch.Tensor, n: Denominators, sources) -> dict[str, Any]:
         nll_denominator = n.chosen_tokens if self.config.nll_norm == "token" else n.pairs
-        row = {"loss": values.pop("objective"), "dpo_loss": values.pop("dpo_loss") / n.pairs,
-               "nll_loss": values.pop("nll_loss") / nll_denominator}  # fmt: skip
-        return row | {name: value / n.pairs for name, value in values.items()} | {"pairs": n.pairs}
+        names = [pairs.name for pairs in sources]
+        return pair_metrics(sums, names, nll_denominator=nll_denominator, beta=self.config.beta)
+
+    def watch(self, row: dict[str, Any]) -> str | None:
+        return self.alarm.watch(row)
 
     @torch.no_grad()
     def evaluate(self, policy: PolicyModel, world: World) -> dict[str, float]:
@@ -233,14 +257,14 @@ class Rpo:
         if not self.heldout:
             return {}
         ids = [(s, i) for s, pairs in enumerate(self.heldout) for i in range(pairs.num_pairs)]
-        lengths = np.concatenate([pairs.lengths for pairs in self.heldout])
         completions = np.concatenate([pairs.completion_lengths for pairs in self.heldout])
-        n = Denominators(int(completions.sum()), int(lengths.sum()), len(ids), int(completions[0::2].sum()))
-        sums = torch.zeros(len(self.stat_names), dtype=torch.float64, device=world.device)
-        for by_rank in pack(lengths, self.capacity, world.size):
-            batch = pair_batch(self.heldout, [ids[i] for i in by_rank[world.rank]])
+        plan, inputs = self._plan(self.heldout, ids, world)
+        n = Denominators(int(completions.sum()), inputs, len(ids), int(completions[0::2].sum()))
+        sums = torch.zeros(num_sums(len(self.heldout)), dtype=torch.float64, device=world.device)
+        for by_rank in plan:
+            batch = pair_batch(self.heldout, [ids[i] for i in by_rank[world.rank]], share=self.share)
             sums += self._loss(policy, batch, n, self.heldout)[1]
-        row = self.metrics(world.sum(sums), n)
+        row = self._metrics(world.sum(sums), n, self.heldout)
         return {f"heldout/{name}": row[name] for name in row if name != "pairs"}
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line on a terminal, plain lines now and then elsewhere."""
+"""What a person sees of a run: a live line on a terminal, plain lines now and then elsewhere, and the closing lines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from medtrain.kernels.logps import clamped_rows
+from medtrain.trainer.config import Config
+from medtrain.trainer.run_folder import RunFolder
 
 SECONDS_BETWEEN_LINES = 15.0  # where the output is not a terminal
 
@@ -65,6 +69,45 @@ def describe(row: dict[str, Any]) -> str:
         parts.append(f"MFU {row['mfu']:.1%}")
     parts.append(f"{row['max_memory_gib']:.2f} GiB")
     return "  ".join(parts)
+
+
+def heldout_line(row: dict[str, Any]) -> str:
+    """The held-out numbers of one row of metrics.jsonl."""
+    shown = {k.removeprefix("heldout/"): v for k, v in row.items() if k.startswith("heldout/") and v is not None}
+    numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+    return f"held-out at step {row['step']}: {numbers}"
+
+
+def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> str:
+    """The closing lines: first and last value of what matters, over the whole run and all its starts."""
+    rows = folder.rows()
+    trained = [row for row in rows if "loss" in row]
+    heldout = [row for row in rows if any(name.startswith("heldout/") for name in row)]
+    lines = [f"done: {steps:,} steps in {duration(seconds)}" if steps else "already complete"]
+
+    def span(name: str, within: list[dict[str, Any]]) -> str:
+        return f"{name} {within[0][name]:.4f} -> {within[-1][name]:.4f}"
+
+    names = [name for name in ("loss", "rewards/margin", "rewards/accuracy") if name in trained[-1]]
+    lines.append("  ".join(span(name, trained) for name in names))
+    if heldout:
+        watched = ("bits_per_byte", "heldout/loss", "rewards/margin", "rewards/accuracy")
+        lines.append(
+            "  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched))
+        )
+    computed, saved = (sum(row[name] for row in trained) for name in ("tokens_computed", "tokens_saved"))
+    lines.append(
+        f"{trained[-1]['tokens_total']:,} tokens counted, {computed:,} computed"
+        + (f", {saved:,} saved by sharing prompts, " if saved else ", ")
+        + f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
+    )
+    if clamped_rows():
+        lines.append(
+            f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly"
+        )
+    made = "   ".join(f"{path.name}: {path}" for path in reversed(folder.results(config)))
+    lines.append(f"{made}   metrics: {folder.metrics}   ledger: {folder.ledger}")
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

@@ -17,8 +17,8 @@ import torch
 
 from medtrain.kernels.preference import sum_by_sequence
 from medtrain.trainer.data.batch import pair_batch
-from medtrain.trainer.data.packing import pack
 from medtrain.trainer.data.pairs import PairSet
+from medtrain.trainer.data.sharing import plan_pairs
 from medtrain.trainer.distributed import World
 from medtrain.trainer.files import write_bytes, write_json
 from medtrain.trainer.model import PolicyModel
@@ -32,17 +32,11 @@ TOLERANCE_NATS = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
 
 
 @torch.no_grad()
-def sequence_logps(policy: PolicyModel, pairs: PairSet, indices: list[int], capacity: int, world: World) -> np.ndarray:
-    """Summed completion log-probs (nats) of the pairs ``indices``: float64 [n, 2], the same on every rank."""
-    sums = torch.zeros(len(indices), 2, dtype=torch.float64)
-    row_of = {index: row for row, index in enumerate(indices)}
-    for by_rank in pack(pairs.lengths[indices], capacity, world.size):
-        items = [(0, indices[i]) for i in by_rank[world.rank]]
-        batch = pair_batch([pairs], items).to(world.device)
-        logps = sum_by_sequence(policy(batch), batch.target_cu_seqlens)
-        rows = [row_of[index] for _, index in items]
-        sums[rows] = logps.double().view(-1, 2).cpu()
-    return world.sum(sums.view(-1)).view(-1, 2).numpy()
+def _micro_batch_logps(policy: PolicyModel, pairs: PairSet, indices: list[int], share: bool) -> torch.Tensor:
+    """Summed completion log-probs (nats), float64 [n, 2], of one micro-batch of pairs, as a training step has them."""
+    batch = pair_batch([pairs], [(0, i) for i in indices], share=share).to(policy.device)
+    sums = sum_by_sequence(policy(batch), batch.target_cu_seqlens).index_select(0, batch.sides)
+    return sums.double().view(-1, 2).cpu()
 
 
 class ReferenceCache:
@@ -79,26 +73,45 @@ class ReferenceCache:
         except (OSError, ValueError):
             return False
 
-    def fill(self, policy: PolicyModel, capacity: int, world: World) -> int:
-        """Compute the parts that are missing with ``policy``, which must hold the starting weights; returns how many."""
+    def fill(self, policy: PolicyModel, world: World, *, capacity: int, share: bool) -> int:
+        """Compute the parts that are missing with ``policy``, which must hold the starting weights; returns how many.
+
+        A part is packed by itself and as for one rank, and its micro-batches are dealt out to the ranks: its numbers do
+        not depend on the world size, nor on which parts were there. On ``capacity`` and ``share`` they depend by rounding.
+        """
         missing = world.from_main(self.missing)
         if world.is_main and missing:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "about.json", self.about)
-        for path, indices in missing:
-            sums = sequence_logps(policy, self.pairs, indices, capacity, world)
-            if world.is_main:
-                buffer = io.BytesIO()
-                np.save(buffer, sums)
-                write_bytes(path, buffer.getvalue())
+        sums, ends, queue = torch.zeros(self.pairs.num_pairs, 2, dtype=torch.float64), [], []
+        for _, indices in missing:
+            queue += self._micro_batches(indices, capacity, share)
+            ends.append(len(queue))
+        written = 0
+        for first in range(0, len(queue), world.size):
+            mine = queue[first + world.rank] if first + world.rank < len(queue) else []
+            sums[mine] = _micro_batch_logps(policy, self.pairs, mine, share)
+            while written < len(missing) and ends[written] <= first + world.size:
+                path, indices = missing[written]
+                whole = world.sum(sums[indices].view(-1)).view(-1, 2)
+                if world.is_main:
+                    buffer = io.BytesIO()
+                    np.save(buffer, whole.numpy())
+                    write_bytes(path, buffer.getvalue())
+                written += 1
         world.barrier()
         return len(missing)
+
+    def _micro_batches(self, indices: list[int], capacity: int, share: bool) -> list[list[int]]:
+        items = [(0, i) for i in indices]
+        plan, _ = plan_pairs([self.pairs], items, share=share, capacity=capacity, world_size=1)
+        return [[indices[k] for k in mine] for (mine,) in plan]
 
     def load(self) -> np.ndarray:
         """float64 [num_pairs, 2], chosen and rejected."""
         return np.concatenate([np.load(path) for path, _ in self.parts()])
 
-    def check(self, policy: PolicyModel, capacity: int, world: World) -> float:
+    def check(self, policy: PolicyModel, world: World, *, capacity: int, share: bool) -> float:
         """Recompute a few pairs with ``policy`` (the starting weights) and compare: policy == reference at step 0.
 
         Returns the largest difference in nats.
@@ -107,7 +120,11 @@ class ReferenceCache:
             RuntimeError: a difference beyond rounding.
         """
         picked = sorted(set(np.linspace(0, self.pairs.num_pairs - 1, SPOT_CHECKS).astype(int).tolist()))
-        now, stored = sequence_logps(policy, self.pairs, picked, capacity, world), self.load()[picked]
+        # Every rank computes the same: they must call the model equally often.
+        sums = torch.zeros(self.pairs.num_pairs, 2, dtype=torch.float64)
+        for mine in self._micro_batches(picked, capacity, share):
+            sums[mine] = _micro_batch_logps(policy, self.pairs, mine, share)
+        now, stored = sums[picked].numpy(), self.load()[picked]
         lengths = np.asarray(self.pairs.completion_lengths).reshape(-1, 2)[picked]
         off = np.abs(now - stored)
         limit = TOLERANCE_NATS[self.compute_dtype] * np.sqrt(lengths)

@@ -75,14 +75,14 @@ def optimizer_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     batches, n = objective.micro_batches(step, world)
-    sums = torch.zeros(len(objective.stat_names), dtype=torch.float64, device=world.device)
+    sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
     attended = 0.0
     for batch in batches:
         loss, stats = objective.loss(policy, batch, n)
         # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
         (loss * world.size).backward()
         sums += stats
-        attended += float(batch.cu_seqlens.diff().double().square().sum())
+        attended += batch.attended
     # One reduction a step carries everything: sums, attention work, and whether any rank was told to stop.
     extra = torch.tensor([attended, float(asked())], dtype=torch.float64, device=world.device)
     reduced = world.sum(torch.cat([sums, extra]))

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 
 from medtrain.benchmarks import train as bench
 from medtrain.benchmarks.report import markdown
-from medtrain.benchmarks.train import OURS, TRL, failures, run_train
-from medtrain.benchmarks.train_arms import run_medtrain
+from medtrain.benchmarks.train import OURS, SEPARATE, TRL, failures, run_train
+from medtrain.benchmarks.train_arms import Arm, run_medtrain
 from medtrain.benchmarks.train_inputs import MODELS, config, make_inputs, most_tokens, token_ids, work
 from medtrain.benchmarks.train_tables import verdicts
 from medtrain.trainer.cli import main
@@ -35,8 +35,8 @@ def one_thread_and_few_steps(monkeypatch):
     monkeypatch.setitem(bench.STEPS, "small", (1, 4))
 
 
-def find(result, impl):
-    (row,) = [row for row in result["rows"] if row["impl"] == impl]
+def find(result, impl, variant=""):
+    (row,) = [row for row in result["rows"] if (row["impl"], row["variant"]) == (impl, variant)]
     return row
 
 
@@ -53,7 +53,7 @@ def test_tiny_form_end_to_end_without_the_peer(tmp_path, monkeypatch):
         (shadow / name).mkdir(parents=True)
         (shadow / name / "__init__.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\")")
     monkeypatch.setenv("PYTHONPATH", str(shadow))
-    result, path = run(tmp_path)
+    result, path = run(tmp_path, arms=(OURS, TRL))
     assert path.name == f"train-rpo-cpu-{result['date']}.json"
     assert json.loads(path.read_text()) == result
     assert {"device", "date", "commit", "versions", "rows"} <= result.keys()
@@ -64,7 +64,7 @@ def test_tiny_form_end_to_end_without_the_peer(tmp_path, monkeypatch):
     assert (row["model"], row["precision"], row["trained"]) == ("tiny", "float32", "all weights")
     assert row["steps"] == 4 and row["micro_batches_a_step"] == 1 and len(row["losses"]) == 5
     assert row["pairs_per_second"] == pytest.approx(8e3 / row["ms_median"])
-    assert 0.5 < row["useful_token_share"] <= 1
+    assert row["useful_token_share"] == 1  # one micro-batch, prompts shared
     assert row["step_extra_bytes"] > 4 * row["parameters"]  # the gradients at least
     assert row["mfu"] is row["max_memory_gib"] is None
     assert row["loss_difference"] == 0 and abs(row["margins"][0]) < 1e-5 < 1e-3 < abs(row["margins"][-1])
@@ -120,6 +120,21 @@ def test_what_is_timed_is_what_trains(model, tmp_path):
     assert len(found.ms) == 4 and found.extra_bytes > 0
 
 
+def test_rows_of_ours_differ_in_what_is_computed_and_not_in_the_loss(tmp_path):
+    model = replace(TINY, few_tokens=400)
+    inputs, works = make_inputs(model, tmp_path, 4, CPU)
+    arms = (OURS, SEPARATE, Arm("medtrain", "few", few=True, checkpointing=False))
+    ours, separate, few = (run_medtrain(arm, model, inputs, 3, CPU) for arm in arms)
+    assert ours.computed == [work.tokens for work in works[:3]]
+    # Twice the prompts and no padding; small micro-batches part few pairs of one prompt, or none.
+    assert all(a + 8 * 10 <= b for a, b in zip(ours.computed, separate.computed, strict=True))
+    assert all(a <= b < c for a, b, c in zip(ours.computed, few.computed, separate.computed, strict=True))
+    assert min(few.micro_batches) > 1 and ours.micro_batches == separate.micro_batches == [1, 1, 1]
+    assert few.losses == pytest.approx(ours.losses, rel=1e-5) and separate.losses == pytest.approx(
+        ours.losses, rel=1e-5
+    )
+
+
 @pytest.mark.parametrize("model", [TINY, LORA], ids=["all weights", "lora"])
 def test_trl_has_the_same_losses(model, tmp_path):
     pytest.importorskip("trl", reason="TRL is an optional extra: pip install -e '.[bench]'")
@@ -158,7 +173,7 @@ def test_work_counts_a_shared_prompt_once_and_no_last_token():
     assert (found.pairs, found.tokens, found.head_tokens) == (3, (3 + 1) + (1 + 2 + 1 + 3) + (1 + 1), 15)
     # Causal attention: a completion's tokens see their prompt and themselves. Twice the number of seen places, but for ends.
     squares = 9 + (4**2 - 9) + (5**2 - 9) + (4**2 - 9) + (6**2 - 9) + 1 + (2**2 - 1) + (2**2 - 1)
-    assert found.squared_lengths == squares
+    assert found.attended == squares
     assert work(pairs, [0, 2]).tokens == 3 + 1 + 2 + 1 + 1 + 1
 
 

@@ -151,6 +151,17 @@ def test_without_gradients_the_result_is_bitwise_the_same():
     assert torch.equal(inferred, trained) and not inferred.requires_grad and trained.requires_grad
 
 
+def test_rows_out_of_range_are_counted_across_inference_mode_and_training():
+    hidden, weight, targets = planted([-1.0, -200.0, -300.0])
+    with torch.inference_mode():
+        chunked_logps(hidden, weight, targets)
+    assert clamped_rows() == 2
+    chunked_logps(hidden, weight, targets).sum().backward()
+    with torch.inference_mode():
+        chunked_logps(hidden, weight, targets)
+    assert clamped_rows() == 6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep_bytes", [None, 0, 40_000])
 def test_reruns_are_bitwise_equal(dtype, keep_bytes):

@@ -1,10 +1,13 @@
 """Packed attention equals attention on each document alone."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from medtrain.trainer.attention import packed_layout, varlen_attention
+from medtrain.trainer.data.batch import pair_batch, windows_batch
+from medtrain.trainer.data.pairs import PairSet
 
 LENGTHS = [5, 30, 7, 64, 1, 2, 33, 31]
 
@@ -16,8 +19,7 @@ def qkv(dtype=torch.float64):
 
 
 def layout(lengths=LENGTHS):
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    return packed_layout(bounds, max(lengths), "sdpa", torch.device("cpu"))
+    return packed_layout(windows_batch([np.zeros(n + 1, dtype=np.int32) for n in lengths]), "sdpa")
 
 
 def attend(q, k, v, where):
@@ -66,3 +68,37 @@ def test_calls_that_would_be_another_computation_are_refused():
             varlen_attention(None, q, k, v, None, scaling=1.0, **options)
     with pytest.raises(ValueError):
         varlen_attention(None, q, k, v, torch.ones(1), scaling=1.0, layout=layout())
+
+
+def _lower_right(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's variable-length kernel computes: its causal mask is aligned to the bottom right."""
+    assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    pieces = []
+    for s in range(len(cu_q) - 1):
+        rows = [t[cu[s] : cu[s + 1]].transpose(0, 1) for t, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
+        mask = torch.ones(rows[0].shape[1], rows[1].shape[1], dtype=torch.bool)
+        mask = mask.tril(mask.shape[1] - mask.shape[0])
+        out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        pieces.append(out.transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def test_the_flash_backends_are_given_the_keys_of_prompt_and_completion(monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _lower_right)
+    words = [np.arange(n, dtype=np.int32) for n in (7, 5, 1, 9, 1, 3, 20)]
+    offsets = np.concatenate([[0], np.cumsum([len(w) for w in (words[:3] + words[:1] + words[3:5] + words[4:])])])
+    tokens = np.concatenate(words[:3] + words[:1] + words[3:5] + words[4:])
+    pairs = PairSet("p", None, "", tokens, offsets, np.arange(3), "", {}, {})
+    batch = pair_batch([pairs], [(0, 0), (0, 1), (0, 2)])
+    assert len(batch.cu_seqlens) < 1 + 6 and batch.key_index is not None
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(len(batch.input_ids), heads, 8) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    weights = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+    found = []
+    for backend in ("sdpa", "torch_varlen"):
+        out = attend(q, k, v, packed_layout(batch, backend))
+        found.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -185,3 +185,28 @@ def test_text_that_the_tokenizer_cannot_spell_is_told(cpt_tree, tmp_path):
     cpt_tree["optim"]["batch_tokens"] = 32
     result = call("check", write_config(cpt_tree, tmp_path))
     assert result.exit_code == 0 and "of the tokens of english are <unk>" in result.stderr
+
+
+def test_check_shows_decoded_pairs_with_the_counted_tokens_marked(rpo_tree, tmp_path):
+    row = {"prompt": "患者 の 病", "chosen": "は a", "rejected": "は b"}
+    rpo_tree["data"]["pairs"] = [{"path": str(write_jsonl(tmp_path / "p.jsonl", [row, row | {"chosen": "は c"}]))}]
+    rpo_tree["optim"]["batch_pairs"] = 2
+    for share in (True, False):
+        rpo_tree["data"]["share_prompts"] = share
+        result = call("check", write_config(rpo_tree, tmp_path), "--samples", 2)
+        assert result.exit_code == 0
+        for chosen in ("a", "c"):
+            assert f"\n患者 の 病\n--- chosen\n⟦は {chosen} </s>⟧\n--- rejected\n⟦は b </s>⟧" in result.stdout
+        assert "--- p, row 1: 3 prompt, 3 chosen, 3 rejected tokens" in result.stdout
+    assert "⟦" not in call("check", write_config(rpo_tree, tmp_path)).stdout
+
+
+def test_check_shows_decoded_windows_of_which_all_but_the_first_token_counts(cpt_tree, tmp_path):
+    rows = [{"text": "患者 の 病 は a"}, {"text": "咳 の 薬"}]
+    cpt_tree["data"] |= {"sources": [{"path": str(write_jsonl(tmp_path / "t.jsonl", rows))}], "seq_len": 4}
+    cpt_tree["optim"]["batch_tokens"] = 8
+    result = call("check", write_config(cpt_tree, tmp_path), "--samples", 3)
+    assert result.exit_code == 0
+    for text in ("患者⟦の 病 は a⟧", "a⟦</s>⟧", "咳⟦の 薬 </s>⟧"):
+        assert text in result.stdout
+    assert result.stdout.count("--- t: ") == 3

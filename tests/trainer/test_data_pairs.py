@@ -7,14 +7,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medtrain.trainer.data.batch import pair_batch
-from medtrain.trainer.data.ledger import pair_ledger
-from medtrain.trainer.data.pairs import PairSet, load_pairs
+from medtrain.trainer.data.ledger import describe, pair_ledger
+from medtrain.trainer.data.pairs import BOS_DOUBLED, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED, PairSet, load_pairs
+from medtrain.trainer.data.sharing import plan_pairs
 from medtrain.trainer.data.sources import Source
 from medtrain.trainer.errors import InputError
 
@@ -72,14 +74,15 @@ def test_strings_are_tokenised_apart_and_completions_end_in_eos(tmp_path):
     for i in (0, 398):
         assert segments(pairs, i) == (ids("which fever is it"), [*ids("the answer a"), 1], [*ids("b"), 1])
     assert segments(pairs, 399) == (ids("why"), [*ids("because of a"), 1], [*ids("because of b"), 1])
-    assert pairs.lengths[:2].tolist() == [(4 + 4 - 1) + (4 + 2 - 1), (1 + 4 - 1) * 2]
+    assert pairs.separate_lengths[:2].tolist() == [(4 + 4 - 1) + (4 + 2 - 1), (1 + 4 - 1) * 2]
+    assert pairs.lengths[:2].tolist() == [4 + (4 - 1) + (2 - 1), 1 + (4 - 1) * 2]
     assert pairs.completion_lengths[:4].tolist() == [4, 2, 4, 4]
     assert pairs.rows.tolist() == list(range(1, 401))
 
 
 def test_a_pair_batch_counts_exactly_the_completions(tmp_path):
     pairs = load(tmp_path, [row(), row("why", "because of a", "because of b c")])
-    batch = pair_batch([pairs, pairs], [(1, 1), (0, 0)])
+    batch = pair_batch([pairs, pairs], [(1, 1), (0, 0)], share=False)
     prompt, completion = ids("which fever is it"), [*ids("the answer a"), 1]
     sequences = [
         ids("why because of a <eos>"),
@@ -94,26 +97,48 @@ def test_a_pair_batch_counts_exactly_the_completions(tmp_path):
     assert batch.cu_seqlens.tolist() == np.cumsum([0, *(len(s) - 1 for s in sequences)]).tolist()
     assert batch.position_ids.tolist() == [p for s in sequences for p in range(len(s) - 1)]
     assert batch.counted.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 19, 20]
-    assert batch.max_seqlen == 7 and batch.num_pairs == 2
+    assert batch.max_seqlen == 7 and batch.num_pairs == 2 and batch.sides.tolist() == [0, 1, 2, 3]
     assert batch.pair_ids.tolist() == [1, 0] and batch.source_ids.tolist() == [1, 0]
 
 
-@given(st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=6))
-def test_every_counted_position_stands_right_before_its_target_in_its_own_sequence(shapes):
-    lengths = np.array(shapes).reshape(-1)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    pairs = PairSet("p", None, "", np.arange(offsets[-1], dtype=np.int32), offsets, np.arange(len(shapes)), "", {}, {})
-    batch = pair_batch([pairs], [(0, i) for i in range(len(shapes))])
-    assert len(batch.input_ids) == pairs.lengths.sum()
-    assert np.array_equal(np.diff(batch.target_cu_seqlens), pairs.completion_lengths)
-    bounds = batch.cu_seqlens.tolist()
-    for k in range(2 * len(shapes)):
-        mine = slice(batch.target_cu_seqlens[k], batch.target_cu_seqlens[k + 1])
-        counted, targets = batch.counted[mine].tolist(), batch.targets[mine].tolist()
-        completion = (pairs.chosen, pairs.rejected)[k % 2](k // 2)
-        assert targets == completion.tolist()
-        assert counted == list(range(bounds[k + 1] - len(targets), bounds[k + 1]))
-        assert batch.input_ids[counted].tolist() == [int(pairs.prompt(k // 2)[-1]), *targets[:-1]]
+# Few tokens of few kinds, so that prompts and completions repeat.
+SHAPES = st.tuples(st.integers(0, 3), *[st.lists(st.integers(0, 2), min_size=1, max_size=4)] * 3)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(SHAPES, min_size=1, max_size=6), st.booleans())
+def test_what_each_side_sees_and_must_find_is_its_own_prompt_and_completion(shapes, share):
+    segments = [np.array([salt, *p]) if k == 0 else np.array(p) for salt, *rest in shapes for k, p in enumerate(rest)]
+    offsets = np.concatenate([[0], np.cumsum([len(s) for s in segments])])
+    pairs = PairSet(
+        "p", None, "", np.concatenate(segments).astype(np.int32), offsets, np.arange(len(shapes)), "", {}, {}
+    )
+    items = [(0, i) for i in range(len(shapes))]
+    batch = pair_batch([pairs], items, share=share)
+    assert len(batch.input_ids) == len(batch.position_ids) == batch.cu_seqlens[-1]
+    assert (
+        batch.max_seqlen == batch.cu_seqlens.diff().max() and batch.max_key_seqlen == batch.key_cu_seqlens.diff().max()
+    )
+    keys = torch.arange(len(batch.input_ids)) if batch.key_index is None else batch.key_index
+    segment_of = torch.repeat_interleave(torch.arange(len(batch.cu_seqlens) - 1), batch.cu_seqlens.diff())
+    for k, number in enumerate(batch.sides.tolist()):
+        prompt, completion = pairs.prompt(k // 2), (pairs.chosen, pairs.rejected)[k % 2](k // 2)
+        mine = slice(batch.target_cu_seqlens[number], batch.target_cu_seqlens[number + 1])
+        counted = batch.counted[mine]
+        assert batch.targets[mine].tolist() == completion.tolist()
+        for n, place in enumerate(counted.tolist()):
+            s = segment_of[place]
+            own_end = int(batch.cu_seqlens[s + 1])
+            seen = keys[batch.key_cu_seqlens[s] : int(batch.key_cu_seqlens[s + 1]) - (own_end - 1 - place)]
+            assert int(seen[-1]) == place, "a segment's keys end with its own tokens"
+            assert batch.input_ids[seen].tolist() == [*prompt.tolist(), *completion[:n].tolist()]
+            assert batch.position_ids[seen].tolist() == list(range(len(seen)))
+    plan, counts = plan_pairs([pairs], items, share=share, capacity=10_000, world_size=1)
+    assert sorted(plan[0][0]) == [i for _, i in items]
+    assert counts.computed == len(batch.input_ids) and counts.separate == pairs.separate_lengths.sum()
+    if share:
+        prompts = {tuple(pairs.prompt(i)) for _, i in items}
+        assert counts.needed == counts.computed and counts.prompt == sum(map(len, prompts))
 
 
 def test_an_empty_pair_batch_has_no_pair_and_counts_nothing():
@@ -266,6 +291,80 @@ def test_the_ledger_loses_no_row_and_no_token(tmp_path):
         json.dumps(ledger)
 
 
+UNUSABLE = [
+    row(),
+    row(chosen=" "),
+    row(rejected="the answer a"),
+    row(rejected="the  answer  a"),
+    chat(rejected=""),
+    chat(prompt="why"),
+]
+
+
+def test_unusable_pairs_are_an_error_with_counts_by_reason_or_dropped_into_the_ledger(tmp_path):
+    text = message(lambda: load(tmp_path, UNUSABLE))
+    assert "row 2: field 'chosen': empty text" in text
+    assert "(unusable rows: 2 empty, 2 identical; data.unusable: drop leaves them out)" in text
+    pairs = load(tmp_path, UNUSABLE, unusable="drop")
+    assert pairs.rows.tolist() == [1, 6]
+    assert {reason: rows for reason, (rows, _) in pairs.refused.items()} == {"empty": 2, "identical": 2}
+    assert pairs.refused["identical"][1] == 2 * (4 + 4 + 4)
+    ledger = pair_ledger([pairs])
+    assert ledger["total"]["rows"] == 6 and ledger["total"]["refused"]["rows"] == 4
+    assert ledger["total"]["tokens"] == sum(
+        ledger["total"][outcome]["tokens"] for outcome in ("kept", "cut", "refused")
+    )
+    assert describe(ledger) == [
+        "pairs: refused: empty: 2 rows, 18 tokens",
+        "pairs: refused: identical: 2 rows, 24 tokens",
+    ]
+    forgetful = (
+        "{{ messages[0].content if messages|length > 1 and messages[0].content == 'why' else messages[-1].content }}"
+    )
+    rows = [row(), chat(prompt="which is it")]
+    pairs = load(tmp_path, rows, tokenizer=make_tokenizer(template=forgetful), unusable="drop")
+    assert list(pairs.refused) == ["prompt not a prefix"] and pairs.num_pairs == 1
+    with pytest.raises(InputError, match="wrong role"):  # the form is wrong, whatever is said of the unusable
+        load(tmp_path, [row(), chat() | {"chosen": chat()["prompt"]}], unusable="drop")
+
+
+def test_what_looks_wrong_is_kept_and_noted(tmp_path):
+    bos = make_tokenizer()
+    bos.bos_token = "<end>"
+    rows = [
+        row("<end> why"),
+        row("<end> <end> why"),
+        row("<end> why", "<end> a", "b"),
+        row("why", "a <eos>", "b"),
+        row("why", "why a", "why b"),
+        row("why", "why a", "b"),
+    ]
+    pairs = load(tmp_path, rows, tokenizer=bos)
+    assert pairs.num_pairs == 6
+    assert pairs.noted == {BOS_DOUBLED: 2, EOS_DOUBLED: 1, PROMPT_REPEATED: 1}
+    assert pair_ledger([pairs])["sources"]["pairs"]["noted"] == pairs.noted
+    assert load(tmp_path, [chat(), row()], tokenizer=make_tokenizer(eos="<end>")).noted == {EOS_MISSING: 1}
+    assert load(tmp_path, [chat(), row()]).noted == {}
+
+
+def test_eos_is_a_target_of_every_completion_where_it_is_also_the_padding_token(tmp_path):
+    plain, padded = make_tokenizer(), make_tokenizer()
+    padded.pad_token = padded.eos_token
+    a, b = (load(tmp_path, [row(), chat()], tokenizer=tokenizer) for tokenizer in (plain, padded))
+    assert a.digest == b.digest
+    batch = pair_batch([b], [(0, 0), (0, 1)])
+    last = batch.target_cu_seqlens[1:] - 1
+    assert batch.targets[last].tolist() == [padded.eos_token_id] * 4
+
+
+def test_the_ledger_tells_what_sharing_can_save(tmp_path):
+    rows = [row("why", "a", "b"), row("why", "a", "c d"), row("which fever", "a", "b")]
+    source = pair_ledger([load(tmp_path, rows)])["sources"]["pairs"]
+    assert source["distinct_prompts"] == 2
+    separate, by_pair = (1 + 1) * 2 + (1 + 1) + (1 + 2) + (2 + 1) * 2, (1 + 1 + 1) + (1 + 1 + 2) + (2 + 1 + 1)
+    assert source["inputs"] == {"separate": separate, "by_pair": by_pair, "distinct": (1 + 1 + 1 + 2) + (2 + 1 + 1)}
+
+
 def test_the_digest_follows_token_ids_and_their_division(tmp_path):
     digests = [
         load(tmp_path, [row("why a", "b", "c")]).digest,
@@ -296,3 +395,20 @@ def test_qwens_template_makes_the_same_tokens_as_apply_chat_template(tmp_path):
         whole = tokenizer.apply_chat_template(example["prompt"] + example[side], tokenize=True, return_dict=False)
         mine = [*pairs.prompt(0).tolist(), *getattr(pairs, side)(0).tolist()]
         assert mine == whole[:-1] and mine[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("eos", "kind"), [("<|endoftext|>", "base"), ("<|im_end|>", "instruct")])
+def test_qwens_base_and_instruct_separators_end_what_is_learned(tmp_path, eos, kind):
+    if not (SHARED / "qwen2.5-tokenizer").is_dir():
+        pytest.skip("../shared/data is absent")
+    tokenizer = AutoTokenizer.from_pretrained(str(SHARED / "qwen2.5-tokenizer"))
+    tokenizer.eos_token = eos
+    assert (tokenizer.pad_token == eos) is (kind == "base")
+    pairs = load(tmp_path, [row("発熱は", "高い", "低い"), chat("発熱は", "高い", "低い")], 500, tokenizer)
+    strings, lists = (tokenizer.decode(pairs.chosen(i)) for i in (0, 1))
+    assert strings == f"高い{eos}" and tokenizer.decode(pairs.prompt(0)) == "発熱は"
+    assert tokenizer.decode(pairs.prompt(1)).endswith("発熱は<|im_end|>\n<|im_start|>assistant\n")
+    if kind == "instruct":
+        assert lists == "高い<|im_end|>" and pairs.noted == {}
+    else:  # the template knows only <|im_end|>: the turn is learned with it, and the document's end after it
+        assert lists == "高い<|im_end|>\n<|endoftext|>" and pairs.noted == {EOS_MISSING: 1}

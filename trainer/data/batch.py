@@ -1,7 +1,10 @@
 """Micro-batches: packs windows or pairs one after the other into the tensors that the model and the losses take.
 
-Sequences never see each other: ``cu_seqlens`` says where each begins and positions restart there. Logits are wanted
-only at ``counted``; ``targets`` are the tokens to find there.
+Both are laid out as groups: a prompt and the completions that go on from it, prompt first, computed once. A window is a
+group of one completion (all after its first token). With ``share`` off a pair is two groups of one completion each.
+Positions restart after the prompt for every completion, and a completion sees the prompt and itself, nothing else.
+Logits are wanted only at ``counted``; ``targets`` are the tokens to find there. A completion's first token is found at
+the last token of the prompt, which so counts once for each completion; its last token is a target and no input.
 """
 
 from __future__ import annotations
@@ -13,21 +16,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from medtrain.trainer.data.pairs import PairSet
+from medtrain.trainer.data.pairs import PairSet, token_key
 from medtrain.trainer.data.windows import Windows
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed micro-batch of D sequences, T input tokens, N counted tokens and, in RPO, P pairs (D = 2P).
+    """One packed micro-batch of T input tokens in S segments, C completions, N counted tokens and, in RPO, P pairs.
 
-    ``input_ids``, ``position_ids`` int64 [T]; ``cu_seqlens`` int32 [D+1]; ``max_seqlen`` the longest sequence.
+    ``input_ids``, ``position_ids`` int64 [T].
+    ``cu_seqlens`` int32 [S+1]: segment s is the tokens cu_seqlens[s]:cu_seqlens[s+1], a prompt and its first completion
+    or a further completion. It attends to ``key_index[key_cu_seqlens[s]:key_cu_seqlens[s+1]]`` (int64 [K], int32 [S+1]),
+    the last of which are its own tokens; ``key_index`` is None where every segment attends to itself alone.
+    ``max_seqlen``, ``max_key_seqlen``: the longest of each.
     ``counted`` int64 [N]: positions in ``input_ids`` whose next token counts; ``targets`` int64 [N]: that token.
-    ``target_cu_seqlens`` int64 [D+1]: the N by sequence (pairs: chosen_0, rejected_0, chosen_1, ...).
-    ``source_ids`` int64: the source of each window [D] or pair [P]. ``pair_ids`` int64 [P]: index of each pair in its
+    ``target_cu_seqlens`` int64 [C+1]: the N by completion. ``sides`` int64 [2P]: the completion of chosen_0, rejected_0,
+    chosen_1, ...; None in CPT.
+    ``source_ids`` int64: the source of each window [C] or pair [P]. ``pair_ids`` int64 [P]: index of each pair in its
     source; None in CPT.
 
-    A micro-batch without items is one sequence of one token (id 0) of which nothing counts: N = 0, P = 0, and
+    A micro-batch without items is one segment of one token (id 0) of which nothing counts: N = 0, P = 0, and
     ``target_cu_seqlens`` is [0, 0] in CPT and [0] in RPO.
     """
 
@@ -35,10 +43,14 @@ class MicroBatch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    key_cu_seqlens: torch.Tensor
+    max_key_seqlen: int
+    key_index: torch.Tensor | None
     counted: torch.Tensor
     targets: torch.Tensor
     target_cu_seqlens: torch.Tensor
     source_ids: torch.Tensor
+    sides: torch.Tensor | None = None
     pair_ids: torch.Tensor | None = None
 
     @property
@@ -48,6 +60,12 @@ class MicroBatch:
     @property
     def num_pairs(self) -> int:
         return 0 if self.pair_ids is None else self.pair_ids.numel()
+
+    @property
+    def attended(self) -> int:
+        """Twice the query-key products that causal attention needs, up to the diagonal: n * n for a plain document."""
+        keys = self.key_cu_seqlens.diff().long()
+        return int((keys.square() - (keys - self.cu_seqlens.diff()).square()).sum())
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch on ``device``; to a GPU through pinned memory, without waiting."""
@@ -65,9 +83,8 @@ class MicroBatch:
 
 def windows_batch(windows: Sequence[np.ndarray], source_ids: Sequence[int] | None = None) -> MicroBatch:
     """Pack windows (each int [length + 1], as :meth:`Windows.window` returns it), of source 0 if not said otherwise."""
-    if not windows:
-        return _empty(target_cu_seqlens=[0, 0], pair_ids=None)
-    return _pack(windows, [0] * len(windows), [0] * len(windows) if source_ids is None else source_ids, pair_ids=None)
+    groups = [(window[:1], [window[1:]]) for window in windows]
+    return _pack(groups, source_ids=[0] * len(windows) if source_ids is None else source_ids)
 
 
 def cpt_batch(sources: Sequence[Windows], items: Iterable[tuple[int, int]]) -> MicroBatch:
@@ -76,55 +93,76 @@ def cpt_batch(sources: Sequence[Windows], items: Iterable[tuple[int, int]]) -> M
     return windows_batch([sources[s].window(i) for s, i in items], [s for s, _ in items])
 
 
-def pair_batch(sources: Sequence[PairSet], items: Iterable[tuple[int, int]]) -> MicroBatch:
-    """Pack the pairs ``items``, each (source index, pair index), as chosen_0, rejected_0, chosen_1, ...
+def pair_batch(sources: Sequence[PairSet], items: Iterable[tuple[int, int]], *, share: bool = True) -> MicroBatch:
+    """Pack the pairs ``items``, each (source index, pair index).
 
-    A side's inputs are prompt and completion without the last token; its targets are exactly the completion's tokens.
+    With ``share`` equal prompts are computed once, and so are equal completions of one prompt; groups and completions
+    stand in the order in which they first come. Without, chosen_0, rejected_0, chosen_1, ..., each after its own prompt.
+    A completion's targets are exactly its tokens.
     """
     items = [(int(s), int(i)) for s, i in items]
-    if not items:
-        return _empty(target_cu_seqlens=[0], pair_ids=[])
-    sequences, context = [], []
-    for s, i in items:
+    groups: dict[object, tuple[np.ndarray, dict[bytes, np.ndarray]]] = {}
+    sides = []
+    for k, (s, i) in enumerate(items):
         prompt = sources[s].prompt(i)
-        for completion in (sources[s].chosen(i), sources[s].rejected(i)):
-            sequences.append(np.concatenate([prompt, completion]))
-            context.append(len(prompt) - 1)
-    return _pack(sequences, context, [s for s, _ in items], pair_ids=[i for _, i in items])
-
-
-def _pack(sequences, context: list[int], source_ids, pair_ids) -> MicroBatch:
-    """Pack sequences of tokens; the targets of one are its tokens after the first ``context + 1``."""
-    lengths = np.array([len(sequence) - 1 for sequence in sequences])
-    num_targets = lengths - context
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
-    return MicroBatch(
-        input_ids=_long(np.concatenate([sequence[:-1] for sequence in sequences])),
-        position_ids=_long(position_ids),
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        max_seqlen=int(lengths.max()),
-        counted=_long(np.flatnonzero(position_ids >= np.repeat(context, lengths))),
-        targets=_long(np.concatenate([sequence[c + 1 :] for sequence, c in zip(sequences, context, strict=True)])),
-        target_cu_seqlens=_long(np.concatenate([[0], np.cumsum(num_targets)])),
-        source_ids=_long(source_ids),
-        pair_ids=None if pair_ids is None else _long(pair_ids),
+        for side, completion in enumerate((sources[s].chosen(i), sources[s].rejected(i))):
+            group, name = token_key(prompt) if share else (k, side), token_key(completion)
+            groups.setdefault(group, (prompt, {}))[1].setdefault(name, completion)
+            sides.append((group, name))
+    number = {}
+    for group, (_, completions) in groups.items():
+        for name in completions:
+            number[group, name] = len(number)
+    return _pack(
+        [(prompt, list(completions.values())) for prompt, completions in groups.values()],
+        source_ids=[s for s, _ in items],
+        sides=[number[side] for side in sides],
+        pair_ids=[i for _, i in items],
     )
 
 
-def _empty(target_cu_seqlens: list[int], pair_ids: list[int] | None) -> MicroBatch:
+def _pack(groups: Sequence[tuple[np.ndarray, list[np.ndarray]]], source_ids, sides=None, pair_ids=None) -> MicroBatch:
+    """Pack (prompt, completions) groups, each prompt and completion of at least one token."""
+    inputs, positions, counted, targets, lengths, keys, key_lengths = [], [], [], [], [], [], []
+    start = 0
+    for prompt, completions in groups:
+        context = np.arange(start, start + len(prompt))
+        for k, completion in enumerate(completions):
+            own = completion[:-1] if k else np.concatenate([prompt, completion[:-1]])
+            seen = context if k else context[:0]
+            place = np.arange(start, start + len(own))
+            inputs.append(own)
+            positions.append(np.arange(len(seen), len(seen) + len(own)))
+            counted.append(np.concatenate([context[-1:], place[len(own) - len(completion) + 1 :]]))
+            targets.append(completion)
+            if len(own):  # a further completion of one token is found at the prompt and adds no input
+                lengths.append(len(own))
+                keys += [seen, place]
+                key_lengths.append(len(seen) + len(own))
+            start += len(own)
+    if not groups:
+        inputs, positions, lengths, key_lengths, keys = [[0]], [[0]], [1], [1], [[0]]
+    shared = key_lengths != lengths
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    target_lengths = [len(target) for target in targets] or ([0] if sides is None else [])
     return MicroBatch(
-        input_ids=_long([0]),
-        position_ids=_long([0]),
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-        max_seqlen=1,
-        counted=_long([]),
-        targets=_long([]),
-        target_cu_seqlens=_long(target_cu_seqlens),
-        source_ids=_long([]),
-        pair_ids=None if pair_ids is None else _long(pair_ids),
+        input_ids=_long(inputs),
+        position_ids=_long(positions),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(lengths),
+        key_cu_seqlens=torch.tensor([0, *np.cumsum(key_lengths)], dtype=torch.int32) if shared else cu_seqlens,
+        max_key_seqlen=max(key_lengths),
+        key_index=_long(keys) if shared else None,
+        counted=_long(counted),
+        targets=_long(targets),
+        target_cu_seqlens=torch.tensor([0, *np.cumsum(target_lengths)], dtype=torch.int64),
+        source_ids=_long([source_ids]),
+        sides=None if sides is None else _long([sides]),
+        pair_ids=None if pair_ids is None else _long([pair_ids]),
     )
 
 
-def _long(values) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(values).astype(np.int64))
+def _long(parts: Sequence) -> torch.Tensor:
+    return torch.from_numpy(
+        np.concatenate([np.asarray(part, dtype=np.int64) for part in parts] or [np.empty(0, np.int64)])
+    )

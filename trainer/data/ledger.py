@@ -2,7 +2,8 @@
 
 For each source: ``rows`` and ``tokens`` read, ``kept``, ``cut`` and ``refused`` by reason, and for CPT ``split``: the
 documents longer than the window. Always rows = kept + refused, and tokens = kept + cut + refused (a cut row is kept;
-its lost tokens are cut). Tokens of a pair are prompt + chosen + rejected; of a document, text and eos.
+its lost tokens are cut). Tokens of a pair are prompt + chosen + rejected; of a document, text and eos. For pairs also
+``noted``: rows that are kept but look wrong, by reason.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medtrain.trainer.data.pairs import PairSet
+from medtrain.trainer.data.sharing import distinct_tokens
 from medtrain.trainer.data.windows import Windows
 
 
@@ -21,8 +23,26 @@ def cpt_ledger(sources: Sequence[Windows]) -> dict:
 
 
 def pair_ledger(sources: Sequence[PairSet]) -> dict:
-    """Return the ledger of preference pairs. ``completion_tokens`` are the targets of an epoch, both sides."""
+    """Return the ledger of preference pairs.
+
+    ``completion_tokens`` are the targets of an epoch, both sides. ``inputs``: tokens that an epoch computes with each
+    side after its own prompt (``separate``), with a prompt for each pair (``by_pair``), and with each distinct prompt
+    and completion once (``distinct``); with data.share_prompts a run lies between the last two, as pairs of one prompt
+    meet in a micro-batch.
+    """
     return _ledger("pairs", {pairs.name: _pairs(pairs) for pairs in sources})
+
+
+def describe(ledger: dict) -> list[str]:
+    """Return a line for whatever was cut, refused or noted, by source and reason."""
+    lines = []
+    for name, source in ledger["sources"].items():
+        for outcome in ("cut", "refused"):
+            for reason, counts in source[outcome].items():
+                lines.append(f"{name}: {outcome}: {reason}: {counts['rows']:,} rows, {counts['tokens']:,} tokens")
+        for reason, rows in source.get("noted", {}).items():
+            lines.append(f"{name}: noted: {reason}: {rows:,} rows")
+    return lines
 
 
 def _ledger(kind: str, sources: dict[str, dict]) -> dict:
@@ -65,12 +85,20 @@ def _pairs(pairs: PairSet) -> dict:
     kept = _counts(pairs.num_pairs, len(pairs.tokens))
     cut = {reason: _counts(*counts) for reason, counts in pairs.cut.items()}
     refused = {reason: _counts(*counts) for reason, counts in pairs.refused.items()}
+    prompts, distinct = distinct_tokens(pairs)
     return {
         "path": pairs.path,
         "rows": kept["rows"] + _total(list(refused.values()))["rows"],
         "tokens": kept["tokens"] + _total([*cut.values(), *refused.values()])["tokens"],
         "kept": kept,
         "completion_tokens": int(pairs.completion_lengths.sum()),
+        "distinct_prompts": prompts,
+        "inputs": {
+            "separate": int(pairs.separate_lengths.sum()),
+            "by_pair": int(pairs.lengths.sum()),
+            "distinct": distinct,
+        },
         "cut": cut,
         "refused": refused,
+        "noted": pairs.noted,
     }

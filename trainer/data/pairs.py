@@ -3,22 +3,32 @@
 Fields are strings: prompt tokens are ``tokenizer(prompt, add_special_tokens=False)``, completion tokens the same and
 eos. Or they are chat lists ``[{"role": ..., "content": ...}, ...]``: prompt tokens are the chat template's with the
 generation prompt, completion tokens what the template adds to them for prompt + completion, up to and with the eos.
+
+Three kinds of trouble: a row of the wrong form (a missing field, a wrong role) is always an error; a row of the right
+form that cannot teach (``UNUSABLE``) is refused, by an error or, if told, by leaving it out; and what is kept but looks
+wrong is noted (``NOTED``). All are counted by reason.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from medtrain.trainer.data.sources import Row, Source, check_text, kind_of, read_rows
 from medtrain.trainer.data.tokens import eos_id, tokenize_texts
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import InputError, bad_input
 
 OVERLONG = ("error", "drop", "cut_completion", "cut_prompt")
+UNUSABLE = ("empty", "identical", "prompt not a prefix")
+BOS_DOUBLED = "BOS more than once"
+EOS_DOUBLED = "EOS twice at the end: the text has its own"
+EOS_MISSING = "no EOS from the chat template, one was added"
+PROMPT_REPEATED = "both completions begin with the prompt's text"
+NOTED = (BOS_DOUBLED, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED)
 _FIELDS = ("prompt", "chosen", "rejected")
 _ROWS_PER_CALL = 256
 
@@ -29,7 +39,8 @@ class PairSet:
 
     ``tokens`` int32, flat; ``offsets`` int64 [3P + 1]: prompt_0, chosen_0, rejected_0, prompt_1, ... ``rows`` int64
     [P]: each pair's row in its file. ``digest``: sha256 of all token ids and where they are divided, so of what a
-    reference model would score. ``cut`` and ``refused``: (rows, tokens lost) by reason.
+    reference model would score. ``cut`` and ``refused``: (rows, tokens lost) by reason. ``noted``: rows by reason, kept
+    all the same.
     """
 
     name: str
@@ -41,6 +52,7 @@ class PairSet:
     digest: str
     cut: dict[str, tuple[int, int]]
     refused: dict[str, tuple[int, int]]
+    noted: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_pairs(self) -> int:
@@ -59,9 +71,13 @@ class PairSet:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Input tokens of each pair, both sides, int64 [P]: each side is prompt + completion - 1."""
-        prompt, chosen, rejected = np.diff(self.offsets).reshape(-1, 3).T
-        return 2 * prompt + chosen + rejected - 2
+        """Input tokens of each pair alone, int64 [P]: the prompt, and each completion without its last token."""
+        return np.diff(self.offsets).reshape(-1, 3).sum(axis=1) - 2
+
+    @property
+    def separate_lengths(self) -> np.ndarray:
+        """The same where each side has a prompt of its own."""
+        return self.lengths + np.diff(self.offsets)[::3]
 
     @property
     def completion_lengths(self) -> np.ndarray:
@@ -72,14 +88,22 @@ class PairSet:
         return self.tokens[self.offsets[k] : self.offsets[k + 1]]
 
 
-def load_pairs(source: Source, tokenizer, *, max_length: int, overlong: str = "error") -> PairSet:
+def token_key(tokens: np.ndarray) -> bytes:
+    """What stands for these tokens where equal prompts and completions are looked for."""
+    return hashlib.sha256(np.ascontiguousarray(tokens)).digest()
+
+
+def load_pairs(
+    source: Source, tokenizer, *, max_length: int, overlong: str = "error", unusable: str = "error"
+) -> PairSet:
     """Read and tokenise the pairs of ``source``.
 
     A pair is overlong if prompt and longer completion (with eos) have more than ``max_length`` tokens. ``overlong``:
     ``error`` raises; ``drop`` refuses the pair; ``cut_completion`` keeps of both sides what fits after the prompt, eos
     last; ``cut_prompt`` cuts the prompt, which both share, from the left. Where cutting leaves no room for the other
-    part, or makes both sides equal, the pair is refused. Raises InputError naming file, row and field for whatever
-    cannot be a pair, and if no pair is left.
+    part, or makes both sides equal, the pair is refused. ``unusable``: ``error`` raises, ``drop`` refuses a pair that is
+    empty, identical, or whose prompt the chat template does not keep as the beginning. Raises InputError naming file,
+    row, field and counts by reason, and if no pair is left.
     """
     if overlong not in OVERLONG:
         raise bad_input("wrong setting", field="data.overlong", found=overlong, expected=" | ".join(OVERLONG))
@@ -88,10 +112,17 @@ def load_pairs(source: Source, tokenizer, *, max_length: int, overlong: str = "e
     rows: list[int] = []
     cut: dict[str, tuple[int, int]] = {}
     refused: dict[str, tuple[int, int]] = {}
+    noted: dict[str, int] = {}
     too_long: list[tuple[Row, int]] = []
+    first_unusable: _Unusable | None = None
     for batch in _batches(read_rows(source.path, _FIELDS)):
-        for row, pair in zip(batch, _tokenize(batch, tokenizer, eos), strict=True):
+        for row, tokenized in zip(batch, _tokenize(batch, tokenizer, eos), strict=True):
+            pair = tokenized.pair
             before = sum(map(len, pair))
+            if tokenized.unusable is not None:
+                first_unusable = first_unusable or tokenized.unusable
+                _count(refused, tokenized.unusable.reason, before)
+                continue
             length = len(pair[0]) + max(len(pair[1]), len(pair[2]))
             if length > max_length:
                 if overlong == "error":
@@ -108,8 +139,13 @@ def load_pairs(source: Source, tokenizer, *, max_length: int, overlong: str = "e
                     _count(refused, "identical after cutting", before)
                     continue
                 _count(cut, overlong, before - sum(map(len, pair)))
+            for reason in tokenized.noted:
+                noted[reason] = noted.get(reason, 0) + 1
             kept.append(tuple(np.array(segment, dtype=np.int32) for segment in pair))
             rows.append(row.number)
+    if first_unusable is not None and unusable == "error":
+        counts = ", ".join(f"{refused[reason][0]} {reason}" for reason in UNUSABLE if reason in refused)
+        raise InputError(f"{first_unusable.error} (unusable rows: {counts}; data.unusable: drop leaves them out)")
     if too_long:
         (row, length), several = too_long[0], f"{len(too_long)} rows are, this is the first"
         raise bad_input(
@@ -126,7 +162,20 @@ def load_pairs(source: Source, tokenizer, *, max_length: int, overlong: str = "e
     offsets = np.concatenate([[0], np.cumsum([len(segment) for segment in segments])])
     digest = hashlib.sha256(tokens.astype("<i4").tobytes() + offsets.astype("<i8").tobytes()).hexdigest()
     name = source.name or Path(source.path).resolve().stem
-    return PairSet(name, source.weight, str(source.path), tokens, offsets, np.array(rows), digest, cut, refused)
+    return PairSet(name, source.weight, str(source.path), tokens, offsets, np.array(rows), digest, cut, refused, noted)
+
+
+@dataclass(frozen=True)
+class _Unusable:
+    reason: str
+    error: InputError
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    pair: tuple[list[int], ...]  # prompt, chosen, rejected; completions with eos
+    unusable: _Unusable | None
+    noted: list[str]
 
 
 def _limit(max_length: int) -> str:
@@ -161,20 +210,20 @@ def _batches(rows):
         yield batch
 
 
-def _tokenize(batch: Sequence[Row], tokenizer, eos: int) -> list[tuple[list[int], ...]]:
-    """Return (prompt, chosen, rejected) ids of each row, completions with eos."""
-    chats = [_check(row) for row in batch]
+def _tokenize(batch: Sequence[Row], tokenizer, eos: int) -> list[_Tokenized]:
+    checked = [_check(row) for row in batch]
     texts: list[str] = []
-    for row, chat in zip(batch, chats, strict=True):
+    for row, (chat, _) in zip(batch, checked, strict=True):
         texts += _render(row, tokenizer) if chat else [row.fields[field] for field in _FIELDS]
     ids = tokenize_texts(tokenizer, texts)
-    pairs = []
-    for k, (row, chat) in enumerate(zip(batch, chats, strict=True)):
+    found = []
+    for k, (row, (chat, unusable)) in enumerate(zip(batch, checked, strict=True)):
         prompt, *sides = ids[3 * k : 3 * k + 3]
         where = {"file": row.file, "row": row.number}
+        noted = []
         if chat:
-            for side in (1, 2):
-                whole, prompt_text, text = ids[3 * k + side], texts[3 * k], texts[3 * k + side]
+            prompt_text, *side_texts = texts[3 * k : 3 * k + 3]
+            for side, (whole, text) in enumerate(zip(sides, side_texts, strict=True)):
                 if whole[: len(prompt)] == prompt:
                     completion = whole[len(prompt) :]
                 elif text.startswith(prompt_text):
@@ -183,17 +232,32 @@ def _tokenize(batch: Sequence[Row], tokenizer, eos: int) -> list[tuple[list[int]
                     completion = tokenize_texts(tokenizer, [text[len(prompt_text) :]])[0]
                 else:
                     problem = "the prompt is not a prefix of prompt and completion in the chat template"
-                    raise bad_input(problem, **where, field=_FIELDS[side])
-                sides[side - 1] = _until_eos(completion, tokenizer, eos)
+                    error = bad_input(problem, **where, field=_FIELDS[1 + side])
+                    unusable = unusable or _Unusable("prompt not a prefix", error)
+                    completion = whole
+                sides[side] = _until_eos(completion, tokenizer, eos)
+                if eos not in completion:
+                    noted.append(EOS_MISSING)
         else:
+            prompt_text, *side_texts = (row.fields[field] for field in _FIELDS)
+            if all(text.startswith(prompt_text) for text in side_texts):
+                noted.append(PROMPT_REPEATED)
             sides = [[*side, eos] for side in sides]
-        for field, segment, least in zip(_FIELDS, (prompt, *sides), (1, 2, 2), strict=True):
+        for field_, segment, least in zip(_FIELDS, (prompt, *sides), (1, 2, 2), strict=True):
             if len(segment) < least:
-                raise bad_input("the tokenizer makes no tokens of it", **where, field=field, found=row.fields[field])
+                problem = "the tokenizer makes no tokens of it"
+                error = bad_input(problem, **where, field=field_, found=row.fields[field_])
+                unusable = unusable or _Unusable("empty", error)
         if sides[0] == sides[1]:
-            raise bad_input("the same tokens as 'chosen'", **where, field="rejected", found=row.fields["rejected"])
-        pairs.append((prompt, *sides))
-    return pairs
+            error = bad_input("the same tokens as 'chosen'", **where, field="rejected", found=row.fields["rejected"])
+            unusable = unusable or _Unusable("identical", error)
+        bos = tokenizer.bos_token_id
+        if bos not in (None, eos) and any([*prompt, *side].count(bos) > 1 for side in sides):
+            noted.append(BOS_DOUBLED)
+        if any(side[-2:] == [eos, eos] for side in sides):
+            noted.append(EOS_DOUBLED)
+        found.append(_Tokenized((prompt, *sides), unusable, list(dict.fromkeys(noted))))
+    return found
 
 
 def _until_eos(completion: list[int], tokenizer, eos: int) -> list[int]:
@@ -205,27 +269,39 @@ def _until_eos(completion: list[int], tokenizer, eos: int) -> list[int]:
     return [*completion, eos]
 
 
-def _check(row: Row) -> bool:
-    """Check a row's fields; return whether they are chat lists."""
+def _check(row: Row) -> tuple[bool, _Unusable | None]:
+    """Check a row's fields; return whether they are chat lists, and what makes the row unusable."""
     values = [row.fields[field] for field in _FIELDS]
     where = {"file": row.file, "row": row.number}
-    for field, value in zip(_FIELDS, values, strict=True):
+    empty: list[InputError] = []
+    for name, value in zip(_FIELDS, values, strict=True):
         if not isinstance(value, (str, list)):
             expected = "a string or a list of messages"
-            raise bad_input("wrong type", **where, field=field, found=kind_of(value), expected=expected)
+            raise bad_input("wrong type", **where, field=name, found=kind_of(value), expected=expected)
         if type(value) is not type(values[0]):
             expected = f"{kind_of(values[0])} as 'prompt' is"
-            raise bad_input("types are mixed in one row", **where, field=field, found=kind_of(value), expected=expected)
+            raise bad_input("types are mixed in one row", **where, field=name, found=kind_of(value), expected=expected)
         if isinstance(value, str):
-            check_text(value, row, field)
+            _check_text(value, row, name, empty)
         else:
-            _check_messages(value, row, field)
+            _check_messages(value, row, name, empty)
+    chat = isinstance(values[0], list)
+    if empty:
+        return chat, _Unusable("empty", empty[0])
     if values[1] == values[2]:
-        raise bad_input("identical to 'chosen'", **where, field="rejected", found=row.fields["rejected"])
-    return isinstance(values[0], list)
+        error = bad_input("identical to 'chosen'", **where, field="rejected", found=row.fields["rejected"])
+        return chat, _Unusable("identical", error)
+    return chat, None
 
 
-def _check_messages(messages: list, row: Row, field: str) -> None:
+def _check_text(value: object, row: Row, name: str, empty: list[InputError]) -> None:
+    if isinstance(value, str) and not value.strip():
+        empty.append(bad_input("empty text", file=row.file, row=row.number, field=name, found=value))
+    else:
+        check_text(value, row, name)
+
+
+def _check_messages(messages: list, row: Row, field: str, empty: list[InputError]) -> None:
     where = {"file": row.file, "row": row.number}
     if not messages:
         raise bad_input("empty list of messages", **where, field=field)
@@ -233,7 +309,7 @@ def _check_messages(messages: list, row: Row, field: str) -> None:
         if not isinstance(message, dict):
             raise bad_input("wrong type", **where, field=f"{field}[{k}]", found=kind_of(message), expected="a message")
         for key in ("role", "content"):
-            check_text(message.get(key), row, f"{field}[{k}].{key}")
+            _check_text(message.get(key), row, f"{field}[{k}].{key}", empty)
         # Completion tokens are all learned, so they must all be the model's own; and it must be its turn to speak.
         if field != "prompt" and message["role"] != "assistant":
             raise bad_input(
