@@ -16,9 +16,9 @@ from dataclasses import asdict, replace
 import torch
 
 from medtrain.benchmarks.inputs import Inputs, make_inputs
+from medtrain.benchmarks.kernel_tables import shape_name
 from medtrain.benchmarks.kernels import Shape
 from medtrain.benchmarks.measure import Calls, time_rounds
-from medtrain.benchmarks.report import shape_name
 from medtrain.kernels.logps import chunked_logps
 from medtrain.kernels.logps_launch import ExpGemm, Launch, choose_launch, forced, supports_fused
 

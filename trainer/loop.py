@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 from medtrain.kernels.logps import reset_clamped_rows, select_path
@@ -45,10 +44,8 @@ from medtrain.trainer.progress import Display, heldout_line, summary
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
+from medtrain.trainer.step import FlopsPerToken, make_optimizer, optimizer_step, peak_flops
 from medtrain.trainer.weights import Checkpoint, digest_of_init, export_model, init_weights, load_weights
-
-# Dense bf16 peaks, FLOP/s, from the makers' data sheets. Elsewhere mfu is null.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -159,25 +156,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     adapters = prepared.adapters
     if adapters is not None:
         display.say(adapters.describe(total))
-    torch.manual_seed(config.run.seed)
-    reset_clamped_rows()
-    torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
-    policy = build_model(
-        config.model,
-        prepared.hf_config,
-        world,
-        prepared.compute_dtype,
-        backend=prepared.paths["attention"],
-        adapters=adapters,
-    )
-    if prepared.checkpoint is not None:
-        load_weights(policy, prepared.checkpoint)
-    else:
-        init_weights(policy, config.run.seed)
-    if adapters is not None:
-        fill_adapters(policy, adapters, config.run.seed)
-    objective.prepare(policy, world, folder.reference, display.say)
-    optimizer = _optimizer(policy, config, world)
+    policy, optimizer = start(config, prepared, world, folder.reference, display)
 
     state = {"tokens_total": 0, "pairs_total": 0}
     done = 0
@@ -214,8 +193,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         record(row)
         display.say(heldout_line(row))
 
-    flops = _FlopsPerToken(prepared.hf_config, multiplied, adapters)
-    peak = _peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
+    flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
+    peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
     began, spent = time.monotonic(), 0.0
     display.start(done, steps)
     try:
@@ -223,34 +202,16 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             for step in range(done, steps):
                 started = time.perf_counter()
                 lr = config.optim.lr * lr_factor(config.optim, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                batches, n = objective.micro_batches(step, world)
-                sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
-                attended = 0.0
-                for batch in batches:
-                    loss, stats = objective.loss(policy, batch, n)
-                    # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
-                    (loss * world.size).backward()
-                    sums += stats
-                    attended += batch.attended
-                # One reduction a step carries everything: sums, attention work, and whether any rank was told to stop.
-                extra = torch.tensor([attended, float(stop.asked)], dtype=torch.float64, device=world.device)
-                reduced = world.sum(torch.cat([sums, extra]))
-                metrics = objective.metrics(reduced[:-2], n)
-                grad_norm = _clip(policy, config.optim.grad_clip)
-                if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
-                    raise RuntimeError(
-                        f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}: not finite, stopped before "
-                        f"the update; the last checkpoint stands in {folder.checkpoints}"
-                    )
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                this = optimizer_step(
+                    policy, objective, optimizer, step, world, lr=lr, grad_clip=config.optim.grad_clip,
+                    asked=lambda: stop.asked, advice=f"the last checkpoint stands in {folder.checkpoints}",
+                )  # fmt: skip
+                n = this.denominators
                 state["tokens_total"] += n.tokens
                 state["pairs_total"] += n.pairs
                 seconds = time.perf_counter() - started
-                work = flops(n.inputs.computed, float(reduced[-2]))
-                row = {"step": step + 1, **metrics, "grad_norm": grad_norm, "lr": lr, "tokens": n.tokens,
+                work = flops(n.inputs.computed, this.squared_lengths)
+                row = {"step": step + 1, **this.metrics, "lr": lr, "tokens": n.tokens,
                        "tokens_total": state["tokens_total"], "seconds": seconds,
                        **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
@@ -262,10 +223,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
                 if evaluate_now(step + 1):
                     display.say(heldout_line(row))
-                asked = bool(reduced[-1] > 0)
-                if asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
+                if this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
                     save(step + 1)
-                if asked and step + 1 < steps:
+                if this.asked and step + 1 < steps:
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
                     return TrainResult(folder.root, folder.results(config)[-1], row, interrupted=True)
     finally:
@@ -284,6 +244,32 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.results(config)[-1], row or folder.rows()[-1])
+
+
+def start(
+    config: Config, prepared: Prepared, world: World, reference: Path, display: Display
+) -> tuple[PolicyModel, torch.optim.AdamW]:
+    """The policy with its starting weights, what its objective must know of them (kept under ``reference``), and the
+    optimizer: what stands before step 0."""
+    torch.manual_seed(config.run.seed)
+    reset_clamped_rows()
+    torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
+    policy = build_model(
+        config.model,
+        prepared.hf_config,
+        world,
+        prepared.compute_dtype,
+        backend=prepared.paths["attention"],
+        adapters=prepared.adapters,
+    )
+    if prepared.checkpoint is not None:
+        load_weights(policy, prepared.checkpoint)
+    else:
+        init_weights(policy, config.run.seed)
+    if prepared.adapters is not None:
+        fill_adapters(policy, prepared.adapters, config.run.seed)
+    prepared.objective.prepare(policy, world, reference, display.say)
+    return policy, make_optimizer(policy, config.optim)
 
 
 def check(config: Config, samples: int = 0) -> str:
@@ -356,53 +342,11 @@ def _check_shared(folder: RunFolder, world: World) -> None:
                         f"see {folder.manifest}", expected="a shared file system")  # fmt: skip
 
 
-def _optimizer(policy: PolicyModel, config: Config, world: World) -> torch.optim.AdamW:
-    policy.reshard()
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-        fused=True,
-    )
-
-
-def _clip(policy: PolicyModel, limit: float) -> float:
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit if limit > 0 else math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
 def _compute_dtype(config: Config) -> torch.dtype:
     choice = config.precision.compute
     if choice == "auto":
         choice = "bfloat16" if torch.cuda.is_available() else "float32"
     return getattr(torch, choice)
-
-
-class _FlopsPerToken:
-    """Model FLOPs of forward and backward: 6 a parameter that multiplies (4 where it is frozen), and attention's 6 *
-    layers * heads * dim * the sum of squared document lengths (causal, so half of 12)."""
-
-    def __init__(self, hf_config, multiplied: int, adapters: Adapters | None):
-        heads = hf_config.num_attention_heads
-        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-        self.dense = 6 * multiplied if adapters is None else 4 * multiplied + 6 * adapters.num_parameters
-        self.attention = 6 * hf_config.num_hidden_layers * heads * head_dim
-
-    def __call__(self, tokens: int, squared_lengths: float) -> float:
-        return self.dense * tokens + self.attention * squared_lengths
-
-
-def _peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def _max_memory_gib(device: torch.device) -> float:

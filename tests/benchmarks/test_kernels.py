@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from medtrain.benchmarks import inputs as inputs_module
 from medtrain.benchmarks import kernels, peers
 from medtrain.benchmarks.inputs import make_inputs, reference
+from medtrain.benchmarks.kernel_tables import verdicts
 from medtrain.benchmarks.kernels import failures, run_kernels
 from medtrain.benchmarks.measure import Calls, measure_memory, time_rounds
 from medtrain.benchmarks.peers import IMPLEMENTATIONS, Implementation, floor, floor_flops, per_token
-from medtrain.benchmarks.report import markdown, verdicts
+from medtrain.benchmarks.report import markdown
 from medtrain.kernels.reference import reference_logps
 from medtrain.trainer.cli import main
 
