@@ -96,6 +96,10 @@ class Guard:
             say(f"warning: step {step + 1}: FP8: {wrong}")
         return found
 
+    def without_fp8(self):
+        """Inside, the policy computes in the compute precision alone; see :func:`without_fp8`."""
+        return without_fp8(self.policy)
+
     def nonfinite_gradients(self) -> torch.Tensor:
         """How many FP8 weights have a gradient that is not finite in this rank's part; float64 [1], without waiting."""
         grads = [layer.weight.grad for layer in fp8_layers(self.policy)]

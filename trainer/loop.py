@@ -16,12 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 from medtrain.kernels.logps import reset_clamped_rows, select_path
@@ -48,10 +46,11 @@ from medtrain.trainer.progress import Display, heldout_line, summary
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
+from medtrain.trainer.step import FlopsPerToken, optimizer_step, peak_flops
 from medtrain.trainer.weights import Checkpoint, digest_of_init, export_model, init_weights, load_weights
 
-# Dense bf16 peaks, FLOP/s, from the makers' data sheets. Elsewhere mfu is null.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
+    from medtrain.trainer.fp8 import Guard
 
 
 @dataclass(frozen=True)
@@ -170,34 +169,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         display.say(adapters.describe(total))
     if prepared.fp8 is not None:
         display.say(prepared.fp8.describe())
-    torch.manual_seed(config.run.seed)
-    reset_clamped_rows()
-    torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
-    policy = build_model(
-        config.model,
-        prepared.hf_config,
-        world,
-        prepared.compute_dtype,
-        backend=prepared.paths["attention"],
-        adapters=adapters,
-        fp8=prepared.fp8,
-        weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
-    )
-    if prepared.checkpoint is not None:
-        load_weights(policy, prepared.checkpoint)
-    else:
-        init_weights(policy, config.run.seed)
-    if adapters is not None:
-        fill_adapters(policy, adapters, config.run.seed)
-    guard, exactly = None, nullcontext
-    if prepared.fp8 is not None:
-        from medtrain.trainer.fp8 import Guard, without_fp8  # torchao, for those who ask for it
-
-        # Reference and held-out numbers are those of the model that is exported.
-        guard, exactly = Guard(config.precision, policy, world), partial(without_fp8, policy)
-    with exactly():
-        objective.prepare(policy, world, folder.reference, display.say)
-    optimizer = make_optimizer(policy, config)
+    policy, optimizer, guard = start(config, prepared, world, folder.reference, display)
+    # Held-out numbers are those of the model that is exported.
+    exactly = guard.without_fp8 if guard is not None else nullcontext
 
     state = {"tokens_total": 0, "pairs_total": 0}
     done = 0
@@ -235,8 +209,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         record(row)
         display.say(heldout_line(row))
 
-    flops = _FlopsPerToken(prepared.hf_config, multiplied, adapters)
-    peak = _peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
+    flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
+    peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
     began, spent = time.monotonic(), 0.0
     display.start(done, steps)
     try:
@@ -244,42 +218,17 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             for step in range(done, steps):
                 started = time.perf_counter()
                 lr = config.optim.lr * lr_factor(config.optim, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                batches, n = objective.micro_batches(step, world)
-                sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
-                attended = 0.0
-                checked = guard.check(step, batches[0], display.say) if guard is not None else {}
-                for batch in batches:
-                    loss, stats = objective.loss(policy, batch, n)
-                    # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
-                    (loss * world.size).backward()
-                    sums += stats
-                    attended += batch.attended
-                # One reduction a step carries everything: sums, attention work, whether any rank was told to stop.
-                parts = [sums, torch.tensor([attended, float(stop.asked)], dtype=torch.float64, device=world.device)]
-                if guard is not None:
-                    parts.append(guard.nonfinite_gradients())
-                totals, (attended, asked, *broken) = world.sum(torch.cat(parts)).tensor_split([len(sums)])
-                metrics = objective.metrics(totals, n) | checked
-                if broken:
-                    metrics["fp8/nonfinite_gradients"] = float(broken[0])
-                grad_norm = _clip(policy, config.optim.grad_clip)
-                if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
-                    raise RuntimeError(
-                        f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}: not finite, stopped before "
-                        f"the update; the last checkpoint stands in {folder.checkpoints}"
-                        + (f"; {broken[0]:.0f} FP8 weights have such gradients" if broken else "")
-                    )
-                optimizer.step()
-                if guard is not None:
-                    guard.rescale()
-                optimizer.zero_grad(set_to_none=True)
+                this = optimizer_step(
+                    policy, objective, optimizer, step, world, lr=lr, grad_clip=config.optim.grad_clip, guard=guard,
+                    say=display.say, asked=lambda: stop.asked,
+                    advice=f"the last checkpoint stands in {folder.checkpoints}",
+                )  # fmt: skip
+                n = this.denominators
                 state["tokens_total"] += n.tokens
                 state["pairs_total"] += n.pairs
                 seconds = time.perf_counter() - started
-                work = flops(n.inputs.computed, float(attended))
-                row = {"step": step + 1, **metrics, "grad_norm": grad_norm, "lr": lr, "tokens": n.tokens,
+                work = flops(n.inputs.computed, this.squared_lengths)
+                row = {"step": step + 1, **this.metrics, "lr": lr, "tokens": n.tokens,
                        "tokens_total": state["tokens_total"], "seconds": seconds,
                        **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
@@ -292,10 +241,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
                 if evaluate_now(step + 1):
                     display.say(heldout_line(row))
-                asked = bool(asked > 0)
-                if asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
+                if this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
                     save(step + 1)
-                if asked and step + 1 < steps:
+                if this.asked and step + 1 < steps:
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
                     return TrainResult(folder.root, folder.results(config)[-1], row, interrupted=True)
     finally:
@@ -314,6 +262,40 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.results(config)[-1], row or folder.rows()[-1])
+
+
+def start(
+    config: Config, prepared: Prepared, world: World, reference: Path, display: Display
+) -> tuple[PolicyModel, torch.optim.Optimizer, Guard | None]:
+    """The policy with its starting weights, what its objective must know of them (kept under ``reference``), the
+    optimizer, and the guard of an FP8 run: what stands before step 0."""
+    torch.manual_seed(config.run.seed)
+    reset_clamped_rows()
+    torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
+    policy = build_model(
+        config.model,
+        prepared.hf_config,
+        world,
+        prepared.compute_dtype,
+        backend=prepared.paths["attention"],
+        adapters=prepared.adapters,
+        fp8=prepared.fp8,
+        weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
+    )
+    if prepared.checkpoint is not None:
+        load_weights(policy, prepared.checkpoint)
+    else:
+        init_weights(policy, config.run.seed)
+    if prepared.adapters is not None:
+        fill_adapters(policy, prepared.adapters, config.run.seed)
+    guard = None
+    if prepared.fp8 is not None:
+        from medtrain.trainer.fp8 import Guard  # torchao, for those who ask for it
+
+        guard = Guard(config.precision, policy, world)
+    with guard.without_fp8() if guard is not None else nullcontext():  # the reference is of the model that is exported
+        prepared.objective.prepare(policy, world, reference, display.say)
+    return policy, make_optimizer(policy, config), guard
 
 
 def check(config: Config, samples: int = 0) -> str:
@@ -389,37 +371,11 @@ def _check_shared(folder: RunFolder, world: World) -> None:
                         f"see {folder.manifest}", expected="a shared file system")  # fmt: skip
 
 
-def _clip(policy: PolicyModel, limit: float) -> float:
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit if limit > 0 else math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
 def _compute_dtype(config: Config) -> torch.dtype:
     choice = config.precision.compute
     if choice == "auto":
         choice = "bfloat16" if torch.cuda.is_available() else "float32"
     return getattr(torch, choice)
-
-
-class _FlopsPerToken:
-    """Model FLOPs of forward and backward: 6 a parameter that multiplies (4 where it is frozen), and attention's 6 *
-    layers * heads * dim * the sum of squared document lengths (causal, so half of 12)."""
-
-    def __init__(self, hf_config, multiplied: int, adapters: Adapters | None):
-        heads = hf_config.num_attention_heads
-        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-        self.dense = 6 * multiplied if adapters is None else 4 * multiplied + 6 * adapters.num_parameters
-        self.attention = 6 * hf_config.num_hidden_layers * heads * head_dim
-
-    def __call__(self, tokens: int, squared_lengths: float) -> float:
-        return self.dense * tokens + self.attention * squared_lengths
-
-
-def _peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def _max_memory_gib(device: torch.device) -> float:
