@@ -30,10 +30,12 @@ lint: $(VENV)/.installed
 
 # On a machine with a CUDA device: the op's tests and the quick benchmark; the two limits keep it under 8 minutes. Installs
 # nothing and needs no network: $(PYTHON) has torch, triton, transformers, pytest. The benchmark runs after failing tests too.
+gpu-check: PYTHON := $(if $(filter file default,$(origin PYTHON)),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)),$(PYTHON))
 gpu-check: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu-check:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-		|| { echo "make gpu-check: $(PYTHON) finds no CUDA device (or no torch)"; exit 2; }
+	@$(PYTHON) -c 'import importlib.util as u, sys; sys.exit(3 if not u.find_spec("torch") else not __import__("torch").cuda.is_available())' \
+		|| { [ $$? = 3 ] && echo "make gpu-check: $(PYTHON) has no torch. Say: make gpu-check PYTHON=..." \
+		|| echo "make gpu-check: no CUDA device for $(PYTHON)"; exit 2; }
 	@status=0; \
 	timeout 260 $(PYTHON) -m pytest tests/kernels/test_triton.py tests/kernels/test_memory.py tests/kernels || status=1; \
 	timeout 210 $(PYTHON) -m medtrain bench kernels --quick --out '$(OUT_DIR)' || status=1; \

@@ -47,7 +47,8 @@ class DataConfig:
     unusable: Literal["error", "drop"] = (
         "error"  # RPO: pairs that are empty, identical, or lose their prompt in the template
     )
-    share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; changes speed only
+    share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; same result
+    # (without it a pair takes its prompt twice out of optim.micro_batch_tokens)
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
 
 

@@ -98,6 +98,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+          "head_dim", "vocab_size")  # fmt: skip
+
+
+def _check_sizes(hf_config: PreTrainedConfig, where: dict[str, Any]) -> None:
+    for size in _SIZES:
+        found = getattr(hf_config, size, None)
+        if found is not None and not (isinstance(found, int) and found >= 1):
+            raise bad_input(f"{size} is no size", **where, found=found, expected="a whole number, 1 or more")
+
+
 def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The Hugging Face config of ``model.path`` or ``model.init``, checked against the tokenizer.
 
@@ -121,6 +132,7 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
     if hf_config.model_type not in SUPPORTED_TYPES:
         raise bad_input("this kind of model is not supported", **where, found=hf_config.model_type,
                         expected=" | ".join(SUPPORTED_TYPES))  # fmt: skip
+    _check_sizes(hf_config, where)
     if getattr(hf_config, "quantization_config", None) is not None:
         raise bad_input("a quantized checkpoint cannot be trained", **where, found="quantization_config",
                         expected="weights in float32, float16 or bfloat16")  # fmt: skip
@@ -154,6 +166,7 @@ def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase
         hf_config = AutoConfig.for_model(**sizes)
     except Exception as error:
         raise bad_input("sizes that do not fit together", field="model.init", found=str(error).split("\n")[0]) from None
+    _check_sizes(hf_config, {"field": "model.init"})
     heads, hidden = hf_config.num_attention_heads, hf_config.hidden_size
     if hidden % heads or (hidden // heads) % 2 or heads % hf_config.num_key_value_heads:
         raise bad_input("sizes that do not fit together", field="model.init",

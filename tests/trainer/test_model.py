@@ -182,3 +182,15 @@ def test_sizes_of_random_weights_are_checked(tokenizer_dir):
     ):
         with pytest.raises(InputError, match=message):
             policy_of(ModelConfig(init={**SIZES, **change}, tokenizer=str(tokenizer_dir)))
+
+
+@pytest.mark.parametrize(
+    "size", ["hidden_size=0", "hidden_size=-32", "num_attention_heads=0", "num_hidden_layers=0", "vocab_size=0"]
+)
+def test_a_size_below_one_is_refused(size, tokenizer_dir):
+    name, _, value = size.partition("=")
+    sizes = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1} | {name: int(value)}  # fmt: skip
+    config = ModelConfig(init=sizes, tokenizer=str(tokenizer_dir))
+    with pytest.raises(InputError, match=name):
+        load_model_config(config, load_tokenizer(config))
