@@ -16,6 +16,8 @@ from medtrain.trainer.plan import GIB, Machine, read_model, units
 from medtrain.trainer.plan_report import alternatives, largest_micro_batch, make_plan, model_sizes, plan_config
 
 SMALL = {"model.init.hidden_size": 128, "model.init.intermediate_size": 352, "model.init.num_hidden_layers": 4}
+# Layers so wide beside their tokens that what FSDP gathers and reduces decides the peak.
+WIDE = {"model.init.hidden_size": 768, "model.init.intermediate_size": 2112, "model.init.vocab_size": 512}
 BF16, FULL = {"precision.compute": "bfloat16"}, {"model.activation_checkpointing": "full"}
 
 
@@ -30,7 +32,7 @@ def made_up(tmp_path_factory):
     "case",
     [
         (1, "cpt", {"model.init.vocab_size": 1024}),
-        (2, "cpt", BF16 | FULL | {"model.init.vocab_size": 512}),
+        (2, "cpt", BF16 | FULL | WIDE),
         (8, "cpt", {"model.init.tie_word_embeddings": True, "model.init.vocab_size": 2048}),
         (2, "rpo", BF16 | {"model.init.vocab_size": 1024}),
         (2, "cpt", BF16 | {"lora.rank": 8, "model.init.vocab_size": 512}),
