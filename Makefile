@@ -35,8 +35,8 @@ gpu-check:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "make gpu-check: $(PYTHON) finds no CUDA device (or no torch)"; exit 2; }
 	@status=0; \
-	timeout 200 $(PYTHON) -m pytest tests/kernels || status=1; \
-	timeout 270 $(PYTHON) -m medtrain bench kernels --quick --out '$(OUT_DIR)' || status=1; \
+	timeout 260 $(PYTHON) -m pytest tests/kernels/test_triton.py tests/kernels/test_memory.py tests/kernels || status=1; \
+	timeout 210 $(PYTHON) -m medtrain bench kernels --quick --out '$(OUT_DIR)' || status=1; \
 	[ $$status = 0 ] || echo "make gpu-check: something failed, see above"; \
 	exit $$status
 

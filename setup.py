@@ -17,6 +17,7 @@ setup(
         'triton>=3.6,<3.8; platform_system == "Linux"',
         "transformers>=5.17,<6",
         "peft>=0.18,<1",
+        "torchao>=0.17,<0.19",
         "safetensors>=0.5",
         "click>=8.1",
         "pyyaml>=6",

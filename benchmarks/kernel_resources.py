@@ -31,6 +31,7 @@ _POINTERS = {
     "target_values": "*fp32", "total": "*fp32", "inverse": "*fp32", "target_logits": "*fp32", "maxima": "*fp32",
     "slots": "*fp32", "acc": "*fp32", "rows": "*i32", "count": "*i32", "unit": "*bf16", "kept": "*bf16", "out": "*bf16",
 }  # fmt: skip
+_FLOAT32 = {name: "*fp32" for name in ("hidden", "weight", "unit", "kept", "out")}
 _SECOND = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "UPCAST": False}
 
 
@@ -41,7 +42,7 @@ def _source(kernel, constants: dict, types: dict | None = None) -> ASTSource:
         name: "constexpr" if name in constants else ({**_POINTERS, **(types or {})}).get(name, "i32") for name in names
     }
     # Left out: sizes that change from batch to batch, which the launcher is told not to specialise on.
-    varying = {"stride_wh", "stride_sums", "num_rows", "num_slots", "num_kept", "low"}
+    varying = {"stride_wh", "stride_sums", "stride_kept", "num_rows", "num_slots", "num_kept", "low"}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -53,13 +54,14 @@ def _source(kernel, constants: dict, types: dict | None = None) -> ASTSource:
 
 
 def _exp_gemm(blocks: ExpGemm, **flags: bool) -> tuple[ASTSource, dict]:
-    tile = {"BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "BLOCK_K": blocks.block_k, "GROUP_M": blocks.group_m}
+    tile = {"BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "BLOCK_K": blocks.block_k, "GROUP_M": blocks.group_m,
+            "FLATTEN": blocks.flatten}  # fmt: skip
     descriptors = {
         "hidden_desc": f"tensordesc<bf16[{blocks.block_m}, {blocks.block_k}]>",
         "weight_desc": f"tensordesc<bf16[{blocks.block_n}, {blocks.block_k}]>",
         "out_desc": f"tensordesc<bf16[{blocks.block_m}, {blocks.block_n // 2}]>",
     }
-    source = _source(kernels.exp_gemm_kernel, {**tile, **flags, "UPCAST": False}, descriptors)
+    source = _source(kernels.exp_gemm_kernel, {**tile, **flags, "TAIL": True, "UPCAST": False}, descriptors)
     return source, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
 
 
@@ -84,10 +86,14 @@ def variants() -> dict[str, tuple[ASTSource, dict]]:
         found[f"exp_rows/{form}"] = _source(kernels.exp_rows_kernel, {"BLOCK": 4096, **flags}), {"num_warps": 8}
         for shape in blocks:
             name = f"{shape.block_m}x{shape.block_n}x{shape.block_k}-{shape.num_stages}-{shape.num_warps}"
+            name += "" if shape.flatten else "-nested"
             found[f"exp_gemm/{form}/{name}"] = _exp_gemm(shape, **flags)
     for unit, keep in ((True, True), (True, False), (False, True)):
-        constants = {**_SECOND, "BLOCK_H": 256, "UNIT": unit, "KEEP": keep}
-        found[f"second_unit/unit={unit},keep={keep}"] = _source(kernels.second_unit_kernel, constants), {}
+        flags = {"UNIT": unit, "KEEP": keep}
+        name = f"second_unit/unit={unit},keep={keep}"
+        found[name] = _source(kernels.second_unit_kernel, {**_SECOND, "BLOCK_H": 256, **flags}), {}
+        narrow = {**_SECOND, "BLOCK_N": 64, "BLOCK_H": 64, **flags}
+        found[f"{name},float32"] = _source(kernels.second_unit_kernel, narrow, _FLOAT32), {"num_warps": 8}
     return found
 
 

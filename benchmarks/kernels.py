@@ -16,7 +16,8 @@ import torch
 
 from medtrain.benchmarks import report
 from medtrain.benchmarks.inputs import Inputs, Reference, make_inputs, num_pairs, reference
-from medtrain.benchmarks.measure import Calls, Memory, Times, clocks, measure_memory, time_rounds
+from medtrain.benchmarks.kernel_tables import shape_name
+from medtrain.benchmarks.measure import Calls, Memory, Times, clocks, measure_memory, time_rounds, why_not
 from medtrain.benchmarks.peers import IMPLEMENTATIONS, KEEP_ALL, Implementation, Unavailable, floor, floor_flops
 from medtrain.kernels.logps import select_path
 from medtrain.kernels.logps_launch import forced
@@ -36,7 +37,7 @@ SMALL = ((1024, 64, 4096),)
 
 HEADS = ("frozen", "trained", None)
 # Quick: no implementation is begun after so many seconds; what has begun is finished.
-QUICK_SECONDS = 200.0
+QUICK_SECONDS = 150.0
 
 
 def names() -> list[str]:
@@ -111,7 +112,7 @@ def run_kernels(
     path = report.free_path(out, "kernels", device)
     for shape in shapes or usual:
         for dtype in (torch.bfloat16,) if on_cuda else (torch.float32, torch.bfloat16):
-            echo(f"{report.shape_name(*shape, str(dtype)[6:])} on {result['device']}")
+            echo(f"{shape_name(*shape, str(dtype)[6:])} on {result['device']}")
             try:
                 rows, seen = _run_shape(shape, dtype, device, chosen, with_floor, quick, deadline, echo)
                 result["rows"] += rows
@@ -128,7 +129,7 @@ def run_kernels(
 def failures(rows: list[dict[str, Any]]) -> list[str]:
     """Rows of our own op that have no result, but for want of memory or time: what must not pass unseen."""
     return [
-        f"{report.shape_name(row['N'], row['H'], row['V'], row['dtype'])}, {row['head']}: {row['reason']}"
+        f"{shape_name(row['N'], row['H'], row['V'], row['dtype'])}, {row['head']}: {row['reason']}"
         for row in rows
         if row["impl"] == "medtrain"
         and row["reason"]
@@ -225,13 +226,8 @@ def _check(implementation: Implementation, inputs: Inputs, wanted: Reference, de
         return found if finite else "its result is not finite"
     except Unavailable as error:
         return f"cannot run here: {error}"
-    except ImportError as error:
-        return f"not installed: {error}"
     except Exception as error:  # whatever a peer does on this machine is a line of the table, not the end of the run
-        text = str(error).strip() or "no message"
-        # Not by type alone: the CPU's allocator and compiled code have no exception of their own for it.
-        lacks_memory = "out of memory" in text.lower() or "can't allocate memory" in text
-        reason = "out of memory" if lacks_memory else f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+        reason = why_not(error)
     _free(device)
     return reason
 

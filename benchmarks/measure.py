@@ -1,4 +1,4 @@
-"""Time and memory of a forward and its backward, on CUDA and on the CPU."""
+"""Time and memory of a forward and its backward, on CUDA and on the CPU, and what to say of one that failed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ def time_rounds(
             if done >= 0:
                 samples[name].append(sample)
     return {
-        name: {stage: _times(values) for stage, values in zip(_STAGES, zip(*rows, strict=True), strict=False)}
+        name: {stage: times_of(values) for stage, values in zip(_STAGES, zip(*rows, strict=True), strict=False)}
         for name, rows in samples.items()
     }
 
@@ -70,6 +71,8 @@ def _time_once(call: Calls, device: torch.device) -> tuple[float, ...]:
     if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         torch.cuda.synchronize(device)
+        # The device waits a moment, so that what the host needs to launch is not counted as the device's time.
+        torch.cuda._sleep(1_000_000)
         marks[0].record()
         output = call.forward()
         marks[1].record()
@@ -87,7 +90,8 @@ def _time_once(call: Calls, device: torch.device) -> tuple[float, ...]:
     return (first, second, first + second) if call.backward else (first,)
 
 
-def _times(values: tuple[float, ...]) -> Times:
+def times_of(values: Sequence[float]) -> Times:
+    """Median and spread of some milliseconds."""
     if len(values) == 1:
         return Times(values[0], 0.0, 1)
     tenths = statistics.quantiles(values, n=10, method="inclusive")
@@ -132,18 +136,27 @@ _AFTER_FORWARD = "medtrain: after the forward"
 
 
 def _cpu_memory(call: Calls) -> Memory:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # a line on stderr at each start and stop otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with cpu_memory() as found:
         output = call.forward()
         with record_function(_AFTER_FORWARD):
             pass
         gradients = call.backward(output) if call.backward else None
+    del output, gradients
+    return found[0]
+
+
+@contextmanager
+def cpu_memory() -> Iterator[list[Memory]]:
+    """Profile the allocations of what runs within; the list yielded holds the one result after the end."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # a line on stderr at each start and stop otherwise
+    found: list[Memory] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        yield found
     events = [
         (event.start_ns(), event.name(), event.nbytes())
         for event in profiled.profiler.kineto_results.events()
         if event.name() in ("[memory]", _AFTER_FORWARD)
     ]
-    del output, gradients
     now = peak = kept = 0
     for _, name, nbytes in sorted(events, key=lambda event: event[0]):
         if name == _AFTER_FORWARD:
@@ -151,7 +164,18 @@ def _cpu_memory(call: Calls) -> Memory:
         else:
             now += nbytes
             peak = max(peak, now)
-    return Memory(peak, kept)
+    found.append(Memory(peak, kept))
+
+
+def why_not(error: Exception) -> str:
+    """The reason in a benchmark row for what raised ``error``."""
+    if isinstance(error, ImportError):
+        return f"not installed: {error}"
+    text = str(error).strip() or "no message"
+    # Not by type alone: the CPU's allocator and compiled code have no exception of their own for it.
+    if "out of memory" in text.lower() or "can't allocate memory" in text:
+        return "out of memory"
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:

@@ -25,12 +25,14 @@ from transformers import PreTrainedTokenizerFast
 from medtrain.trainer.attention import packed_layout
 from medtrain.trainer.config import Config, config_from_dict
 from medtrain.trainer.distributed import World, join_world
-from medtrain.trainer.loop import _clip, _optimizer, prepare
+from medtrain.trainer.loop import prepare
 from medtrain.trainer.lora import fill_adapters
 from medtrain.trainer.model import build_model
+from medtrain.trainer.optimizer import make_optimizer
 from medtrain.trainer.plan import Machine, Step, moments, read_model
 from medtrain.trainer.progress import Display
 from medtrain.trainer.run_folder import commit, device_name, versions
+from medtrain.trainer.step import _clip
 from medtrain.trainer.weights import init_weights
 
 SIZES = {
@@ -136,7 +138,7 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     if config.stage == "rpo":
         for pairs in objective.sources:  # any numbers will do for memory
             objective.reference[id(pairs)] = torch.zeros(pairs.num_pairs, 2, dtype=torch.float64)
-    optimizer = _optimizer(policy, config, world)
+    optimizer = make_optimizer(policy, config)
     seen: list[Any] = []
 
     def micro_batches(step: int) -> None:

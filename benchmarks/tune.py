@@ -16,16 +16,16 @@ from dataclasses import asdict, replace
 import torch
 
 from medtrain.benchmarks.inputs import Inputs, make_inputs
+from medtrain.benchmarks.kernel_tables import shape_name
 from medtrain.benchmarks.kernels import Shape
 from medtrain.benchmarks.measure import Calls, time_rounds
-from medtrain.benchmarks.report import shape_name
 from medtrain.kernels.logps import chunked_logps
 from medtrain.kernels.logps_launch import ExpGemm, Launch, choose_launch, forced, supports_fused
 
 MIB = 2**20
 # Of the blocks only those that compile for Hopper without spills (medtrain.benchmarks.kernel_resources).
 BLOCKS = tuple(
-    ExpGemm(m, n, k, group_m, stages, warps)
+    ExpGemm(m, n, k, group_m, stages, warps, flatten)
     for m, n, k, stages, warps in (
         (128, 256, 64, 3, 8),
         (128, 256, 64, 4, 8),
@@ -33,6 +33,7 @@ BLOCKS = tuple(
         (256, 128, 64, 3, 8),
     )
     for group_m in (8, 16)
+    for flatten in (True, False)
 )
 ROWS = (1536, 2048, 2304, 2816, 3584, 4096)
 SLAB_BYTES = (64 * MIB, 128 * MIB, 192 * MIB, 256 * MIB)

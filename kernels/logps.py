@@ -115,10 +115,10 @@ def chunked_logps(
 
 
 def num_kept_entries(num_rows: int, vocab_size: int, dtype: torch.dtype, keep_bytes: int) -> int:
-    """Vocabulary entries whose E of ``num_rows`` rows fits into ``keep_bytes``: all of them, or a multiple of 8."""
+    """Vocabulary entries whose E of ``num_rows`` rows fits into ``keep_bytes``: all of them, or a multiple of 16."""
     fit = keep_bytes // (max(num_rows, 1) * kept_dtype(dtype).itemsize)
-    # Rows of 8 entries keep to the 16 bytes that Hopper's copy engine and cuBLAS's fast kernels ask for.
-    return vocab_size if fit >= vocab_size else fit // 8 * 8
+    # What Triton, cuBLAS and Hopper's copy engine need to move 16 bytes at once.
+    return vocab_size if fit >= vocab_size else fit // 16 * 16
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int | None, slab_size: int | None) -> None:
@@ -177,7 +177,7 @@ def _(hidden, weight, targets, keep_bytes, needs_unit, slab_size):
     num_kept = num_kept_entries(len(hidden), len(weight), hidden.dtype, keep_bytes)
     rows = [hidden.new_empty(len(hidden), dtype=compute_dtype(hidden.dtype)) for _ in range(4)]
     unit = hidden.new_empty(hidden.shape if needs_unit else (0,), dtype=unit_dtype(hidden.dtype))
-    width = num_kept if select_path(hidden) == "torch" else -(-num_kept // 8) * 8
+    width = num_kept if select_path(hidden) == "torch" else -(-num_kept // 16) * 16
     return *rows, unit, hidden.new_empty(len(hidden), width, dtype=kept_dtype(hidden.dtype))
 
 

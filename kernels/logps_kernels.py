@@ -104,11 +104,16 @@ def exp_rows_kernel(
 
 
 @triton.jit
-def _exp_half(acc, columns, m, target, value, width, SUM: tl.constexpr, PUT: tl.constexpr):
-    """(E of one half of a tile, with the value to store in the target's place; its row sums)."""
-    is_target = columns[None, :] == target[:, None]
-    # Entries beyond the vocabulary were loaded as zeros: their logit of 0 must not count.
-    e = tl.where(is_target | (columns >= width)[None, :], 0.0, _exp(acc, m[:, None]))
+def _exp_half(
+    acc, m, target, value, width, HALF: tl.constexpr, TAIL: tl.constexpr, SUM: tl.constexpr, PUT: tl.constexpr
+):
+    """(E of one half of a tile, with the value to store in the target's place; its row sums). ``target`` and ``width``
+    are relative to the half, in 32 bits: the epilogue has little time between two tiles."""
+    column = tl.arange(0, HALF)
+    is_target = column[None, :] == target[:, None]
+    e = tl.where(is_target, 0.0, _exp(acc, m[:, None]))
+    if TAIL:  # entries beyond the vocabulary were loaded as zeros: their logit of 0 must not count
+        e = tl.where((column < width)[None, :], e, 0.0)
     sums = tl.sum(e, 1)
     if PUT:
         e = tl.where(is_target, value[:, None], e)
@@ -133,6 +138,8 @@ def exp_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    TAIL: tl.constexpr,
     SUM: tl.constexpr,
     STORE: tl.constexpr,
     PUT: tl.constexpr,
@@ -141,8 +148,9 @@ def exp_gemm_kernel(
     """E of one slab straight from hidden [n, H] and weight [width, H]: a persistent GEMM with the exponential behind it.
 
     Operands and result go through tensor descriptors (Hopper's copy engine). SUM: sums [tiles of width, n], one row sum a
-    tile, to be added up in the order of the tiles. STORE and PUT as in ``exp_rows_kernel``; out_desc's blocks are half a
-    tile wide, so that the epilogue needs half the registers and shared memory.
+    tile, to be added up in the order of the tiles. TAIL: the last tile is not full. STORE and PUT as in
+    ``exp_rows_kernel``; out_desc's blocks are half a tile wide, so that the epilogue needs half the registers and shared
+    memory.
     """
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n = tl.cdiv(width, BLOCK_N)
@@ -150,7 +158,7 @@ def exp_gemm_kernel(
     # Tiles in groups of GROUP_M rows share their weights in the L2 cache.
     tiles_in_group = GROUP_M * tiles_n
     HALF: tl.constexpr = BLOCK_N // 2
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         first_m = tile // tiles_in_group * GROUP_M
         group_m = tl.minimum(tiles_m - first_m, GROUP_M)
         tile_m = first_m + tile % tiles_in_group % group_m
@@ -164,18 +172,18 @@ def exp_gemm_kernel(
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = rows < num_rows
         m = tl.load(offset + rows, mask=row_mask, other=0.0)
-        target = tl.load(targets + rows, mask=row_mask, other=-1) - low
+        start = tile_n * BLOCK_N
+        target = (tl.load(targets + rows, mask=row_mask, other=-1) - low - start).to(tl.int32)
         value = m
         if PUT:
             value = tl.load(target_values + rows, mask=row_mask, other=0.0)
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        columns = tile_n * BLOCK_N + tl.arange(0, HALF)
-        e, sum_left = _exp_half(left, columns, m, target, value, width, SUM, PUT)
+        e, sum_left = _exp_half(left, m, target, value, width - start, HALF, TAIL, SUM, PUT)
         if STORE:
-            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], e.to(out_desc.dtype))
-        e, sum_right = _exp_half(right, columns + HALF, m, target, value, width, SUM, PUT)
+            out_desc.store([tile_m * BLOCK_M, start], e.to(out_desc.dtype))
+        e, sum_right = _exp_half(right, m, target - HALF, value, width - start - HALF, HALF, TAIL, SUM, PUT)
         if STORE:
-            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N + HALF], e.to(out_desc.dtype))
+            out_desc.store([tile_m * BLOCK_M, start + HALF], e.to(out_desc.dtype))
         if SUM:
             tl.store(sums + tile_n * stride_sums + rows, sum_left + sum_right, mask=row_mask)
 
@@ -196,14 +204,19 @@ def unit_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def list_rows_kernel(total, rows, count, num_rows, BLOCK: tl.constexpr):
-    """Lists the rows whose sum is out of range, in order: rows [n] int32, and their number, count [1] int32."""
+def list_rows_kernel(total, target_logits, rows, count, num_rows, BLOCK: tl.constexpr):
+    """Lists the rows whose sum is out of range, in order: rows [n] int32, and their number, count [1] int32.
+
+    A row whose target logit is NaN is not listed: all of its results are NaN already, and in a broken model, where every
+    row is so, a second walk would look like a hang.
+    """
     found = 0
     for start in range(0, num_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         s = tl.load(total + row, mask=row < num_rows, other=0.0)
         # Written so that NaN counts as out of range too.
-        outside = tl.where(s < SUM_LIMIT, 0, 1)
+        z = tl.load(target_logits + row, mask=row < num_rows, other=0.0)
+        outside = tl.where((s < SUM_LIMIT) | (z != z), 0, 1)
         tl.store(rows + found + tl.cumsum(outside, 0) - outside, row, mask=outside == 1)
         found += tl.sum(outside, 0)
     tl.store(count, found)
@@ -324,7 +337,7 @@ def second_merge_kernel(
         tl.store(inverse + row, 1.0 / (s + tl.exp2((z - m) * LOG2E)), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "num_kept", "stride_kept"])
 def second_unit_kernel(
     hidden,
     weight,

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["ExpGemm", "Launch", "choose_launch", "forced", "slab_size", "supports_fused"]
+__all__ = ["FLOAT16_ROWS", "ExpGemm", "Launch", "choose_launch", "forced", "slab_size", "supports_fused"]
 
 
 @dataclass(frozen=True)
 class ExpGemm:
-    """Block sizes of the fused GEMM: tile BLOCK_M x BLOCK_N, BLOCK_K of hidden a step, tiles grouped by GROUP_M rows."""
+    """Block sizes of the fused GEMM: tile BLOCK_M x BLOCK_N, BLOCK_K of hidden a step, tiles grouped by GROUP_M rows;
+    ``flatten`` joins the loops over tiles and steps, so that loads of the next tile begin before the epilogue."""
 
     block_m: int = 128
     block_n: int = 256
@@ -22,6 +23,7 @@ class ExpGemm:
     group_m: int = 8
     num_stages: int = 3
     num_warps: int = 8
+    flatten: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,17 @@ class Launch:
 
 
 # By hidden size; a size between two entries takes the next larger one's rows, so that memory stays within its bound.
-# rows: 4096 x 896 is 448 tiles of 128 x 256 (3.4 waves), 2816 x 1536 132 (1.0), 2304 x 3584 252 (1.9), 2048 x 8192 512 (3.9).
+# rows: 4096 x 896 is 448 tiles of 128 x 256 (3.4 waves), 2816 x 1536 132 (1.0), 3584 x 3584 392 (3.0), 2048 x 8192 512 (3.9).
 # No entry has been timed on a device yet: gemm stays "cublas" until one has.
 LAUNCHES = {
     896: Launch(rows=4096),
     1536: Launch(rows=2816),
-    3584: Launch(rows=2304),
+    3584: Launch(rows=3584),
     8192: Launch(rows=2048),
 }
+
+# Vocabulary entries of a float16 gradient of the weight that are float32 at one time.
+FLOAT16_ROWS = 8192
 
 _forced: dict[str, object] = {}
 

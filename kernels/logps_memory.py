@@ -83,6 +83,9 @@ def _triton(num_rows, hidden_size, vocab_size, dtype, num_kept, trains_hidden, s
     if rest:
         slab = min(slab_size or logps_launch.slab_size(rest, num_rows, item, launch.grad_slab_bytes), rest)
         backward += num_rows * slab * item + (0 if fused else 4 * chunk * slab)
+    if dtype == torch.float16:  # a slab of the weight as bfloat16; float32 parts of dW
+        forward += 2 * widest * hidden_size if trains_hidden else 0
+        backward += 4 * hidden_size * min(logps_launch.FLOAT16_ROWS, vocab_size)
     return forward, backward
 
 

@@ -17,27 +17,28 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from medtrain.kernels import logps_kernels as kernels
-from medtrain.kernels.logps_launch import Launch, choose_launch, slab_size, supports_fused
+from medtrain.kernels.logps_launch import FLOAT16_ROWS, Launch, choose_launch, slab_size, supports_fused
 from medtrain.kernels.logps_torch import OFFSET, Walk, finish, kept_dtype, put_target, slabs, unit_dtype
 
 __all__ = ["grad_weight", "walk"]
 
+# Rows of slabs begin at multiples of so many entries: Triton then knows that 16 bytes can be moved at once.
+_ALIGN = 16
 # Of the kernels for rows out of range: tl.dot wants at least 16 rows.
-_SECOND = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4}
-_SECOND_BLOCK_H = 256
+_SECOND_ROWS = 16
 
 
 def walk(
     hidden: Tensor, weight: Tensor, targets: Tensor, num_kept: int, needs_unit: bool, requested_slab: int | None
 ) -> Walk:
-    """As ``logps_torch.walk``, in float32; ``kept`` is padded to a multiple of 8 columns."""
+    """As ``logps_torch.walk``, in float32; ``kept`` is padded to a multiple of 16 columns."""
     num_rows, hidden_size = hidden.shape
     vocab_size = len(weight)
     x, targets = hidden.contiguous(), targets.contiguous()
     launch = choose_launch(hidden_size)
     float32 = {"dtype": torch.float32, "device": x.device}
     e_dtype = kept_dtype(x.dtype)
-    with _device(x), _exact_matmul():
+    with _device(x), _exact_matmul(x.dtype):
         torch._assert_async(
             ((targets >= 0) & (targets < vocab_size)).all(), "chunked_logps: a target lies outside [0, vocabulary size)"
         )
@@ -45,7 +46,7 @@ def walk(
         total = torch.zeros(num_rows, **float32)
         inverse = torch.empty(num_rows, **float32)
         unit = torch.empty(x.shape if needs_unit else (0,), dtype=unit_dtype(x.dtype), device=x.device)
-        kept = torch.empty(num_rows, -(-num_kept // 8) * 8, dtype=e_dtype, device=x.device)
+        kept = torch.empty(num_rows, _ceil(num_kept, _ALIGN), dtype=e_dtype, device=x.device)
         num_clamped = torch.zeros(1, dtype=torch.int64, device=x.device)
         if num_rows:
             kernels.target_logits_kernel[(num_rows,)](
@@ -58,9 +59,9 @@ def walk(
             e_dtype.itemsize if needs_unit and (fused or e_dtype.itemsize < 4) else 0
         )
         chunk_rows = min(launch.rows, max(num_rows, 1))
-        slab = _ceil(requested_slab or slab_size(vocab_size, chunk_rows, bytes_a_logit, launch.slab_bytes), 8)
+        slab = _ceil(requested_slab or slab_size(vocab_size, chunk_rows, bytes_a_logit, launch.slab_bytes), _ALIGN)
         # Padded to whole tiles of rows: it also serves the rows out of range.
-        acc = torch.empty(_ceil(chunk_rows, _SECOND["BLOCK_M"]) if needs_unit else 0, hidden_size, **float32)
+        acc = torch.empty(_ceil(chunk_rows, _SECOND_ROWS) if needs_unit else 0, hidden_size, **float32)
         for start in range(0, num_rows, chunk_rows):
             part = slice(start, min(start + chunk_rows, num_rows))
             rows = Rows(x[part], weight, targets[part], offset[part], launch, fused)
@@ -119,7 +120,8 @@ class Rows:
             TensorDescriptor.from_tensor(out, half),
             self.offset, self.targets, put, parts, num_rows, low, width, self.x.shape[1], num_rows,
             BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n, BLOCK_K=blocks.block_k, GROUP_M=blocks.group_m,
-            UPCAST=_upcast(self.x), num_stages=blocks.num_stages, num_warps=blocks.num_warps, **flags,
+            FLATTEN=blocks.flatten, TAIL=width % blocks.block_n != 0, UPCAST=_upcast(self.x),
+            num_stages=blocks.num_stages, num_warps=blocks.num_warps, **flags,
         )  # fmt: skip
         return parts if sums else None
 
@@ -127,7 +129,7 @@ class Rows:
 def _walk_chunk(rows: Rows, kept: Tensor, num_kept: int, acc: Tensor | None, slab: int, total: Tensor) -> None:
     """total [n] = S; acc [>= n, H] = E @ W if given; kept [n, num_kept] = E of the first entries."""
     num_rows, vocab_size = len(rows.x), len(rows.weight)
-    widest = _ceil(min(slab, max(num_kept, vocab_size - num_kept)), 8)
+    widest = _ceil(min(slab, max(num_kept, vocab_size - num_kept)), _ALIGN)
     logits = buffer = None
     if not rows.fused:
         logits = torch.empty(num_rows * widest, dtype=torch.float32, device=rows.x.device)
@@ -163,15 +165,19 @@ def _walk_again(
     slots [>= n, H] float32 is a buffer. Returns the number of such rows, [1] on the device.
     """
     num_rows, hidden_size = rows.x.shape
-    block_m, block_h = _SECOND["BLOCK_M"], min(_SECOND_BLOCK_H, triton.next_power_of_2(max(hidden_size, 16)))
+    block_m = _SECOND_ROWS
+    # float32 products go without tensor cores: smaller blocks, or they would spill.
+    block_n, widest_h, num_warps = (64, 64, 8) if rows.x.dtype == torch.float32 else (128, 256, 4)
+    block_h = min(widest_h, triton.next_power_of_2(max(hidden_size, 16)))
     listed = torch.empty(num_rows, dtype=torch.int32, device=total.device)
     count = torch.empty(1, dtype=torch.int32, device=total.device)
-    kernels.list_rows_kernel[(1,)](total, listed, count, num_rows, BLOCK=4096, num_warps=8)
+    kernels.list_rows_kernel[(1,)](total, target_logits, listed, count, num_rows, BLOCK=4096, num_warps=8)
     grid = (_num_programs(rows.x),)
     num_slots = triton.cdiv(num_rows, block_m) + grid[0]
     maxima = torch.empty(2, num_slots, block_m, dtype=torch.float32, device=total.device)
     strides = rows.weight.stride()
-    options = {"UPCAST": _upcast(rows.x), **_SECOND}
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "UPCAST": _upcast(rows.x)}
+    options["num_warps"] = num_warps
     kernels.second_walk_kernel[grid](
         rows.x, rows.weight, rows.targets, listed, count, maxima[0], maxima[1], num_slots, hidden_size,
         len(rows.weight), *strides, **options,
@@ -215,7 +221,7 @@ def grad_weight(
         return result.zero_()
     x, targets = hidden.contiguous(), targets.contiguous()
     launch = choose_launch(hidden_size)
-    with _device(x), _exact_matmul():
+    with _device(x), _exact_matmul(x.dtype):
         scaled = torch.mul(x, (inverse * grad).unsqueeze(1), out=torch.empty_like(x, dtype=kept.dtype))
         if num_kept:
             _mm(kept[:, :num_kept].T, scaled, result[:num_kept])
@@ -224,7 +230,7 @@ def grad_weight(
         fused = launch.gemm == "fused" and supports_fused(x, weight)
         rest = vocab_size - num_kept
         slab = requested_slab or slab_size(rest, num_rows, kept.dtype.itemsize, launch.grad_slab_bytes)
-        slab = _ceil(min(slab, rest), 8)
+        slab = _ceil(min(slab, rest), _ALIGN)
         e = torch.empty(num_rows, slab, dtype=kept.dtype, device=x.device)
         chunk_rows = min(launch.rows, num_rows)
         logits = None if fused else torch.empty(chunk_rows * slab, dtype=torch.float32, device=x.device)
@@ -254,12 +260,14 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         assert not accumulate
-        out.copy_(torch.mm(a, b, out_dtype=torch.float32))
+        for low in range(0, len(a), FLOAT16_ROWS):  # through float32, a part at a time
+            part = slice(low, low + FLOAT16_ROWS)
+            out[part].copy_(torch.mm(a[part], b, out_dtype=torch.float32))
 
 
 def _slab_of(buffer: Tensor, num_rows: int, width: int) -> Tensor:
-    """[num_rows, width] at the beginning of a flat buffer; rows begin at multiples of 8 elements."""
-    return buffer[: num_rows * _ceil(width, 8)].view(num_rows, -1)[:, :width]
+    """[num_rows, width] at the beginning of a flat buffer; rows begin at multiples of _ALIGN elements."""
+    return buffer[: num_rows * _ceil(width, _ALIGN)].view(num_rows, -1)[:, :width]
 
 
 def _ceil(value: int, multiple: int) -> int:
@@ -281,19 +289,23 @@ def _device(x: Tensor):
 
 
 @contextlib.contextmanager
-def _exact_matmul() -> Iterator[None]:
-    """float32 GEMMs in float32, not TF32, and 16-bit ones without 16-bit partial sums, whatever the process has set."""
+def _exact_matmul(dtype: torch.dtype) -> Iterator[None]:
+    """float32 GEMMs in float32, not TF32, and 16-bit ones with float32 sums, whatever the process has set."""
     matmul = torch.backends.cuda.matmul
-    names = ["fp32_precision"]
-    for kind in ("fp16", "bf16"):
-        names.append(f"allow_{kind}_reduced_precision_reduction")
-    before = {name: getattr(matmul, name) for name in names}
-    for name in names[1:]:
+    if dtype == torch.float32:
+        wanted = {} if matmul.fp32_precision == "ieee" else {"fp32_precision": "ieee"}
+    else:
+        kind = "fp16" if dtype == torch.float16 else "bf16"
+        # E is bfloat16 for float16 inputs too.
+        wanted = {f"allow_{kind}_reduced_precision_reduction": False, "allow_bf16_reduced_precision_reduction": False}
+        wanted |= {"allow_fp16_accumulation": False} if kind == "fp16" else {}
+    before = {name: getattr(matmul, name) for name in wanted}
+    for name in wanted:
         split_k = getattr(matmul, f"{name}_split_k", None)
         if split_k is not None:  # one setter for both
             before[name] = (before[name], split_k)
-    matmul.fp32_precision = "ieee"
-    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    for name, value in wanted.items():
+        setattr(matmul, name, value)
     try:
         yield
     finally:

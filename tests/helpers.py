@@ -1,6 +1,7 @@
 """Helpers of the tests: made-up text, tiny sizes and runs, curves compared, runs killed, functions on several gloo ranks."""
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -71,6 +72,7 @@ def without_timing(rows: list[dict]) -> list[dict]:
 
 
 def _rank_main(rank: int, size: int, store: str, function, args) -> None:
+    gc.freeze()  # collecting a process group of the parent's, whose threads are not here, would crash this child
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
@@ -127,6 +129,7 @@ def assert_same_curve(a, b, tolerance=1e-5) -> None:
 
 def _killed(stage, tree, out, at_step) -> None:
     """Run until the row of ``at_step`` is written, then die as SIGKILL dies: nothing is flushed, nothing is closed."""
+    gc.freeze()
     write = RunFolder.append_metrics
 
     def dying(self, row):

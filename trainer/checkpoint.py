@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from medtrain.trainer.distributed import World
+from medtrain.trainer.distributed import World, unwrapped
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import PARTIAL, sync_folder, write_json
 from medtrain.trainer.model import PolicyModel
@@ -68,7 +68,7 @@ def save_checkpoint(
     policy.reshard()
     weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
     dcp.save(
-        {"model": weights, "optim": moments},
+        {"model": _unwrapped(weights), "optim": moments},
         storage_writer=FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
         no_dist=world.size == 1,
     )
@@ -92,7 +92,7 @@ def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Op
     """
     policy.reshard()
     weights, moments = get_state_dict(policy, optimizer if optimizer is not None else [], options=_TRAINED)
-    tree = {"model": weights, "optim": moments} if optimizer is not None else {"model": weights}
+    tree = {"model": _unwrapped(weights)} | ({"optim": moments} if optimizer is not None else {})
     try:
         dcp.load(tree, storage_reader=FileSystemReader(folder), no_dist=world.size == 1)
         state = json.loads((folder / "trainer.json").read_text())
@@ -108,6 +108,11 @@ def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Op
         options=_TRAINED,
     )
     return state
+
+
+def _unwrapped(weights: dict) -> dict:
+    """Plain tensors, so that a checkpoint can be read without torchao."""
+    return {name: unwrapped(weight) for name, weight in weights.items()}
 
 
 def _remove(folder: Path) -> None:

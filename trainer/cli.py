@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -34,6 +36,9 @@ class _Group(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Continued pretraining (CPT) and Reasoning Preference Optimization (RPO) for Hugging Face checkpoints."""
+    # transformers imports torchao where it is installed, and torchao warns of kernels that this machine cannot load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _is_main() -> bool:
@@ -213,21 +218,18 @@ def plan(
 
 @main.group()
 def bench() -> None:
-    """Measure: the log-probability op beside its peers and a floor of bare GEMMs."""
+    """Measure: the log-probability op beside its peers and a floor of bare GEMMs, and a training step beside TRL's."""
 
 
 @bench.command("kernels")
-@click.option("--quick", is_flag=True, help="On a GPU: two shapes, nothing begun after 200 seconds.")
+@click.option("--quick", is_flag=True, help="On a GPU: two shapes, nothing begun after 150 seconds.")
 @click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
 @click.option("--shapes", metavar="NxHxV,...", help="Tokens x hidden size x vocabulary, instead of the usual ones.")
 @click.option("--impl", "impls", metavar="NAME,...", help="Only these implementations.")
 @click.option("--commit", help="Recorded where the source tree is not a git checkout.")
 def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, commit: str | None) -> None:
     """Time, memory and error of the op in all its modes; on a CPU a small form, where memory and errors hold."""
-    from rich.console import Console
-
     from medtrain.benchmarks.kernels import failures, parse_names, parse_shapes, run_kernels
-    from medtrain.benchmarks.report import show
 
     result, path = run_kernels(
         out,
@@ -237,10 +239,37 @@ def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, 
         commit=commit,
         echo=lambda line: click.echo(line, err=True),
     )
+    _show_benchmark(result, path, failures(result["rows"]), "op")
+
+
+@bench.command("train")
+@click.option("--stage", type=click.Choice(["rpo"]), default="rpo", show_default=True)
+@click.option("--model", metavar="tiny|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU.")
+@click.option("--quick", is_flag=True, help="On a GPU: fewer rows and steps, nothing begun after 300 seconds.")
+@click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
+@click.option("--commit", help="Recorded where the source tree is not a git checkout.")
+def bench_train(stage: str, model: str | None, quick: bool, out: str, commit: str | None) -> None:
+    """Speed, memory, padding and loss of our RPO step beside TRL's DPOTrainer, on the same random weights and pairs."""
+    import torch
+
+    from medtrain.benchmarks.train import choose, failures, run_train
+
+    models = choose(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    result, path = run_train(
+        out, models=models, quick=quick, commit=commit, echo=lambda line: click.echo(line, err=True)
+    )
+    _show_benchmark(result, path, failures(result["rows"]), "step")
+
+
+def _show_benchmark(result: dict, path: Path, failed: list[str], what: str) -> None:
+    from rich.console import Console
+
+    from medtrain.benchmarks.report import show
+
     show(result, Console(width=None if sys.stdout.isatty() else 160))
     click.echo(f"{path}\n{path.with_suffix('.md')}")
-    if failed := failures(result["rows"]):
-        click.echo("\n".join(f"medtrain: our own op failed: {line}" for line in failed), err=True)
+    if failed:
+        click.echo("\n".join(f"medtrain: our own {what} failed: {line}" for line in failed), err=True)
         sys.exit(1)
 
 

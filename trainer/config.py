@@ -68,6 +68,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only, not norms and biases
     grad_clip: float = 1.0  # global norm; 0: no clipping
+    state: Literal["fp32", "8bit"] = "fp32"  # Adam's moments; 8bit: of matrices, in blocks with a scale each (torchao)
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,13 @@ class LoraConfig:
 @dataclass(frozen=True)
 class PrecisionConfig:
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    weights: Literal["fp32", "bf16"] = "fp32"  # trained weights as kept; bf16: stochastic rounding instead of masters
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"  # linear layers of attention and MLP, by torchao
+    fp8_all_gather: bool = False  # tensorwise: FSDP gathers weights in FP8
+    fp8_emulate: bool = False  # the arithmetic of FP8 on a device without it; slow
+    fp8_guard: Literal["stop", "warn"] = "stop"  # what a check that fails does
+    fp8_check_every: int = 100  # steps between checks of FP8 on one micro-batch, the first step included; 0: none
+    fp8_tolerance: float = 0.05  # nats a token that a check lets the loss differ from the one without FP8
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,9 @@ FREE_SETTINGS = (
     "model.tokenizer",
     "lora.merge",
     "precision.compute",  # what it comes to on this machine is compared instead
+    "precision.fp8_guard",
+    "precision.fp8_check_every",
+    "precision.fp8_tolerance",
     "data.cache",
     "data.share_prompts",
     "eval.every",
@@ -459,6 +470,7 @@ def _validate(config: Config, file) -> None:
         raise bad_input("has no effect with this loss", file=file, field="rpo.label_smoothing", found=f"rpo.loss={rpo.loss}",
                         expected="rpo.loss sigmoid, robust or simpo")  # fmt: skip
     _validate_lora(config.lora, file)
+    _validate_precision(config, file)
     require(config.eval.every >= 0, "eval.every", config.eval.every, "0 or more")
     require(config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "1 or more")
     require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "1 or more")
@@ -478,6 +490,32 @@ def _validate_lora(lora: LoraConfig, file) -> None:
         if lora.path is not None and name in ("rank", "alpha", "target_modules"):
             raise bad_input("has no effect with lora.path", file=file, field=f"lora.{name}", found=value,
                             expected="nothing: the adapter brings its own")  # fmt: skip
+
+
+def _validate_precision(config: Config, file) -> None:
+    precision = config.precision
+
+    def refuse(name: str, found: object, problem: str, expected: str) -> None:
+        raise bad_input(problem, file=file, field=f"precision.{name}", found=found, expected=expected)
+
+    for f in dataclasses.fields(precision):
+        value = getattr(precision, f.name)
+        if precision.fp8 == "none" and f.name.startswith("fp8_") and value != f.default:
+            refuse(f.name, value, "has no effect without FP8", "precision.fp8 tensorwise or rowwise")
+    if precision.fp8_all_gather and precision.fp8 != "tensorwise":
+        refuse("fp8_all_gather", f"precision.fp8={precision.fp8}", "one scale a weight is gathered with it",
+               "precision.fp8=tensorwise")  # fmt: skip
+    if precision.fp8_check_every < 0:
+        refuse("fp8_check_every", precision.fp8_check_every, "out of range", "0 (no checks) or more")
+    if not 0 < precision.fp8_tolerance < float("inf"):
+        refuse("fp8_tolerance", precision.fp8_tolerance, "out of range", "more than 0")
+    if config.lora.on and precision.fp8 != "none":
+        refuse("fp8", precision.fp8, "not supported with adapters", "precision.fp8=none, or training all weights")
+    if config.lora.on and precision.weights != "fp32":
+        refuse("weights", precision.weights, "has no effect with adapters: the base lies in the compute precision, and "
+               "adapters are float32", "precision.weights=fp32")  # fmt: skip
+    if precision.weights == "bf16" and precision.compute == "float32":
+        refuse("weights", "bf16", "weights in bfloat16 are computed with as they are", "precision.compute=bfloat16")
 
 
 def learned_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,19 @@ def local_part(param: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
 
 def whole(param: torch.Tensor) -> torch.Tensor:
     """The whole tensor of a parameter, on every rank; all ranks must call this."""
-    return param.full_tensor() if isinstance(param, DTensor) else param.data
+    return unwrapped(param.full_tensor() if isinstance(param, DTensor) else param.data)
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or DTensor of one, without the wrapper that torchao puts around weights gathered in FP8; same storage."""
+    if not isinstance(tensor, DTensor):
+        return getattr(tensor, "_tensor", tensor)
+    local = tensor.to_local()
+    inner = getattr(local, "_tensor", local)
+    if inner is local:
+        return tensor
+    return DTensor.from_local(inner, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape,
+                              stride=tensor.stride())  # fmt: skip
 
 
 @contextmanager

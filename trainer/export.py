@@ -62,8 +62,10 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
             # What the run made of lora.path, whatever that is by now; its values come from the checkpoint.
             made = {name: manifest["adapters"][name] for name in ("rank", "alpha", "target_modules")}
             adapters = plan_adapters(dataclasses.replace(config.lora, path=None, **made), parameter_shapes(hf_config))
-        base_dtype = torch.float32 if adapters is None else compute_dtype
-        policy = build_model(config.model, hf_config, world, base_dtype, backend="sdpa", adapters=adapters)
+        weights_dtype = torch.bfloat16 if config.precision.weights == "bf16" else torch.float32
+        base_dtype = weights_dtype if adapters is None else compute_dtype
+        policy = build_model(config.model, hf_config, world, base_dtype, backend="sdpa", adapters=adapters,
+                             weights_dtype=weights_dtype)  # fmt: skip
         if adapters is not None:
             _load_base(policy, config, manifest["digests"]["weights"], world)
         load_checkpoint(chosen[-1], policy, None, world)

@@ -13,14 +13,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 from medtrain.kernels.logps import reset_clamped_rows, select_path
@@ -41,14 +40,17 @@ from medtrain.trainer.model import (
     parameter_shapes,
 )
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
+from medtrain.trainer.optimizer import check_state, make_optimizer
+from medtrain.trainer.precision import Fp8, plan_fp8
 from medtrain.trainer.progress import Display, heldout_line, summary
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
+from medtrain.trainer.step import FlopsPerToken, optimizer_step, peak_flops
 from medtrain.trainer.weights import Checkpoint, digest_of_init, export_model, init_weights, load_weights
 
-# Dense bf16 peaks, FLOP/s, from the makers' data sheets. Elsewhere mfu is null.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
+    from medtrain.trainer.fp8 import Guard
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Prepared:
     objective: Objective
     steps: int
     compute_dtype: torch.dtype
+    fp8: Fp8 | None
     paths: dict[str, str]
 
 
@@ -86,7 +89,7 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
     """
     _quiet_libraries()
     compute_dtype = _compute_dtype(config)
-    with join_world(needs_group=compute_dtype != torch.float32) as world:
+    with join_world(needs_group=compute_dtype != torch.float32 or config.precision.fp8_all_gather) as world:
         display = Display(enabled=world.is_main and not quiet)
         prepared = prepare(config, world, display)
         return _run(config, prepared, world, display)
@@ -104,6 +107,11 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
     if checkpoint is not None:
         checkpoint.check(shapes, tied=hf_config.tie_word_embeddings)
     adapters = plan_adapters(config.lora, shapes)
+    fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)
+    check_state(config.optim.state, shapes)
+    if config.precision.weights == "bf16" and compute_dtype != torch.bfloat16:
+        raise bad_input("weights in bfloat16 are computed with as they are", field="precision.weights", found="bf16",
+                        expected="precision.compute=bfloat16")  # fmt: skip
     limit = hf_config.max_position_embeddings
     name = "seq_len" if config.stage == "cpt" else "max_length"
     if getattr(config.data, name) > limit:
@@ -130,7 +138,7 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
-    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, steps, compute_dtype, paths)
+    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, steps, compute_dtype, fp8, paths)
 
 
 def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
@@ -159,25 +167,11 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     adapters = prepared.adapters
     if adapters is not None:
         display.say(adapters.describe(total))
-    torch.manual_seed(config.run.seed)
-    reset_clamped_rows()
-    torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
-    policy = build_model(
-        config.model,
-        prepared.hf_config,
-        world,
-        prepared.compute_dtype,
-        backend=prepared.paths["attention"],
-        adapters=adapters,
-    )
-    if prepared.checkpoint is not None:
-        load_weights(policy, prepared.checkpoint)
-    else:
-        init_weights(policy, config.run.seed)
-    if adapters is not None:
-        fill_adapters(policy, adapters, config.run.seed)
-    objective.prepare(policy, world, folder.reference, display.say)
-    optimizer = _optimizer(policy, config, world)
+    if prepared.fp8 is not None:
+        display.say(prepared.fp8.describe())
+    policy, optimizer, guard = start(config, prepared, world, folder.reference, display)
+    # Held-out numbers are those of the model that is exported.
+    exactly = guard.without_fp8 if guard is not None else nullcontext
 
     state = {"tokens_total": 0, "pairs_total": 0}
     done = 0
@@ -210,12 +204,13 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
 
     row: dict[str, Any] = {}
     if done == 0 and evaluate_now(0):
-        row = {"step": 0} | objective.evaluate(policy, world)
+        with exactly():
+            row = {"step": 0} | objective.evaluate(policy, world)
         record(row)
         display.say(heldout_line(row))
 
-    flops = _FlopsPerToken(prepared.hf_config, multiplied, adapters)
-    peak = _peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
+    flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
+    peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
     began, spent = time.monotonic(), 0.0
     display.start(done, steps)
     try:
@@ -223,49 +218,32 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             for step in range(done, steps):
                 started = time.perf_counter()
                 lr = config.optim.lr * lr_factor(config.optim, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                batches, n = objective.micro_batches(step, world)
-                sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
-                attended = 0.0
-                for batch in batches:
-                    loss, stats = objective.loss(policy, batch, n)
-                    # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
-                    (loss * world.size).backward()
-                    sums += stats
-                    attended += batch.attended
-                # One reduction a step carries everything: sums, attention work, and whether any rank was told to stop.
-                extra = torch.tensor([attended, float(stop.asked)], dtype=torch.float64, device=world.device)
-                reduced = world.sum(torch.cat([sums, extra]))
-                metrics = objective.metrics(reduced[:-2], n)
-                grad_norm = _clip(policy, config.optim.grad_clip)
-                if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
-                    raise RuntimeError(
-                        f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}: not finite, stopped before "
-                        f"the update; the last checkpoint stands in {folder.checkpoints}"
-                    )
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                this = optimizer_step(
+                    policy, objective, optimizer, step, world, lr=lr, grad_clip=config.optim.grad_clip, guard=guard,
+                    say=display.say, asked=lambda: stop.asked,
+                    advice=f"the last checkpoint stands in {folder.checkpoints}",
+                )  # fmt: skip
+                n = this.denominators
                 state["tokens_total"] += n.tokens
                 state["pairs_total"] += n.pairs
                 seconds = time.perf_counter() - started
-                work = flops(n.inputs.computed, float(reduced[-2]))
-                row = {"step": step + 1, **metrics, "grad_norm": grad_norm, "lr": lr, "tokens": n.tokens,
+                work = flops(n.inputs.computed, this.squared_lengths)
+                row = {"step": step + 1, **this.metrics, "lr": lr, "tokens": n.tokens,
                        "tokens_total": state["tokens_total"], "seconds": seconds,
                        **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
                        "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
                 if evaluate_now(step + 1):
-                    row |= objective.evaluate(policy, world)
+                    with exactly():
+                        row |= objective.evaluate(policy, world)
                 record(row)
                 spent += seconds
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
                 if evaluate_now(step + 1):
                     display.say(heldout_line(row))
-                asked = bool(reduced[-1] > 0)
-                if asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
+                if this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
                     save(step + 1)
-                if asked and step + 1 < steps:
+                if this.asked and step + 1 < steps:
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
                     return TrainResult(folder.root, folder.results(config)[-1], row, interrupted=True)
     finally:
@@ -284,6 +262,40 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.results(config)[-1], row or folder.rows()[-1])
+
+
+def start(
+    config: Config, prepared: Prepared, world: World, reference: Path, display: Display
+) -> tuple[PolicyModel, torch.optim.Optimizer, Guard | None]:
+    """The policy with its starting weights, what its objective must know of them (kept under ``reference``), the
+    optimizer, and the guard of an FP8 run: what stands before step 0."""
+    torch.manual_seed(config.run.seed)
+    reset_clamped_rows()
+    torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
+    policy = build_model(
+        config.model,
+        prepared.hf_config,
+        world,
+        prepared.compute_dtype,
+        backend=prepared.paths["attention"],
+        adapters=prepared.adapters,
+        fp8=prepared.fp8,
+        weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
+    )
+    if prepared.checkpoint is not None:
+        load_weights(policy, prepared.checkpoint)
+    else:
+        init_weights(policy, config.run.seed)
+    if prepared.adapters is not None:
+        fill_adapters(policy, prepared.adapters, config.run.seed)
+    guard = None
+    if prepared.fp8 is not None:
+        from medtrain.trainer.fp8 import Guard  # torchao, for those who ask for it
+
+        guard = Guard(config.precision, policy, world)
+    with guard.without_fp8() if guard is not None else nullcontext():  # the reference is of the model that is exported
+        prepared.objective.prepare(policy, world, reference, display.say)
+    return policy, make_optimizer(policy, config), guard
 
 
 def check(config: Config, samples: int = 0) -> str:
@@ -309,6 +321,8 @@ def check(config: Config, samples: int = 0) -> str:
             "paths:  " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items()),
             "nothing is wrong",
         ]
+        if prepared.fp8 is not None:
+            lines.insert(2, "fp8:    " + prepared.fp8.describe())
         if prepared.adapters is not None:
             lines.insert(2, "lora:   " + prepared.adapters.describe(total))
         if samples:
@@ -337,6 +351,7 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
             "digests": prepared.objective.digests,
             "parameters": {"all": total + trained, "trained": trained or total},
             "adapters": None if prepared.adapters is None else prepared.adapters.about(),
+            "fp8": None if prepared.fp8 is None else prepared.fp8.about(),
             # One entry each time the run was started, so that a curve can be traced to what computed it.
             "starts": [*folder.starts(), start],
         }
@@ -356,53 +371,11 @@ def _check_shared(folder: RunFolder, world: World) -> None:
                         f"see {folder.manifest}", expected="a shared file system")  # fmt: skip
 
 
-def _optimizer(policy: PolicyModel, config: Config, world: World) -> torch.optim.AdamW:
-    policy.reshard()
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-        fused=True,
-    )
-
-
-def _clip(policy: PolicyModel, limit: float) -> float:
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit if limit > 0 else math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
 def _compute_dtype(config: Config) -> torch.dtype:
     choice = config.precision.compute
     if choice == "auto":
         choice = "bfloat16" if torch.cuda.is_available() else "float32"
     return getattr(torch, choice)
-
-
-class _FlopsPerToken:
-    """Model FLOPs of forward and backward: 6 a parameter that multiplies (4 where it is frozen), and attention's 6 *
-    layers * heads * dim * the sum of squared document lengths (causal, so half of 12)."""
-
-    def __init__(self, hf_config, multiplied: int, adapters: Adapters | None):
-        heads = hf_config.num_attention_heads
-        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-        self.dense = 6 * multiplied if adapters is None else 4 * multiplied + 6 * adapters.num_parameters
-        self.attention = 6 * hf_config.num_hidden_layers * heads * head_dim
-
-    def __call__(self, tokens: int, squared_lengths: float) -> float:
-        return self.dense * tokens + self.attention * squared_lengths
-
-
-def _peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def _max_memory_gib(device: torch.device) -> float:

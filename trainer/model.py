@@ -24,6 +24,7 @@ from medtrain.trainer.config import ModelConfig
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.lora import Adapters, add_adapters
+from medtrain.trainer.precision import Fp8
 from medtrain.trainer.tokenizer import read_tokenizer
 
 # Decoders whose weights are named model.* and lm_head.weight and whose layers all attend to the whole document.
@@ -196,9 +197,11 @@ def build_model(
     *,
     backend: str,
     adapters: Adapters | None = None,
+    fp8: Fp8 | None = None,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> PolicyModel:
-    """An empty (unfilled) policy on ``world.device``, sharded where there is a mesh. What is trained has float32 masters;
-    what ``adapters`` freeze is kept in ``compute_dtype``.
+    """An empty (unfilled) policy on ``world.device``, sharded where there is a mesh. What is trained is kept in
+    ``weights_dtype`` (adapters in float32); what ``adapters`` freeze is kept in ``compute_dtype``.
 
     FSDP units: each decoder layer; the head (with the embedding where they are tied, else gradients of the two uses
     would part); the root with the rest.
@@ -206,13 +209,17 @@ def build_model(
     with torch.device("meta"):
         hf_model = AutoModelForCausalLM.from_config(
             hf_config,
-            dtype=compute_dtype if adapters else torch.float32,
+            dtype=compute_dtype if adapters else weights_dtype,
             attn_implementation=attention.NAME,
             trust_remote_code=False,
         )
         if adapters:
             add_adapters(hf_model, adapters)
         policy = PolicyModel(hf_model, config.keep_bytes, backend, compute_dtype)
+        if fp8 is not None:
+            from medtrain.trainer.fp8 import add_fp8  # torchao, for those who ask for it
+
+            add_fp8(policy.model.layers, fp8, "model.layers")
     policy.train()
     if config.activation_checkpointing == "full":
         for i, layer in enumerate(policy.model.layers):
@@ -230,8 +237,10 @@ def build_model(
         else:
             fully_shard(policy.lm_head, **options)
         fully_shard(policy, **options)
-    elif compute_dtype != torch.float32 and not adapters:
+    elif compute_dtype != weights_dtype and not adapters:
         raise ValueError("computing in a lower precision than the master weights needs a mesh")
+    elif fp8 is not None and fp8.all_gather:
+        raise ValueError("gathering in FP8 needs a mesh")
     policy.to_empty(device=world.device)
     if policy.tied and world.mesh is None:
         policy.lm_head.weight = policy.model.embed_tokens.weight  # to_empty unties plain parameters

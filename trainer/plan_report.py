@@ -179,12 +179,24 @@ def measured_rates(config: Config, precision: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _refuse_unplanned(config: Config) -> None:
+    """No number is better than one that leaves out what a setting is there to change."""
+    for field, found, planned in (
+        ("precision.fp8", config.precision.fp8, "none"),
+        ("precision.weights", config.precision.weights, "fp32"),
+        ("optim.state", config.optim.state, "fp32"),
+    ):
+        if found != planned:
+            raise bad_input("medtrain plan has no formula for it yet", field=field, found=found, expected=planned)
+
+
 def plan_config(config: Config, *, world_size: int, gpu_memory_gib: float, sizes: str | None = None) -> dict[str, Any]:
     """The whole plan as plain data, as ``medtrain plan --json`` prints it.
 
     Raises:
-        InputError: sizes that cannot be found, settings that do not fit the model.
+        InputError: sizes that cannot be found, settings that do not fit the model, or that have no formula yet.
     """
+    _refuse_unplanned(config)
     hf_config, source = model_sizes(config.model, sizes)
     model = read_model(config, hf_config)
     machine = Machine(world_size)

@@ -20,7 +20,18 @@ from medtrain.trainer.config import Config, learned_settings
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import PARTIAL, sync_file, write_bytes, write_json
 
-PACKAGES = ("medtrain", "torch", "triton", "transformers", "peft", "safetensors", "numpy", "flash-attn", "liger-kernel")
+PACKAGES = (
+    "medtrain",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "torchao",
+    "safetensors",
+    "numpy",
+    "flash-attn",
+    "liger-kernel",
+)
 
 
 class RunFolder:

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from medtrain.benchmarks import inputs as inputs_module
 from medtrain.benchmarks import kernels, peers
 from medtrain.benchmarks.inputs import make_inputs, reference
+from medtrain.benchmarks.kernel_tables import verdicts
 from medtrain.benchmarks.kernels import failures, run_kernels
 from medtrain.benchmarks.measure import Calls, measure_memory, time_rounds
 from medtrain.benchmarks.peers import IMPLEMENTATIONS, Implementation, floor, floor_flops, per_token
-from medtrain.benchmarks.report import markdown, verdicts
+from medtrain.benchmarks.report import markdown
 from medtrain.kernels.reference import reference_logps
 from medtrain.trainer.cli import main
 
@@ -379,6 +380,6 @@ def test_gpu_check_goes_on_to_the_benchmark_and_fails_if_anything_did(tmp_path, 
         assert done.returncode == 2 and "no CUDA device" in done.stdout and len(calls) == 1
     else:
         assert calls[1:] == [
-            ".:peers -m pytest tests/kernels",
+            ".:peers -m pytest tests/kernels/test_triton.py tests/kernels/test_memory.py tests/kernels",
             f".:peers -m medtrain bench kernels --quick --out {tmp_path}/out",
         ]

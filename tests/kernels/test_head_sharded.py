@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from medtrain.kernels.head import LogpsHead
@@ -39,8 +40,10 @@ def train_one_rank(rank, folder, keep_bytes, sync_every_micro_batch):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = Model(keep_bytes)
-    fully_shard(model.head)
-    fully_shard(model)
+    # A mesh of its own: on a machine with a GPU the default one would be there.
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model.head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     for micro_batch in range(2):
         model.set_requires_gradient_sync(sync_every_micro_batch or micro_batch == 1)
         # FSDP averages over ranks; the denominator is that of the whole step.

@@ -96,6 +96,67 @@ def test_odd_shapes(shape, gemm):
         check(hidden, weight, targets, keep_bytes=0, slab_size=7)
 
 
+def test_a_slab_wider_than_one_block_of_columns():
+    hidden, weight, targets = problem(5, 16, 9001)
+    for keep_bytes in (0, None):
+        check(hidden, weight, targets, keep_bytes=keep_bytes)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: hundreds of tiles would take the interpreter hours")
+@GEMMS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize(("num_rows", "rows"), [(700, 2304), (2305, 2304), (1152, 1152)])
+def test_many_tiles_a_program(num_rows, rows, flatten, dtype, gemm):
+    # 157 tiles of vocabulary, the last one not full; 4 steps of hidden size, the last one not full; 9 tiles of rows are
+    # one group of 8 and a rest of 1.
+    hidden, weight, targets = problem(num_rows, 200, 40_001, dtype, scale=0.7)
+    with logps_launch.forced(gemm=gemm, rows=rows, exp_gemm=logps_launch.ExpGemm(flatten=flatten)):
+        for slab_size, keep_bytes in ((None, 0), (10_000, None), (None, num_rows * 9008 * 2)):
+            check(hidden, weight, targets, tolerance=BF16_TOLERANCE, slab_size=slab_size, keep_bytes=keep_bytes)
+            weight.requires_grad_(not weight.requires_grad)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device with 12 GiB free: tensors of more than 2**31 entries")
+@GEMMS
+def test_offsets_beyond_32_bits(gemm):
+    num_rows, vocab_size = 16_384, 152_064
+    hidden, weight, targets = problem(num_rows, 64, vocab_size, torch.bfloat16)
+    with torch.no_grad():
+        hidden[-3] *= 60  # out of range, near the end of what is kept
+    with logps_launch.forced(gemm=gemm, rows=2304):
+        logps = chunked_logps(hidden, weight, targets, keep_bytes=2**33)
+        (grad,) = torch.autograd.grad(logps[-64:].sum(), weight)
+    assert clamped_rows() >= 1
+    tail = hidden.detach()[-64:].clone()
+    found = chunked_logps(tail, weight, targets[-64:], keep_bytes=0)
+    torch.testing.assert_close(logps[-64:], found, rtol=1e-5, atol=1e-5)
+    (wanted,) = torch.autograd.grad(found.sum(), weight)
+    assert relative(grad, wanted.cpu().double()) <= 2 * BF16_TOLERANCE
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: TF32 exists there alone")
+def test_tf32_and_autocast_stay_out():
+    hidden, weight, targets = problem(64, 512, 1000, scale=0.2)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            check(hidden, weight, targets, keep_bytes=0)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: streams exist there alone")
+def test_a_stream_of_its_own():
+    hidden, weight, targets = problem(64, 64, 1000)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        check(hidden, weight, targets, keep_bytes=0)
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 @GEMMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("keep_bytes", [0, None, 37 * 48 * 2])
@@ -163,6 +224,15 @@ def test_rows_out_of_range_are_counted_and_exact_in_every_mode(outside, keep_byt
             assert clamped_rows() == len(outside)
 
 
+def test_rows_out_of_range_over_many_tiles_of_vocabulary_and_hidden_size():
+    # Logits of several hundred: float32 itself is not better than 1e-4 there.
+    hidden, weight, targets = problem(21, 600, 700, scale=3.0)
+    for keep_bytes in (0, None, 21 * 304 * 4):
+        reset_clamped_rows()
+        check(hidden, weight, targets, tolerance=2e-4, logps_tolerance=2e-4, keep_bytes=keep_bytes)
+        assert clamped_rows() > 10
+
+
 def test_16_bit_rows_out_of_range_keep_their_gradients():
     hidden, weight, targets = problem(37, 24, 101, torch.bfloat16, scale=12.0)
     check(hidden, weight, targets, tolerance=BF16_TOLERANCE, keep_bytes=37 * 48 * 2, slab_size=40)
@@ -186,8 +256,11 @@ def test_rows_out_of_range_are_listed_in_order_over_many_blocks():
     total[wanted] = torch.tensor([2.0**108, torch.inf, torch.nan, 2.0**120, 2.0**108, 2.0**109], device=DEVICE)
     rows = torch.full((10_000,), -1, dtype=torch.int32, device=DEVICE)
     count = torch.empty(1, dtype=torch.int32, device=DEVICE)
-    logps_kernels.list_rows_kernel[(1,)](total, rows, count, 10_000, BLOCK=4096)
-    assert int(count) == 6 and rows[:6].tolist() == wanted and bool((rows[6:] == -1).all())
+    target_logits = torch.zeros(10_000, device=DEVICE)
+    target_logits[4095] = float("nan")  # whose results are NaN as they are
+    logps_kernels.list_rows_kernel[(1,)](total, target_logits, rows, count, 10_000, BLOCK=4096, num_warps=8)
+    wanted.remove(4095)
+    assert int(count) == 5 and rows[:5].tolist() == wanted and bool((rows[5:] == -1).all())
 
 
 # --- inputs, determinism, synchronisation -----------------------------------------------------------------------------
@@ -251,27 +324,39 @@ torch.cuda.synchronize()
     assert run.returncode != 0 and "assert" in run.stderr.lower()
 
 
-def test_float32_matmul_settings_of_the_process_are_given_back():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_matmul_settings_of_the_process_are_given_back(dtype):
     matmul = torch.backends.cuda.matmul
-    names = ("fp32_precision", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    reduced = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    names = ("fp32_precision", "allow_fp16_accumulation", *reduced)
     before = [getattr(matmul, name) for name in names]
-    with contextlib.suppress(ZeroDivisionError), logps_triton._exact_matmul():
-        assert [getattr(matmul, name) for name in names] == ["ieee", False, False]
+    with contextlib.suppress(ZeroDivisionError), logps_triton._exact_matmul(dtype):
+        if dtype == torch.float32:
+            assert matmul.fp32_precision == "ieee"
+        else:
+            assert not matmul.allow_bf16_reduced_precision_reduction
+            assert dtype == torch.bfloat16 or not (matmul.allow_fp16_accumulation or getattr(matmul, reduced[0]))
         raise ZeroDivisionError
     assert [getattr(matmul, name) for name in names] == before
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: a CPU has nothing to wait for")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("trained", ["both", "hidden", "none"])
 @pytest.mark.parametrize("keep_bytes", [0, None])
 @GEMMS
-def test_forward_and_backward_never_wait_for_the_device(gemm, keep_bytes):
-    hidden, weight, targets = problem(300, 64, 1000, torch.bfloat16)
+def test_forward_and_backward_never_wait_for_the_device(gemm, keep_bytes, trained, dtype):
+    hidden, weight, targets = problem(300, 64, 1000, dtype, scale=6.0)  # some rows out of range
+    hidden.requires_grad_(trained != "none")
+    weight.requires_grad_(trained == "both")
+    inputs = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
     upstream = torch.randn(300, device=DEVICE)
 
     def run():
         with logps_launch.forced(gemm=gemm):
             logps = chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes)
-            torch.autograd.grad(logps, (hidden, weight), upstream)
+            if inputs:
+                torch.autograd.grad(logps, inputs, upstream)
 
     run()  # compiles
     torch.cuda.set_sync_debug_mode("error")

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same_curve, kill_in_a_child, read_metrics, run, run_on_ranks, without_timing
 from transformers import AutoModelForCausalLM
 
-from medtrain.trainer import loop
+from medtrain.trainer import step
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.run_folder import RunFolder
 from medtrain.trainer.tokenizer import read_tokenizer
@@ -251,7 +251,7 @@ def test_a_mistake_that_rank_0_finds_is_raised_on_every_rank(cpt_tree, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(cpt_tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_clip", lambda policy, limit: float("nan"))
+    monkeypatch.setattr(step, "_clip", lambda policy, limit: float("nan"))
     with pytest.raises(RuntimeError, match="not finite"):
         run("cpt", cpt_tree, tmp_path / "run")
 

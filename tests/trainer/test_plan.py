@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,3 +146,10 @@ def test_speed_is_told_from_measured_rows_only(tmp_path, monkeypatch):
     (tmp_path / "train-cpt-h100-2030-01-01.json").write_text(json.dumps({"rows": rows}))
     found = plan_config(config_of(), world_size=64, gpu_memory_gib=79)["measured_rates"]
     assert found == [{"tokens_per_second": 123.0, "file": "train-cpt-h100-2030-01-01.json"}]
+
+
+@pytest.mark.parametrize("setting", ["precision.fp8=rowwise", "precision.weights=bf16", "optim.state=8bit"])
+def test_a_setting_without_a_formula_is_refused_rather_than_left_out(setting):
+    config = Path(__file__).resolve().parents[2] / "configs" / "qwen2.5-7b-cpt.yaml"
+    result = CliRunner().invoke(main, ["plan", str(config), setting, "--world-size", "8"])
+    assert result.exit_code == 2 and setting.split("=")[0] in result.output and "no formula" in result.output

@@ -1,0 +1,221 @@
+"""The training benchmark on the CPU: that it times the step that trains, that TRL does the same work, what it writes."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import read_metrics
+from transformers import AutoConfig
+
+from medtrain.benchmarks import train as bench
+from medtrain.benchmarks.report import markdown
+from medtrain.benchmarks.train import OURS, SEPARATE, TRL, failures, run_train
+from medtrain.benchmarks.train_arms import Arm, run_medtrain
+from medtrain.benchmarks.train_inputs import MODELS, config, make_inputs, most_tokens, token_ids, work
+from medtrain.benchmarks.train_tables import verdicts
+from medtrain.trainer.cli import main
+from medtrain.trainer.data.pairs import PairSet
+from medtrain.trainer.loop import train
+from medtrain.trainer.model import num_parameters, parameter_shapes
+
+CPU = torch.device("cpu")
+TINY = MODELS["tiny"]
+LORA = replace(TINY, lora_rank=4, lr=1e-2)
+CONTRACT = {
+    "impl", "model", "precision", "tokens_per_second", "pairs_per_second", "mfu", "max_memory_gib", "useful_token_share",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_few_steps(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the rows' processes
+    monkeypatch.setitem(bench.STEPS, "small", (1, 4))
+
+
+def find(result, impl, variant=""):
+    (row,) = [row for row in result["rows"] if (row["impl"], row["variant"]) == (impl, variant)]
+    return row
+
+
+def run(tmp_path, *models, **options):
+    return run_train(tmp_path, models=models or (TINY,), device=CPU, echo=lambda line: None, **options)
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------------
+
+
+def test_tiny_form_end_to_end_without_the_peer(tmp_path, monkeypatch):
+    shadow = tmp_path / "shadow"
+    for name in ("datasets", "trl"):  # as if they were not installed, wherever this runs
+        (shadow / name).mkdir(parents=True)
+        (shadow / name / "__init__.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\")")
+    monkeypatch.setenv("PYTHONPATH", str(shadow))
+    result, path = run(tmp_path, arms=(OURS, TRL))
+    assert path.name == f"train-rpo-cpu-{result['date']}.json"
+    assert json.loads(path.read_text()) == result
+    assert {"device", "date", "commit", "versions", "rows"} <= result.keys()
+    assert all(CONTRACT <= row.keys() for row in result["rows"])
+
+    row = find(result, "medtrain")
+    assert row["reason"] is None and failures(result["rows"]) == []
+    assert (row["model"], row["precision"], row["trained"]) == ("tiny", "float32", "all weights")
+    assert row["steps"] == 4 and row["micro_batches_a_step"] == 1 and len(row["losses"]) == 5
+    assert row["pairs_per_second"] == pytest.approx(8e3 / row["ms_median"])
+    assert row["useful_token_share"] == 1  # one micro-batch, prompts shared
+    assert row["step_extra_bytes"] > 4 * row["parameters"]  # the gradients at least
+    assert row["mfu"] is row["max_memory_gib"] is None
+    assert row["loss_difference"] == 0 and abs(row["margins"][0]) < 1e-5 < 1e-3 < abs(row["margins"][-1])
+    assert row["lengths"]["prompt"]["min"] >= 10 and row["lengths"]["completion"]["max"] <= 91
+
+    assert find(result, "trl")["reason"].startswith("not installed: ")
+    (verdict,) = verdicts(result["rows"])
+    assert verdict["met"] is None and verdict["measured"].startswith("trl was not measured: not installed: ")
+    text = path.with_suffix(".md").read_text()
+    assert text == markdown(result) and text.count("trl did not run: not installed") == 1
+    drawn = CliRunner().invoke(main, ["bench", "table", str(path)])
+    assert drawn.exit_code == 0 and drawn.stdout == text
+
+
+@pytest.mark.parametrize(("words", "parts"), [
+    (["--stage", "cpt"], ["--stage", "'cpt' is not 'rpo'"]),
+    (["--model", "9b"], ["medtrain: ", "--model", "9b", "tiny | 1.5b | 7b"]),
+    (["--model", "7b"], ["medtrain: ", "--model", "needs a GPU", "expected tiny"]),
+    (["--out", __file__], ["medtrain: ", "--out", "not a folder"]),
+])  # fmt: skip
+def test_a_wrong_option_is_refused(words, parts, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(main, ["bench", "train", *words])
+    assert result.exit_code == 2, result.output
+    assert all(part in result.stderr for part in parts), result.stderr
+
+
+def test_a_row_whose_process_dies_or_that_comes_late_has_the_reason(tmp_path, monkeypatch):
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\necho first\necho Bus error >&2\nexit 135\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(bench.sys, "executable", str(stub))
+    result, _ = run(tmp_path, arms=(OURS, TRL))
+    reasons = [row["reason"] for row in result["rows"]]
+    assert reasons == ["its process ended with status 135: Bus error"] * 2
+    assert failures(result["rows"]) == ["tiny: its process ended with status 135: Bus error"]
+    monkeypatch.setitem(bench.BEGIN_SECONDS, "small", -1.0)
+    result, _ = run(tmp_path, arms=(OURS,))
+    assert result["rows"][0]["reason"].startswith("left out: ") and failures(result["rows"]) == []
+
+
+# --- the same work ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [TINY, LORA], ids=["all weights", "lora"])
+def test_what_is_timed_is_what_trains(model, tmp_path):
+    inputs, _ = make_inputs(model, tmp_path, 5, CPU)
+    found = run_medtrain(OURS, model, inputs, 4, CPU)
+    train(config(model, inputs, 5, micro_batch_tokens=most_tokens(model), checkpointing=True), quiet=True)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["loss"] for row in rows] == found.losses
+    assert [row["rewards/margin"] for row in rows] == found.margins
+    assert len(found.ms) == 4 and found.extra_bytes > 0
+
+
+def test_rows_of_ours_differ_in_what_is_computed_and_not_in_the_loss(tmp_path):
+    model = replace(TINY, few_tokens=400)
+    inputs, works = make_inputs(model, tmp_path, 4, CPU)
+    arms = (OURS, SEPARATE, Arm("medtrain", "few", few=True, checkpointing=False))
+    ours, separate, few = (run_medtrain(arm, model, inputs, 3, CPU) for arm in arms)
+    assert ours.computed == [work.tokens for work in works[:3]]
+    # Twice the prompts and no padding; small micro-batches part few pairs of one prompt, or none.
+    assert all(a + 8 * 10 <= b for a, b in zip(ours.computed, separate.computed, strict=True))
+    assert all(a <= b < c for a, b, c in zip(ours.computed, few.computed, separate.computed, strict=True))
+    assert min(few.micro_batches) > 1 and ours.micro_batches == separate.micro_batches == [1, 1, 1]
+    assert few.losses == pytest.approx(ours.losses, rel=1e-5) and separate.losses == pytest.approx(
+        ours.losses, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("model", [TINY, LORA], ids=["all weights", "lora"])
+def test_trl_has_the_same_losses(model, tmp_path):
+    if importlib.util.find_spec("trl") is None:  # imported in the row's process alone
+        pytest.skip("TRL is an optional extra: pip install -e '.[bench]'")
+    result, _ = run(tmp_path, model, arms=(OURS, TRL))
+    ours, theirs = find(result, "medtrain"), find(result, "trl")
+    assert theirs["reason"] is None
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-4)
+    assert theirs["loss_difference"] < 1e-4
+    # The part of the loss that only the updates move: without them every margin is 0.
+    assert theirs["margins"] == pytest.approx(ours["margins"], abs=1e-4)
+    assert max(map(abs, ours["margins"])) > 1e-2
+    assert theirs["useful_token_share"] < ours["useful_token_share"] and theirs["micro_batches_a_step"] == 1
+    assert [verdict["met"] for verdict in verdicts(result["rows"])] == [True]
+
+
+def test_inputs_are_the_same_on_every_run_and_some_pairs_share_their_prompt(tmp_path):
+    model = replace(TINY, pairs_a_step=64)
+    first, second = (make_inputs(model, tmp_path / name, 3, CPU) for name in ("a", "b"))
+    assert first[0].pairs.read_bytes() == second[0].pairs.read_bytes() and first[1] == second[1]
+    assert first[0].order == second[0].order
+    assert sorted(i for items in first[0].order for i in items) == list(range(192))
+    rows = [json.loads(line) for line in first[0].pairs.read_text().splitlines()]
+    prompts = [row["prompt"] for row in rows]
+    alone = sum(prompts.count(prompt) == 1 for prompt in prompts)
+    assert 0.3 < alone / len(prompts) < 0.7
+    lengths = [len(token_ids(row[side])) for row in rows for side in ("chosen", "rejected")]
+    assert min(lengths) >= 15 and max(lengths) == 90 and 35 < np.median(lengths) < 50
+    assert len(set(lengths)) > 30
+
+
+def test_work_counts_a_shared_prompt_once_and_no_last_token():
+    segments = [[5, 6, 7], [8, 0], [9, 9, 0], [5, 6, 7], [4, 0], [3, 3, 3, 0], [5], [8, 0], [9, 0]]
+    pairs = PairSet("made up", None, "", np.concatenate([np.array(s, dtype=np.int32) for s in segments]),
+                    np.cumsum([0, *map(len, segments)]), np.arange(3), "", {}, {})  # fmt: skip
+    found = work(pairs, [0, 1, 2])
+    assert (found.pairs, found.tokens, found.head_tokens) == (3, (3 + 1) + (1 + 2 + 1 + 3) + (1 + 1), 15)
+    # Causal attention: a completion's tokens see their prompt and themselves. Twice the number of seen places, but for ends.
+    squares = 9 + (4**2 - 9) + (5**2 - 9) + (4**2 - 9) + (6**2 - 9) + 1 + (2**2 - 1) + (2**2 - 1)
+    assert found.attended == squares
+    assert work(pairs, [0, 2]).tokens == 3 + 1 + 2 + 1 + 1 + 1
+
+
+# --- goals --------------------------------------------------------------------------------------------------------------
+
+
+def made_up_rows(model="1.5b", **changes):
+    """Rows that meet every goal, but for changes {"impl variant": {column: value}}."""
+    rows = []
+    for impl, variant, speed, gib in (("medtrain", "", 10.0, 40.0), ("medtrain", "no recomputing", 12.0, 50.0),
+                                      ("trl", "", 5.0, 45.0), ("trl", "few pairs", 6.0, 55.0)):  # fmt: skip
+        row = {
+            "impl": impl, "variant": variant, "model": model, "precision": "bfloat16", "trained": "all weights",
+            "pairs_per_second": speed, "max_memory_gib": gib, "reason": None, "same_pooling": variant != "few pairs",
+            "loss_difference": 0.0 if impl == "medtrain" else 1e-3 if variant == "" else 0.5,
+        }  # fmt: skip
+        rows.append(row | changes.get(f"{impl} {variant}".strip(), {}))
+    return rows
+
+
+def test_verdicts_follow_the_fastest_rows():
+    assert [verdict["met"] for verdict in verdicts(made_up_rows())] == [True] * 3
+    for key, change, goal in [
+        ("medtrain no recomputing", {"pairs_per_second": 11.9}, "at least twice"),
+        ("trl", {"pairs_per_second": 6.1, "max_memory_gib": 99.0}, "at least twice"),
+        ("medtrain no recomputing", {"max_memory_gib": 56.0}, "less memory"),
+        ("trl", {"loss_difference": 6e-3}, "the same loss curve"),
+    ]:
+        (missed,) = [verdict for verdict in verdicts(made_up_rows(**{key: change})) if not verdict["met"]]
+        assert goal in missed["goal"] and missed["met"] is False
+    # A row out of memory does not count, and with none left nothing is judged.
+    gone = {"pairs_per_second": None, "max_memory_gib": None, "loss_difference": None, "reason": "out of memory"}
+    assert [v["met"] for v in verdicts(made_up_rows(**{"trl few pairs": gone}))] == [True, False, True]
+    nobody = verdicts(made_up_rows(**{"trl": gone, "trl few pairs": gone}))
+    assert [(v["met"], v["measured"]) for v in nobody] == [(None, "trl was not measured: out of memory")] * 3
+    # The goals of speed and memory are about 1.5B and 7B.
+    assert ["curve" in verdict["goal"] for verdict in verdicts(made_up_rows("tiny"))] == [True]
+
+
+@pytest.mark.parametrize(("name", "count"), [("1.5b", 1_543_714_304), ("7b", 7_615_616_512)])
+def test_models_have_the_shapes_of_qwen(name, count):
+    shapes = parameter_shapes(AutoConfig.for_model(**MODELS[name].sizes))
+    assert num_parameters(shapes)[0] == count

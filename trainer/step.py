@@ -1,0 +1,121 @@
+"""One optimizer step, of either stage, and how many FLOPs it stands for.
+
+The training loop and ``medtrain bench train`` call the same functions, so what is timed is what trains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from medtrain.trainer.distributed import World
+from medtrain.trainer.lora import Adapters
+from medtrain.trainer.model import PolicyModel
+from medtrain.trainer.objectives import Denominators, Objective
+
+if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
+    from medtrain.trainer.fp8 import Guard
+
+# Dense bf16 peaks, FLOP/s, from the makers' data sheets. Elsewhere mfu is null.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``metrics``: the objective's, and ``grad_norm``; ``squared_lengths``: sum over documents of the step, all ranks;
+    ``asked``: whether any rank was told to stop."""
+
+    metrics: dict[str, Any]
+    denominators: Denominators
+    squared_lengths: float
+    asked: bool
+
+
+def optimizer_step(
+    policy: PolicyModel,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    world: World,
+    *,
+    lr: float,
+    grad_clip: float,
+    guard: Guard | None = None,
+    say: Callable[[str], None] = print,
+    asked: Callable[[], bool] = lambda: False,
+    advice: str = "",
+) -> StepResult:
+    """Step number ``step`` (from 0): micro-batches, their gradients, one reduction, clipping, update.
+
+    Args:
+        guard: of an FP8 run; what it warns of goes to ``say``.
+        asked: whether this process was told to stop; looked at once the gradients are there.
+        advice: ends the message of the error.
+
+    Raises:
+        RuntimeError: a loss or gradient norm that is not finite, or the guard's; nothing has been updated then.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    batches, n = objective.micro_batches(step, world)
+    sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
+    attended = 0.0
+    checked = guard.check(step, batches[0], say) if guard is not None else {}
+    for batch in batches:
+        loss, stats = objective.loss(policy, batch, n)
+        # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
+        (loss * world.size).backward()
+        sums += stats
+        attended += batch.attended
+    # One reduction a step carries everything: sums, attention work, and whether any rank was told to stop.
+    parts = [sums, torch.tensor([attended, float(asked())], dtype=torch.float64, device=world.device)]
+    if guard is not None:
+        parts.append(guard.nonfinite_gradients())
+    totals, (attended, told, *broken) = world.sum(torch.cat(parts)).tensor_split([len(sums)])
+    metrics = objective.metrics(totals, n) | checked
+    if broken:
+        metrics["fp8/nonfinite_gradients"] = float(broken[0])
+    grad_norm = _clip(policy, grad_clip)
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
+        raise RuntimeError(
+            f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}: not finite, stopped before the update"
+            + (f"; {advice}" if advice else "")
+            + (f"; {broken[0]:.0f} FP8 weights have such gradients" if broken else "")
+        )
+    optimizer.step()
+    if guard is not None:
+        guard.rescale()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(metrics | {"grad_norm": grad_norm}, n, float(attended), bool(told > 0))
+
+
+def _clip(policy: PolicyModel, limit: float) -> float:
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit if limit > 0 else math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+class FlopsPerToken:
+    """Model FLOPs of forward and backward: 6 a parameter that multiplies (4 where it is frozen), and attention's 6 *
+    layers * heads * dim * the sum of squared document lengths (causal, so half of 12)."""
+
+    def __init__(self, hf_config, multiplied: int, adapters: Adapters | None):
+        heads = hf_config.num_attention_heads
+        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+        self.dense = 6 * multiplied if adapters is None else 4 * multiplied + 6 * adapters.num_parameters
+        self.attention = 6 * hf_config.num_hidden_layers * heads * head_dim
+
+    def __call__(self, tokens: int, squared_lengths: float) -> float:
+        return self.dense * tokens + self.attention * squared_lengths
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of this device, where known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
