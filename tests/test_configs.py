@@ -1,21 +1,60 @@
-"""Every configuration that is shipped is read without a mistake and says nothing that its stage ignores."""
+"""Every configuration that is shipped is read without a mistake, says nothing that its stage ignores, and can be planned."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from medtrain.benchmarks.plan_table import END, MEMORY_GIB, comment, plans, shipped, table
 from medtrain.trainer.config import load_config, load_pairs_config
+from medtrain.trainer.plan_report import plan_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TRAINING = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "pairs")
 
 
-@pytest.mark.parametrize(
-    "path", sorted(CONFIGS.glob("*cpt.yaml")) + sorted(CONFIGS.glob("*rpo*.yaml")), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.name)
 def test_a_shipped_training_config_is_valid_and_every_setting_in_it_counts(path):
     config = load_config(None, path)
     assert config.stage in path.stem
     assert config.unused() == []
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.name)
+def test_a_shipped_training_config_can_be_planned(path):
+    sizes = None if path in shipped() else "qwen2.5-7b"
+    assert plan_config(load_config(None, path), world_size=8, gpu_memory_gib=MEMORY_GIB, sizes=sizes)["peak_gib"] > 0
+
+
+def test_the_plans_in_comments_and_in_the_docs_are_todays():
+    found = {path.stem: plans(path) for path in shipped()}
+    assert len(found) == 8
+    for path in shipped():
+        text = path.read_text(encoding="utf-8")
+        assert comment(found[path.stem]) + f"# {END}" in text, (
+            f"{path.name}: run python -m medtrain.benchmarks.plan_table"
+        )
+    doc = CONFIGS.parent / "docs" / "plan.md"
+    assert table(found) in doc.read_text(encoding="utf-8"), "run python -m medtrain.benchmarks.plan_table"
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
+def test_a_launch_script_parses_and_tells_its_usage(script):
+    subprocess.run(["bash", "-n", CONFIGS / "launch" / script], check=True)
+    done = subprocess.run(["bash", CONFIGS / "launch" / script], capture_output=True, text=True)
+    assert done.returncode == 2 and "cpt|rpo CONFIG.yaml" in done.stderr
+
+
+def test_the_launch_script_starts_torchrun_with_the_nodes_it_is_told(tmp_path):
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/sh\necho "$@"\n')
+    fake.chmod(0o755)
+    where = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NODES": "8", "NODE_RANK": "3", "HEAD": "node0:29500"}
+    command = ["bash", CONFIGS / "launch" / "torchrun.sh", "cpt", "c.yaml", "optim.lr=1"]
+    done = subprocess.run(command, env=where, capture_output=True, text=True, check=True)
+    words = done.stdout.split()
+    assert words[:8] == "--nnodes 8 --node-rank 3 --master-addr node0 --master-port 29500".split()
+    assert words[-5:] == ["--no-python", "medtrain", "cpt", "c.yaml", "optim.lr=1"]
 
 
 def test_the_shipped_pairs_config_is_valid():

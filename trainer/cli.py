@@ -188,6 +188,34 @@ def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
         click.echo(summary)
 
 
+@main.command()
+@CONFIG
+@OVERRIDES
+@click.option("--world-size", type=click.IntRange(1, 65536), default=8, show_default=True, help="Ranks, one a GPU.")
+@click.option(
+    "--gpu-memory-gib", type=click.FloatRange(min=1), default=79.0, show_default=True,
+    help="Of one GPU; a card of 80 GB has about 79.",
+)  # fmt: skip
+@click.option("--sizes", metavar="NAME_OR_FILE", help="The model's sizes: one of configs/models, or a config.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    config: str, overrides: tuple[str, ...], world_size: int, gpu_memory_gib: float, sizes: str | None, as_json: bool
+) -> None:
+    """Memory a rank by formula, without GPU, weights or data, and what to change; exit status 1 where it does not fit."""
+    from medtrain.trainer.config import load_config
+    from medtrain.trainer.plan_report import as_text, plan_config
+
+    result = plan_config(
+        load_config(None, config, overrides), world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(as_text(result))
+    if not result["fits"]:
+        sys.exit(1)
+
+
 @main.group()
 def bench() -> None:
     """Measure: the log-probability op beside its peers and a floor of bare GEMMs, and a training step beside TRL's."""

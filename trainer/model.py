@@ -109,8 +109,8 @@ def _check_sizes(hf_config: PreTrainedConfig, where: dict[str, Any]) -> None:
             raise bad_input(f"{size} is no size", **where, found=found, expected="a whole number, 1 or more")
 
 
-def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The Hugging Face config of ``model.path`` or ``model.init``, checked against the tokenizer.
+def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    """The Hugging Face config of ``model.path`` or ``model.init``, checked against the tokenizer where one is given.
 
     Raises:
         InputError: unreadable or unsupported config, unknown size in ``model.init``, a tokenizer that does not fit.
@@ -144,11 +144,12 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
         raise bad_input(
             "attention dropout is not supported", **where, found=hf_config.attention_dropout, expected="0.0"
         )
-    _check_tokenizer_fits(config, hf_config, tokenizer, where)
+    if tokenizer is not None:
+        _check_tokenizer_fits(config, hf_config, tokenizer, where)
     return hf_config
 
 
-def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
     model_type = sizes["model_type"]
     if model_type not in SUPPORTED_TYPES:
         raise bad_input("this kind of model is not supported", field="model.init.model_type", found=model_type,
@@ -159,7 +160,8 @@ def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase
             near = difflib.get_close_matches(key, known, n=1)
             raise bad_input("unknown size", field=f"model.init.{key}",
                             expected=f"'{near[0]}'" if near else f"a key of a {model_type} config.json")  # fmt: skip
-    sizes = {"vocab_size": len(tokenizer), **sizes}
+    if tokenizer is not None:
+        sizes = {"vocab_size": len(tokenizer), **sizes}
     if "num_attention_heads" in sizes:
         sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
     try:
@@ -172,8 +174,9 @@ def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase
         raise bad_input("sizes that do not fit together", field="model.init",
                         found=f"hidden_size {hidden}, {heads} heads, {hf_config.num_key_value_heads} key-value heads",
                         expected="an even size a head, key-value heads that divide the heads")  # fmt: skip
-    hf_config.eos_token_id = tokenizer.eos_token_id
-    hf_config.bos_token_id = tokenizer.bos_token_id
+    if tokenizer is not None:
+        hf_config.eos_token_id = tokenizer.eos_token_id
+        hf_config.bos_token_id = tokenizer.bos_token_id
     return hf_config
 
 

@@ -1,0 +1,275 @@
+"""``medtrain plan``: the memory plan of a configuration, what to change where it does not fit, and what is known of its speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from medtrain.trainer.config import Config, ModelConfig
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.model import load_model_config, load_tokenizer
+from medtrain.trainer.plan import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    GIB,
+    Machine,
+    Model,
+    Moment,
+    allowance,
+    compute_dtype,
+    moments,
+    planned_step,
+    read_model,
+)
+
+# Beside this folder's parent, in a checkout as in an installed package.
+MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+def model_sizes(config: ModelConfig, sizes: str | None = None) -> tuple[PreTrainedConfig, str]:
+    """(the model's sizes, where they are from), without reading a weight.
+
+    In this order: ``sizes`` (a name in configs/models, or a config.json), ``model.init`` (the tokenizer is read only where it
+    names no vocab_size), config.json in ``model.path``, and a known model whose name stands in ``model.path``.
+
+    Raises:
+        InputError: none of these, or sizes that ``medtrain check`` would refuse too.
+    """
+    if sizes is not None:
+        if (MODELS / f"{sizes}.json").is_file():
+            return _from_file(MODELS / f"{sizes}.json"), f"configs/models/{sizes}.json"
+        return _from_file(Path(sizes)), sizes
+    if config.init is not None:
+        tokenizer = None if "vocab_size" in config.init else load_tokenizer(config)
+        return load_model_config(config, tokenizer), "model.init"
+    if (Path(config.path) / "config.json").is_file():
+        return load_model_config(config, None), str(Path(config.path) / "config.json")
+    known = sorted((file.stem for file in MODELS.glob("*.json")), key=len, reverse=True)
+    for name in known:
+        if name in config.path.lower():
+            return _from_file(
+                MODELS / f"{name}.json"
+            ), f"configs/models/{name}.json, for model.path is not on this machine"
+    raise bad_input("no config.json here to take the model's sizes from", field="model.path", found=config.path,
+                    expected=f"a checkpoint, a path with the name of a known model ({', '.join(sorted(known))}) in it, or "
+                    "--sizes NAME_OR_FILE")  # fmt: skip
+
+
+def _from_file(file: Path) -> PreTrainedConfig:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        AutoConfig.for_model(content["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = ", ".join(sorted(path.stem for path in MODELS.glob("*.json")))
+        raise bad_input(
+            "no sizes of a model",
+            field="--sizes",
+            found=f"{file}: {error}",
+            expected=f"one of {known}, or a config.json",
+        ) from None
+    return load_model_config(ModelConfig(init=content), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The plan of one configuration on ``machine``, bytes a rank."""
+
+    config: Config
+    model: Model
+    machine: Machine
+    moments: list[Moment]
+
+    @property
+    def largest(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def peak(self) -> int:
+        """The largest moment with the allowance."""
+        return self.largest.total + allowance(self.largest.total, self.machine.device)
+
+
+def make_plan(config: Config, model: Model, machine: Machine) -> Plan:
+    found = moments(config, model, machine, planned_step(config, machine.world_size))
+    if config.stage == "cpt" or config.rpo.loss == "simpo":
+        found = [moment for moment in found if moment.name != "reference pass"]
+    return Plan(config, model, machine, found)
+
+
+def _changed(config: Config, **changes: Any) -> Config:
+    for name, value in changes.items():
+        section, key = name.split("__")
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+    return config
+
+
+def longest_item(config: Config) -> int:
+    """Tokens that a micro-batch must hold at least: a window, or the longest pair that ``data.max_length`` allows (both sides
+    of it; a shared prompt makes it less)."""
+    return config.data.seq_len - 1 if config.stage == "cpt" else 2 * config.data.max_length
+
+
+def largest_micro_batch(plan: Plan, limit: int) -> int | None:
+    """The largest ``optim.micro_batch_tokens`` (a multiple of 256, up to 2**20) whose peak stays within ``limit`` bytes; None
+    where even 256 tokens do not."""
+    low, high = 0, 4096
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = _changed(plan.config, optim__micro_batch_tokens=256 * middle)
+        if make_plan(tried, plan.model, plan.machine).peak <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return 256 * low or None
+
+
+def alternatives(plan: Plan, limit: int) -> list[dict[str, Any]]:
+    """Other settings, each planned anew: ``change``, ``peak_gib``, ``fits``. Those that change no result come first."""
+    config, found = plan.config, []
+
+    def attempt(change: str, tried: Config, world_size: int = plan.machine.world_size) -> bool:
+        model = plan.model if tried.lora == config.lora else read_model(tried, plan.model.hf_config)
+        peak = make_plan(tried, model, dataclasses.replace(plan.machine, world_size=world_size)).peak
+        found.append({"change": change, "peak_gib": peak / GIB, "fits": peak <= limit})
+        return peak <= limit
+
+    saving = config
+    if config.model.activation_checkpointing == "none":
+        saving = _changed(saving, model__activation_checkpointing="full")
+        attempt("model.activation_checkpointing=full", saving)
+    if config.model.keep_bytes is None and not config.lora.on:
+        attempt("model.keep_bytes=0", _changed(config, model__keep_bytes=0))
+        saving = _changed(saving, model__keep_bytes=0)
+    tokens = config.optim.micro_batch_tokens // 2
+    while tokens >= longest_item(config):
+        if attempt(f"optim.micro_batch_tokens={tokens}", _changed(config, optim__micro_batch_tokens=tokens)):
+            break
+        tokens //= 2
+    least = min(config.optim.micro_batch_tokens, max(longest_item(config), 1))
+    saving = _changed(saving, optim__micro_batch_tokens=least)
+    if saving != config:
+        attempt(f"all of these, micro_batch_tokens={least}", saving)
+    world_size = plan.machine.world_size
+    while world_size < 512:
+        world_size = min(512, 2 * world_size)
+        if attempt(f"{world_size} ranks", config, world_size):
+            break
+    if not config.lora.on:
+        attempt("lora.rank=16", _changed(config, lora__rank=16))
+    if config.lora.base != "nf4":
+        rank = {} if config.lora.on else {"lora__rank": 16}
+        names = " ".join([*("lora.rank=16" for _ in rank), "lora.base=nf4"])
+        attempt(names, _changed(config, **rank, lora__base="nf4"))
+    return found
+
+
+def measured_rates(config: Config, precision: str) -> list[dict[str, Any]]:
+    """Rows of our own training benchmarks for this stage, model and precision, each with its ``file``."""
+    rows = []
+    name = Path(config.model.path or "").name.lower()
+    for file in sorted(RESULTS.glob(f"train-{config.stage}-*.json")):
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            if row["impl"] == "medtrain" and str(row["model"]).lower() == name and row["precision"] == precision:
+                rows.append({"tokens_per_second": row["tokens_per_second"], "file": file.name})
+    return rows
+
+
+def _refuse_unplanned(config: Config) -> None:
+    """No number is better than one that leaves out what a setting is there to change."""
+    for field, found, planned in (
+        ("precision.fp8", config.precision.fp8, "none"),
+        ("precision.weights", config.precision.weights, "fp32"),
+        ("optim.state", config.optim.state, "fp32"),
+    ):
+        if found != planned:
+            raise bad_input("medtrain plan has no formula for it yet", field=field, found=found, expected=planned)
+
+
+def plan_config(config: Config, *, world_size: int, gpu_memory_gib: float, sizes: str | None = None) -> dict[str, Any]:
+    """The whole plan as plain data, as ``medtrain plan --json`` prints it.
+
+    Raises:
+        InputError: sizes that cannot be found, settings that do not fit the model, or that have no formula yet.
+    """
+    _refuse_unplanned(config)
+    hf_config, source = model_sizes(config.model, sizes)
+    model = read_model(config, hf_config)
+    machine = Machine(world_size)
+    plan = make_plan(config, model, machine)
+    limit = int(gpu_memory_gib * GIB)
+    step = planned_step(config, world_size)
+    precision = str(compute_dtype(config, "cuda")).removeprefix("torch.")
+    rates = measured_rates(config, precision)
+    fits = plan.peak <= limit
+    return {
+        "stage": config.stage,
+        "world_size": world_size,
+        "gpu_memory_gib": gpu_memory_gib,
+        "model": {"type": hf_config.model_type, "parameters": model.num_parameters, "trained": model.num_trained,
+                  "sizes_from": source},
+        "compute": precision,
+        "tokens_a_micro_batch": step.tokens,
+        "peak_gib": plan.peak / GIB,
+        "fits": fits,
+        "moment": plan.largest.name,
+        "parts_gib": {**{name: value / GIB for name, value in plan.largest.parts.items()},
+                      "allowance": allowance(plan.largest.total, "cuda") / GIB},
+        "moments_gib": {moment.name: moment.total / GIB for moment in plan.moments},
+        "largest_micro_batch_tokens": largest_micro_batch(plan, limit),
+        "least_micro_batch_tokens": longest_item(config),
+        "alternatives": [] if fits else alternatives(plan, limit),
+        "measured_rates": rates,
+        "assumptions": [
+            f"allowance: {CONTEXT_BYTES / GIB:g} GiB for CUDA, NCCL, cuBLAS and {FRAGMENTATION:.0%} for fragmentation, assumed",
+            "flash attention; a micro-batch as full as packing allows"
+            + (", its prompts counted too" if config.stage == "rpo" else ""),
+            "the parts' formulas were held against measurements on a CPU only (docs/plan.md)",
+        ],
+    }  # fmt: skip
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """A plan for people: parts of the largest moment, the largest moments, what to change."""
+    model = result["model"]
+    trained = "" if model["trained"] == model["parameters"] else f", {model['trained'] / 1e6:,.1f} M trained"
+    lines = [
+        f"{result['stage']}, {model['type']}, {model['parameters'] / 1e9:,.2f} B parameters{trained}, {result['compute']}, "
+        f"{result['world_size']} ranks, {result['tokens_a_micro_batch']:,} tokens a micro-batch",
+        f"sizes from {model['sizes_from']}",
+        "",
+        f"{'peak, at: ' + result['moment']:<46}{'GiB a rank':>11}",
+    ]
+    lines += [f"  {name:<44}{value:11.2f}" for name, value in result["parts_gib"].items()]
+    verdict = "fits" if result["fits"] else "DOES NOT FIT"
+    lines += [f"  {'total':<44}{result['peak_gib']:11.2f}   {verdict} {result['gpu_memory_gib']:g} GiB", ""]
+    lines.append(f"{'other moments, without allowance':<46}{'GiB a rank':>11}")
+    order = sorted(result["moments_gib"].items(), key=lambda item: -item[1])
+    named = ("reference pass", "optimizer step")
+    lines += [f"  {name:<44}{value:11.2f}" for i, (name, value) in enumerate(order) if i < 6 or name in named]
+    largest, least = result["largest_micro_batch_tokens"], result["least_micro_batch_tokens"]
+    some = (
+        "none"
+        if largest is None
+        else f"{largest:,}"
+        if largest < 2**20
+        else "any, for a step has no more tokens a rank"
+    )
+    lines += ["", f"largest optim.micro_batch_tokens that fits: {some}"]
+    if largest is None or largest < least:
+        what = "a window of data.seq_len" if result["stage"] == "cpt" else "two sides of data.max_length"
+        lines.append(f"  {what} takes {least:,}")
+    if result["alternatives"]:
+        lines += ["", f"{'instead':<46}{'GiB a rank':>11}"]
+        lines += [
+            f"  {each['change']:<44}{each['peak_gib']:11.2f}   {'fits' if each['fits'] else 'does not fit'}"
+            for each in result["alternatives"]
+        ]
+    rates = [f"{rate['tokens_per_second']:,.0f} tokens/s ({rate['file']})" for rate in result["measured_rates"]]
+    lines += ["", "speed: " + ("; ".join(rates) if rates else "no rate has been measured for this model and precision")]
+    lines += [f"note: {line}" for line in result["assumptions"]]
+    return "\n".join(lines)
