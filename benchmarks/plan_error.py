@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import tempfile
 from datetime import date
@@ -24,12 +23,13 @@ from transformers import PreTrainedTokenizerFast
 
 from medtrain.trainer.attention import packed_layout
 from medtrain.trainer.config import Config, config_from_dict
-from medtrain.trainer.distributed import World, join_world
+from medtrain.trainer.distributed import World, join_world, local_tensor
 from medtrain.trainer.loop import prepare
 from medtrain.trainer.lora import fill_adapters
 from medtrain.trainer.model import build_model
 from medtrain.trainer.optimizer import make_optimizer
 from medtrain.trainer.plan import Machine, Step, moments, read_model
+from medtrain.trainer.processes import clean_context
 from medtrain.trainer.progress import Display
 from medtrain.trainer.run_folder import commit, device_name, versions
 from medtrain.trainer.step import _clip
@@ -173,8 +173,8 @@ def _held(policy, optimizer) -> int:
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
     for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+        storage = local_tensor(tensor).untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -249,7 +249,7 @@ def run_case(case: Case, folder: Path, backend: str = "fake") -> dict[str, Any]:
     ``backend``: with ``fake`` one process is rank 0 of a group whose collectives move nothing, and allocates as a rank does.
     With ``gloo`` every rank runs; gloo's threads give memory back unseen by the profiler, which then counts too much.
     """
-    context = multiprocessing.get_context("fork")
+    context = clean_context("medtrain.benchmarks.plan_error")
     queue, size = context.SimpleQueue(), case[0]
     (folder / "store").unlink(missing_ok=True)
     ranks = [context.Process(target=_rank, args=(r, backend if size > 1 else "", case, str(folder), queue))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import time
 from datetime import date
 from pathlib import Path
@@ -32,6 +31,7 @@ from medtrain.trainer.distributed import World
 from medtrain.trainer.model import build_model, load_model_config
 from medtrain.trainer.plan import Machine, Step, moments, read_model
 from medtrain.trainer.plan_report import MODELS
+from medtrain.trainer.processes import clean_context
 from medtrain.trainer.run_folder import commit, versions
 
 CASES = [("qwen2.5-7b", 8, 8192), ("qwen2.5-7b", 64, 8192), ("qwen2.5-72b", 8, 8192), ("qwen2.5-72b", 64, 8192)]
@@ -94,7 +94,7 @@ def _in_child(case, queue) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
 def main(out: Path) -> None:
     """Simulate all cases and write plan-simulation-DATE.json."""
-    rows, context = [], multiprocessing.get_context("fork")
+    rows, context = [], clean_context("medtrain.benchmarks.plan_simulation")
     for case in CASES:
         queue = context.SimpleQueue()
         child = context.Process(target=_in_child, args=(case, queue))

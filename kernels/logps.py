@@ -196,6 +196,8 @@ def _grad_weight(
     slab_size: int | None,
 ) -> Tensor:
     """dW [V, H] from grad [N], the upstream gradient of -logp; weight is None where all of E is kept."""
+    if len(hidden) == 0:
+        return hidden.new_zeros(vocab_size, hidden.shape[1])
     num_kept = num_kept_entries(len(hidden), vocab_size, hidden.dtype, keep_bytes)
     with _no_autocast(hidden):
         return _path(hidden).grad_weight(

@@ -214,14 +214,12 @@ def grad_weight(
 ) -> Tensor:
     """``E'^T (v g X)`` [V, H] in hidden's dtype, slab by slab: each slab is summed over all rows, then written once.
 
-    grad [N] is g, the upstream gradient of -logp; the others as in ``Walk``. ``weight`` is only read where E is
+    grad [N] is g, the upstream gradient of -logp, N > 0; the others as in ``Walk``. ``weight`` is only read where E is
     recomputed: it may be [0] when num_kept == vocab_size.
     """
     slab_size = slab_size or default_slab_size(len(hidden), vocab_size)
     dtype, num_rows = compute_dtype(hidden.dtype), len(hidden)
     result = torch.empty(vocab_size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-    if num_rows == 0:
-        return result.zero_()
     x = hidden.to(dtype)
     scaled = x * (inverse * grad).unsqueeze(1)
     sums = None if dtype == hidden.dtype else x.new_empty(min(slab_size, vocab_size), hidden.shape[1])

@@ -217,8 +217,6 @@ def grad_weight(
     """As ``logps_torch.grad_weight``: one GEMM for the kept entries, one a slab for the others, each summed once."""
     num_rows, hidden_size = hidden.shape
     result = torch.empty(vocab_size, hidden_size, dtype=hidden.dtype, device=hidden.device)
-    if num_rows == 0:
-        return result.zero_()
     x, targets = hidden.contiguous(), targets.contiguous()
     launch = choose_launch(hidden_size)
     with _device(x), _exact_matmul(x.dtype):

@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -147,3 +148,19 @@ def kill_in_a_child(stage, tree, out, at_step) -> None:
     child.start()
     child.join(timeout=240)
     assert child.exitcode == -signal.SIGKILL
+
+
+def documents():
+    """Four token sequences below id 20, of ragged lengths."""
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 20, size=n).astype(np.uint32) for n in (9, 2, 31, 17)]
+
+
+def hf_logps(model, documents):
+    """Log-probabilities of every token after a document's first, by the model's own logits in float64."""
+    pieces = []
+    for document in documents:
+        ids = torch.from_numpy(document.astype(np.int64))
+        logits = model(ids[:-1].unsqueeze(0)).logits[0].double()
+        pieces.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+    return torch.cat(pieces).float()

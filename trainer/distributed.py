@@ -75,6 +75,11 @@ def local_part(param: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
     return param.to_local().data, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(param: torch.Tensor) -> torch.Tensor:
     """The whole tensor of a parameter, on every rank; all ranks must call this."""
     return unwrapped(param.full_tensor() if isinstance(param, DTensor) else param.data)

@@ -25,7 +25,7 @@ from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 from torchao.float8.fsdp_utils import precompute_float8_dynamic_scale_for_fsdp
 
 from medtrain.trainer.config import PrecisionConfig
-from medtrain.trainer.distributed import World, unwrapped, whole
+from medtrain.trainer.distributed import World, local_tensor, unwrapped, whole
 from medtrain.trainer.precision import Fp8
 
 if TYPE_CHECKING:
@@ -103,9 +103,7 @@ class Guard:
     def nonfinite_gradients(self) -> torch.Tensor:
         """How many FP8 weights have a gradient that is not finite in this rank's part; float64 [1], without waiting."""
         grads = [layer.weight.grad for layer in fp8_layers(self.policy)]
-        local = [
-            unwrapped(grad.to_local() if isinstance(grad, DTensor) else grad) for grad in grads if grad is not None
-        ]
+        local = [unwrapped(local_tensor(grad)) for grad in grads if grad is not None]
         norms = torch._foreach_norm([grad for grad in local if grad.numel()], float("inf")) or [torch.zeros(())]
         return (~torch.stack(norms).isfinite()).sum().double().view(1).to(self.world.device)
 

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from medtrain.trainer.config import Config
-from medtrain.trainer.distributed import local_part, unwrapped
+from medtrain.trainer.distributed import local_part, local_tensor, unwrapped
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.lora import weight_name
 from medtrain.trainer.model import PolicyModel
@@ -92,7 +92,7 @@ class SmallAdamW(torch.optim.Optimizer):
             return
         first = part[0].start * math.prod(p.shape[1:]) if p.ndim else 0
         moments = [
-            _local(state[name])
+            local_tensor(state[name])
             for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
             if name in state
         ]
@@ -110,7 +110,7 @@ class SmallAdamW(torch.optim.Optimizer):
         noise_key = torch.tensor(_mixed(self.keys[p] + step), dtype=torch.int64, device=weight.device)
         function(
             unwrapped(weight),
-            unwrapped(_local(p.grad)),
+            unwrapped(local_tensor(p.grad)),
             *moments,
             numbers,
             noise_key,
@@ -141,10 +141,6 @@ def _like(p: torch.Tensor, shape, dtype: torch.dtype, value: int) -> torch.Tenso
     return DTensor.from_local(
         mine, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _plain_step(weight, grad, m, v, numbers, key, first: int, beta1: float, beta2: float, eps: float) -> None:

@@ -6,7 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import SIZES, assert_same_curve, kill_in_a_child, read_metrics, run, run_on_ranks, without_timing
+from helpers import (
+    SIZES,
+    assert_same_curve,
+    documents,
+    hf_logps,
+    kill_in_a_child,
+    read_metrics,
+    run,
+    run_on_ranks,
+    without_timing,
+)
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -33,20 +43,6 @@ from medtrain.trainer.weights import Checkpoint, load_weights
 ALONE = World(0, 1, torch.device("cpu"), None)
 WIDE = SIZES | {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05}
 KINDS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-
-
-def documents():
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 20, size=n).astype(np.uint32) for n in (9, 2, 31, 17)]
-
-
-def hf_logps(model, documents):
-    pieces = []
-    for document in documents:
-        ids = torch.from_numpy(document.astype(np.int64))
-        logits = model(ids[:-1].unsqueeze(0)).logits[0]
-        pieces.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
-    return torch.cat(pieces)
 
 
 @pytest.fixture

@@ -2,10 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from helpers import SIZES, run_on_ranks
+from helpers import SIZES, documents, hf_logps, run_on_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medtrain.trainer.config import ModelConfig
@@ -22,20 +21,6 @@ def policy_of(settings: ModelConfig, world: World = ALONE):
     tokenizer = load_tokenizer(settings)
     policy = build_model(settings, load_model_config(settings, tokenizer), world, torch.float32, backend="sdpa")
     return policy, tokenizer
-
-
-def documents():
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 20, size=n).astype(np.uint32) for n in (9, 2, 31, 17)]
-
-
-def hf_logps(model, documents):
-    pieces = []
-    for document in documents:
-        ids = torch.from_numpy(document.astype(np.int64))
-        logits = model(ids[:-1].unsqueeze(0)).logits[0].double()
-        pieces.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
-    return torch.cat(pieces).float()
 
 
 @pytest.fixture
