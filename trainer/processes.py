@@ -9,8 +9,7 @@ from multiprocessing.context import BaseContext
 def clean_context(*modules: str) -> BaseContext:
     """A multiprocessing context whose children share neither threads nor state with their caller.
 
-    A child forked from a process that has trained or profiled inherits locks of threads that it does not have, and may hang or
-    crash. ``modules`` (dotted names) are imported once, by the server; the first call in a process decides which.
+    A child forked from a process that has trained inherits process groups whose threads it does not have: collecting one crashes. ``modules`` (dotted names) are imported once, by the server; the first call in a process decides which.
     Targets and arguments must be picklable.
     """
     context = multiprocessing.get_context("forkserver")
