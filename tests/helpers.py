@@ -128,9 +128,21 @@ def assert_same_curve(a, b, tolerance=1e-5) -> None:
             assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), (x["step"], name)
 
 
+def _in_fork(function, args) -> None:
+    gc.freeze()  # as in _rank_main
+    function(*args)
+
+
+def killed_in_a_child(function, *args) -> None:
+    """Call ``function(*args)`` in a forked child, which must die of SIGKILL."""
+    child = mp.get_context("fork").Process(target=_in_fork, args=(function, args))
+    child.start()
+    child.join(timeout=240)
+    assert child.exitcode == -signal.SIGKILL
+
+
 def _killed(stage, tree, out, at_step) -> None:
     """Run until the row of ``at_step`` is written, then die as SIGKILL dies: nothing is flushed, nothing is closed."""
-    gc.freeze()
     write = RunFolder.append_metrics
 
     def dying(self, row):
@@ -144,10 +156,7 @@ def _killed(stage, tree, out, at_step) -> None:
 
 def kill_in_a_child(stage, tree, out, at_step) -> None:
     """Run in a child that dies of SIGKILL once the row of ``at_step`` is written."""
-    child = torch.multiprocessing.get_context("fork").Process(target=_killed, args=(stage, tree, out, at_step))
-    child.start()
-    child.join(timeout=240)
-    assert child.exitcode == -signal.SIGKILL
+    killed_in_a_child(_killed, stage, tree, out, at_step)
 
 
 def documents():

@@ -9,7 +9,8 @@ from multiprocessing.context import BaseContext
 def clean_context(*modules: str) -> BaseContext:
     """A multiprocessing context whose children share neither threads nor state with their caller.
 
-    A child forked from a process that has trained inherits process groups whose threads it does not have: collecting one crashes. ``modules`` (dotted names) are imported once, by the server; the first call in a process decides which.
+    A child forked from a process that has trained inherits process groups without their threads: collecting one crashes.
+    ``modules`` (dotted names) are imported once, by the server; the first call in a process decides which.
     Targets and arguments must be picklable.
     """
     context = multiprocessing.get_context("forkserver")

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import made_up_text, run_on_ranks, write_jsonl
+from helpers import killed_in_a_child, made_up_text, run_on_ranks, write_jsonl
 
 from medtrain.trainer import files, reference
 from medtrain.trainer.config import config_from_dict
@@ -89,11 +89,7 @@ def test_a_killed_pass_goes_on_with_what_is_missing_and_every_bit_is_that_of_an_
     run(tree, tmp_path / "whole")
     whole, undisturbed = parts(tmp_path / "whole"), calls()
     assert len(whole) == 8 and len(undisturbed) > 16
-    arguments = (number, before_it_appears, tree, tmp_path / "killed")
-    child = torch.multiprocessing.get_context("fork").Process(target=_die_writing, args=arguments)
-    child.start()
-    child.join(timeout=240)
-    assert child.exitcode == -signal.SIGKILL
+    killed_in_a_child(_die_writing, number, before_it_appears, tree, tmp_path / "killed")
     left = parts(tmp_path / "killed")
     assert len(left) == number - before_it_appears and left.items() <= whole.items()
     before = len(calls())
