@@ -118,6 +118,7 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = 500  # optimizer steps; one is always written at the end
     keep: int = 2  # the newest so many are kept
+    async_save: bool = True  # copy to host memory and write from there while training goes on; else write at once
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ FREE_SETTINGS = (
     "eval.every",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.async_save",
     "run.out",
 )
 

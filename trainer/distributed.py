@@ -23,6 +23,8 @@ from medtrain.trainer.errors import InputError
 
 T = TypeVar("T")
 
+TIMEOUT = timedelta(hours=2)  # of collectives; long, since rank 0 tokenises and hashes files while the others wait
+
 
 @dataclass(frozen=True)
 class World:
@@ -116,8 +118,7 @@ def join_world(*, needs_group: bool = False, device_type: str | None = None) -> 
     already_in_group = dist.is_initialized()
     if launched or needs_group or already_in_group:
         if not already_in_group:
-            # Long, since rank 0 tokenises and hashes files while the others wait.
-            options = {"timeout": timedelta(hours=2)}
+            options = {"timeout": TIMEOUT}
             backend = "nccl" if device.type == "cuda" else "gloo"
             if device.type == "cuda":
                 options["device_id"] = device

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from medtrain.kernels.logps import reset_clamped_rows, select_path
 from medtrain.trainer.attention import select_backend
-from medtrain.trainer.checkpoint import load_checkpoint, save_checkpoint
+from medtrain.trainer.checkpoint import Saver, load_checkpoint
 from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
@@ -197,11 +197,6 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             return False
         return step in (0, steps) or bool(config.eval.every and step % config.eval.every == 0)
 
-    def save(step: int) -> None:
-        if world.is_main:
-            folder.sync_metrics()
-        save_checkpoint(folder.checkpoints, step, policy, optimizer, state, world, keep=config.checkpoint.keep)
-
     row: dict[str, Any] = {}
     if done == 0 and evaluate_now(0):
         with exactly():
@@ -212,6 +207,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
     began, spent = time.monotonic(), 0.0
+    saver = Saver(folder.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
     display.start(done, steps)
     try:
         with _stop_signal() as stop:
@@ -220,7 +216,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 lr = config.optim.lr * lr_factor(config.optim, step, steps)
                 this = optimizer_step(
                     policy, objective, optimizer, step, world, lr=lr, grad_clip=config.optim.grad_clip, guard=guard,
-                    say=display.say, asked=lambda: stop.asked,
+                    say=display.say, asked=lambda: stop.asked or saver.failed,
                     advice=f"the last checkpoint stands in {folder.checkpoints}",
                 )  # fmt: skip
                 n = this.denominators
@@ -236,18 +232,26 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 if evaluate_now(step + 1):
                     with exactly():
                         row |= objective.evaluate(policy, world)
+                save_now = this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps
+                if save_now:
+                    row["checkpoint_seconds"] = saver.begin(step + 1, policy, optimizer, state)
                 record(row)
                 spent += seconds
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
                 if evaluate_now(step + 1):
                     display.say(heldout_line(row))
-                if this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
-                    save(step + 1)
+                if save_now:
+                    if world.is_main:
+                        folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
+                    saver.commit()
                 if this.asked and step + 1 < steps:
+                    saver.finish()
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
                     return TrainResult(folder.root, folder.results(config)[-1], row, interrupted=True)
+        saver.finish()
     finally:
         display.stop()
+        saver.close(display.say)
         if board is not None:
             board.close()
 
