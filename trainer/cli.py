@@ -197,17 +197,27 @@ def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     help="Of one GPU; a card of 80 GB has about 79.",
 )  # fmt: skip
 @click.option("--sizes", metavar="NAME_OR_FILE", help="The model's sizes: one of configs/models, or a config.json.")
+@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Expected share of the peak, for tokens/s.")
+@click.option(
+    "--peak-tflops",
+    type=click.FloatRange(min=1),
+    default=989.0,
+    show_default=True,
+    help="Dense bf16 of one GPU (an H100's).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
-    config: str, overrides: tuple[str, ...], world_size: int, gpu_memory_gib: float, sizes: str | None, as_json: bool
-) -> None:
+    config: str, overrides: tuple[str, ...], world_size: int, gpu_memory_gib: float, sizes: str | None, mfu: float | None,
+    peak_tflops: float, as_json: bool,
+) -> None:  # fmt: skip
     """Memory a rank by formula, without GPU, weights or data, and what to change; exit status 1 where it does not fit."""
     from medtrain.trainer.config import load_config
     from medtrain.trainer.plan_report import as_text, plan_config
 
     result = plan_config(
-        load_config(None, config, overrides), world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes
-    )
+        load_config(None, config, overrides), world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes,
+        mfu=mfu, peak_tflops=peak_tflops,
+    )  # fmt: skip
     if as_json:
         _print_json(result)
     else:
