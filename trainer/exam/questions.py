@@ -19,7 +19,7 @@ from pathlib import Path
 from medtrain.trainer.errors import bad_input
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
-_SLOTS = "①②③④⑤⑥⑦⑧⑨⑩"
+SLOTS = "①②③④⑤⑥⑦⑧⑨⑩"
 # "112A1", "120F-14": number of the examination, section, number of the question.
 _EXAM_ID = re.compile(r"(\d{3})([A-Z])-?\d+")
 
@@ -78,15 +78,15 @@ class Question:
         key = self.answer[0]
         digits = [c for c in key if c.isdigit()]
         boxes = answer_boxes(self.problem_text)
-        if boxes is not None and sum(c in _SLOTS for c in boxes) == len(digits):
+        if boxes is not None and sum(c in SLOTS for c in boxes) == len(digits):
             filling = iter(digits)
-            return Decimal("".join(next(filling) if c in _SLOTS else c for c in boxes))
+            return Decimal("".join(next(filling) if c in SLOTS else c for c in boxes))
         return Decimal(key)
 
 
 def answer_boxes(problem_text: str) -> str | None:
     """Return the answer-sheet boxes that end a numeric question (``"①.②"``), without blanks and thousands commas."""
-    found = re.findall(rf"解答\s*[:：]\s*([\d.．,，\s{_SLOTS}]*[{_SLOTS}])", problem_text)
+    found = re.findall(rf"解答\s*[:：]\s*([\d.．,，\s{SLOTS}]*[{SLOTS}])", problem_text)
     if not found:
         return None
     return re.sub(r"[,，\s]", "", found[-1]).replace("．", ".")
