@@ -18,6 +18,7 @@ from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
+from medtrain.trainer.exam.intervals import bootstrap_interval, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import MODES, PromptStyle
 from medtrain.trainer.exam.questions import Question, load_questions
@@ -59,19 +60,22 @@ def exam_rows(
 ) -> list[dict]:
     """Parse and score outputs, one row each.
 
-    Fields: ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``read_from``, ``failure`` (why no
-    answer could be read, else null), ``truncated``.
+    Fields: ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``points`` of ``max_points``, ``read_from``,
+    ``failure`` (why no answer could be read, else null), ``truncated``.
     """
     rows = []
     for question, prompt, output in zip(questions, prompts, outputs, strict=True):
         parsed = parse_output(output.text, question, **style.parse_settings(mode))
+        correct = grade_output(question, parsed)
         rows.append(
             {
                 "problem_id": question.problem_id,
                 "prompt": prompt,
                 "output": output.text,
                 "parsed": parsed.value,
-                "correct": grade_output(question, parsed),
+                "correct": correct,
+                "points": question.points if correct else 0,
+                "max_points": question.points,
                 "read_from": parsed.read_from,
                 "failure": parsed.failure,
                 "truncated": output.truncated,
@@ -166,11 +170,23 @@ def evaluate(
     result = {one: results[one] for one in MODES if one in results}
     both = len(result) == len(MODES)
     result["explanation_gap"] = result["answer"]["points_ratio"] - result["explain"]["points_ratio"] if both else None
+    if both:
+        result |= _gap_figures([list(_rows_of(out / f"outputs-{one}.jsonl")) for one in MODES], questions)
     result["questions_in_exam"] = len(everything)
     result["skipped_image_questions"] = sum(not q.text_only for q in everything) if text_only else 0
     result["settings"] = identity
     write_atomically(path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     return result
+
+
+def _gap_figures(rows_of_modes: list[list[dict]], questions: Sequence[Question]) -> dict:
+    """95 % interval of the explanation gap, paired over the questions, and the exact p-value of there being none."""
+    correct = [{row["problem_id"]: row["correct"] for row in rows} for rows in rows_of_modes]
+    differences = [q.points * (correct[0][q.problem_id] - correct[1][q.problem_id]) for q in questions]
+    low, high = bootstrap_interval(differences, [question.points for question in questions])
+    return {
+        "explanation_gap_low": low, "explanation_gap_high": high, "explanation_gap_p_value": paired_p_value(differences),
+    }  # fmt: skip
 
 
 def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_tokens, out, progress) -> list[dict]:
