@@ -10,22 +10,25 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.choices import score_choices, summarize_choices
 from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
+from medtrain.trainer.exam.intervals import bootstrap_interval, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
-from medtrain.trainer.exam.prompts import MODES, PromptStyle
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
 from medtrain.trainer.files import file_sha256
 
 METHODS = ("generate", "choice_logp")
 Progress = Callable[[str, int, int], None]
+# Questions whose choices are scored between two writings of rows.
+_CHOICE_PORTION = 64
 
 
 def answer_exam(
@@ -42,16 +45,23 @@ def answer_exam(
 ) -> list[dict]:
     """Let a model in memory sit an exam, greedily; one row a question, in their order (see :func:`exam_rows`).
 
-    ``method`` ``choice_logp`` (answer mode only) generates nothing: the answer with the highest log-prob is the output.
+    ``method`` ``choice_logp`` (answer mode only) generates nothing: the answer with the highest log-prob is the output
+    (:mod:`medtrain.trainer.exam.choices`).
     """
     engine = HFEngine(model, tokenizer, batch_tokens=batch_tokens)
     style = style or PromptStyle()
     prompts = [style.prompt(question, mode, tokenizer, demonstrations) for question in questions]
     if method == "choice_logp":
-        outputs = _most_likely_answers(engine, questions, prompts, mode, style)
-    else:
-        outputs = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=style.stop(mode))
+        _check_method(method, (mode,), "hf")
+        return _choice_rows(engine, questions, prompts, mode, style)
+    outputs = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=style.stop(mode))
     return exam_rows(questions, prompts, outputs, mode, style)
+
+
+def _choice_rows(engine: HFEngine, questions, prompts, mode: str, style: PromptStyle) -> list[dict]:
+    outputs, logps = score_choices(engine, questions, prompts, style)
+    rows = exam_rows(questions, prompts, outputs, mode, style)
+    return [row | {"choice_logps": one} for row, one in zip(rows, logps, strict=True)]
 
 
 def exam_rows(
@@ -59,19 +69,22 @@ def exam_rows(
 ) -> list[dict]:
     """Parse and score outputs, one row each.
 
-    Fields: ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``read_from``, ``failure`` (why no
-    answer could be read, else null), ``truncated``.
+    Fields: ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``points`` of ``max_points``, ``read_from``,
+    ``failure`` (why no answer could be read, else null), ``truncated``.
     """
     rows = []
     for question, prompt, output in zip(questions, prompts, outputs, strict=True):
         parsed = parse_output(output.text, question, **style.parse_settings(mode))
+        correct = grade_output(question, parsed)
         rows.append(
             {
                 "problem_id": question.problem_id,
                 "prompt": prompt,
                 "output": output.text,
                 "parsed": parsed.value,
-                "correct": grade_output(question, parsed),
+                "correct": correct,
+                "points": question.points if correct else 0,
+                "max_points": question.points,
                 "read_from": parsed.read_from,
                 "failure": parsed.failure,
                 "truncated": output.truncated,
@@ -81,12 +94,18 @@ def exam_rows(
 
 
 def summarize_rows(questions: Sequence[Question], rows: Sequence[dict], mode: str, style: PromptStyle) -> dict:
-    """The figures of one mode in ``exam.json``: :func:`medtrain.trainer.exam.scoring.summarize` and ``truncated``."""
+    """The figures of one mode in ``exam.json``: :func:`medtrain.trainer.exam.scoring.summarize` and ``truncated``.
+
+    Where choices were scored by log-prob, also ``acc`` and ``acc_norm``.
+    """
     graded = []
     for question, row in zip(questions, rows, strict=True):
         parsed = parse_output(row["output"], question, **style.parse_settings(mode))
         graded.append(Graded(question, parsed, grade_output(question, parsed)))
-    return summarize(graded) | {"truncated": sum(row["truncated"] for row in rows)}
+    result = summarize(graded) | {"truncated": sum(row["truncated"] for row in rows)}
+    if rows and all("choice_logps" in row for row in rows):
+        result |= summarize_choices(questions, [row["choice_logps"] for row in rows], style)
+    return result
 
 
 def evaluate(
@@ -106,6 +125,7 @@ def evaluate(
     dtype: str = "auto",
     text_only: bool = True,
     limit: int | None = None,
+    mapping: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """Let the checkpoint in ``model_dir`` sit the exam in ``exam_path`` and write ``out``; returns ``exam.json``.
@@ -114,14 +134,15 @@ def evaluate(
     ``max_new_tokens`` bounds explain mode, ``max_answer_tokens`` answer mode. ``demonstrations`` is a JSONL file of
     worked questions, with explanations for explain mode. ``text_only`` leaves out questions that need an image, none of
     which is here; how many is said in ``skipped_image_questions``. ``limit`` takes the first so many of the rest.
-    ``progress(mode, done, total)`` is called as outputs come in. Raises :class:`InputError` for a user's mistake.
+    ``mapping`` is the YAML file for an exam of an own form (:func:`load_questions`). ``progress(mode, done, total)`` is
+    called as outputs come in. Raises :class:`InputError` for a user's mistake.
     """
     style = style or PromptStyle()
     modes = MODES if mode == "both" else (mode,)
     if not set(modes) <= set(MODES):
         raise bad_input("unknown", field="mode", found=mode, expected="answer, explain or both")
     _check_method(method, modes, engine)
-    everything = load_questions(exam_path)
+    everything = load_questions(exam_path, mapping=mapping)
     if limit is not None and limit < 1:
         raise bad_input("must be 1 or more", field="limit", found=limit)
     questions = [q for q in everything if q.text_only or not text_only][:limit]
@@ -146,6 +167,7 @@ def evaluate(
         "max_answer_tokens": max_answer_tokens,
         "text_only": text_only,
         "limit": limit,
+        "mapping": _file_digest(mapping) if mapping is not None else None,
     }
     out = Path(out)
     _claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)})
@@ -166,11 +188,23 @@ def evaluate(
     result = {one: results[one] for one in MODES if one in results}
     both = len(result) == len(MODES)
     result["explanation_gap"] = result["answer"]["points_ratio"] - result["explain"]["points_ratio"] if both else None
+    if both:
+        result |= _gap_figures([list(_rows_of(out / f"outputs-{one}.jsonl")) for one in MODES], questions)
     result["questions_in_exam"] = len(everything)
     result["skipped_image_questions"] = sum(not q.text_only for q in everything) if text_only else 0
     result["settings"] = identity
     write_atomically(path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     return result
+
+
+def _gap_figures(rows_of_modes: list[list[dict]], questions: Sequence[Question]) -> dict:
+    """95 % interval of the explanation gap, paired over the questions, and the exact p-value of there being none."""
+    correct = [{row["problem_id"]: row["correct"] for row in rows} for rows in rows_of_modes]
+    differences = [q.points * (correct[0][q.problem_id] - correct[1][q.problem_id]) for q in questions]
+    low, high = bootstrap_interval(differences, [question.points for question in questions])
+    return {
+        "explanation_gap_low": low, "explanation_gap_high": high, "explanation_gap_p_value": paired_p_value(differences),
+    }  # fmt: skip
 
 
 def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_tokens, out, progress) -> list[dict]:
@@ -190,20 +224,28 @@ def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_toke
         _end_last_line(partial)
 
         def keep(indices: list[int], outputs: list[Output]) -> None:
-            rows = exam_rows([todo[i] for i in indices], [prompts[i] for i in indices], outputs, mode, style)
+            add(exam_rows([todo[i] for i in indices], [prompts[i] for i in indices], outputs, mode, style))
+
+        def add(rows: list[dict]) -> None:
             with open(partial, "a", encoding="utf-8") as file:
                 file.write(to_jsonl(rows))
             done.update((row["problem_id"], row) for row in rows)
             report()
 
         if method == "choice_logp":
-            keep(list(range(len(todo))), _most_likely_answers(engine, todo, prompts, mode, style))
+            for first in range(0, len(todo), _CHOICE_PORTION):
+                some = slice(first, first + _CHOICE_PORTION)
+                add(_choice_rows(engine, todo[some], prompts[some], mode, style))
         else:
             engine.generate(prompts, max_new_tokens=max_new_tokens, stop=style.stop(mode), on_outputs=keep)
     rows = [done[question.problem_id] for question in questions]
     outputs = [Output(row["output"], row["truncated"], 0) for row in rows]
     # Read again even where nothing was generated: the parser may have learnt since.
-    rows = exam_rows(questions, [row["prompt"] for row in rows], outputs, mode, style)
+    again = exam_rows(questions, [row["prompt"] for row in rows], outputs, mode, style)
+    rows = [
+        new | {name: old[name] for name in ("choice_logps",) if name in old}
+        for new, old in zip(again, rows, strict=True)
+    ]
     write_atomically(final, to_jsonl(rows))
     partial.unlink(missing_ok=True)
     return rows
@@ -213,31 +255,8 @@ def _check_method(method: str, modes: Sequence[str], engine: str) -> None:
     if method not in METHODS:
         raise bad_input("unknown", field="method", found=method, expected=" or ".join(METHODS))
     if method == "choice_logp" and (tuple(modes) != ("answer",) or engine != "hf"):
-        raise bad_input("choice_logp scores answers without an explanation", expected="mode answer and engine hf")
-
-
-def _most_likely_answers(
-    engine: HFEngine, questions: Sequence[Question], prompts: Sequence[str], mode: str, style: PromptStyle
-) -> list[Output]:
-    """Of all answers with as many letters as the exam's text asks for ("2つ選べ", else one), the most likely one.
-
-    A numeric question has no such list of answers: its output is empty, a parse failure.
-    """
-    _check_method("choice_logp", (mode,), "hf")
-    owner, candidates = [], []
-    for index, question in enumerate(questions):
-        asked = re.search(r"([2-9２-９])\s*つ", question.problem_text)
-        count = min(int(asked[1]) if asked else 1, max(1, len(question.choices)))
-        for letters in itertools.combinations(question.letters, count):
-            marker = f"{style.answer_marker}{style.lead}" if style.chat else style.lead
-            owner.append(index)
-            candidates.append(marker + style.answer(letters, question))
-    logps = engine.logps([prompts[i] for i in owner], candidates)
-    best: dict[int, tuple[float, str]] = {}
-    for index, logp, text in zip(owner, logps, candidates, strict=True):
-        if index not in best or logp > best[index][0]:
-            best[index] = (logp, text)
-    return [Output(best[i][1] if i in best else "", False, 0) for i in range(len(questions))]
+        raise bad_input("choice_logp scores answers without an explanation", field="method", found=method,
+                        expected="mode answer and engine hf with it")  # fmt: skip
 
 
 # The out folder
@@ -333,8 +352,15 @@ def run_eval(
     limit: int | None = None,
     images: bool = False,
     echo: Callable[[str], None] | None = None,
+    *,
+    prompt: str | Path | None = None,
+    method: str = "generate",
+    max_answer_tokens: int = 32,
+    batch_tokens: int = 65_536,
+    dtype: str = "auto",
+    mapping: str | Path | None = None,
 ) -> dict:
-    """``medtrain eval``: :func:`evaluate` with the usual style, reporting progress through ``echo``.
+    """``medtrain eval``: :func:`evaluate` with the prompt style of a name or file, reporting progress through ``echo``.
 
     ``chat`` uses the checkpoint's chat template (instruct models); ``images`` asks what needs an image too.
     """
@@ -349,10 +375,39 @@ def run_eval(
         out=out,
         mode=mode,
         engine=engine,
-        style=PromptStyle(chat=chat),
+        method=method,
+        style=load_style(prompt, chat=chat),
         demonstrations=demonstrations,
         max_new_tokens=max_new_tokens,
+        max_answer_tokens=max_answer_tokens,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
         text_only=not images,
         limit=limit,
+        mapping=mapping,
         progress=progress,
     )
+
+
+def as_text(result: dict) -> str:
+    """``exam.json`` as a few lines for the screen."""
+    lines = [f"{'':10}{'points':>14}{'share':>8}  {'95 %':16}{'right':>12}{'unread':>8}{'cut off':>9}{'forbidden':>11}"]
+    for mode in (mode for mode in MODES if mode in result):
+        row = result[mode]
+        interval = f"[{row['points_ratio_low']:.3f}, {row['points_ratio_high']:.3f}]"
+        points, right = f"{row['points']}/{row['max_points']}", f"{row['correct']}/{row['questions']}"
+        lines.append(
+            f"{mode:10}{points:>14}{row['points_ratio']:8.3f}  {interval:16}{right:>12}{row['parse_failures']:8}"
+            f"{row['truncated']:9}{row['forbidden_choices']:11}"
+        )
+        if "acc_norm" in row:
+            lines.append(f"{'':10}by choice log-prob: acc {row['acc']:.3f}, acc_norm {row['acc_norm']:.3f}")
+    if result["explanation_gap"] is not None:
+        lines.append(
+            f"explanation gap (answer - explain) {result['explanation_gap']:+.3f}  95 % "
+            f"[{result['explanation_gap_low']:+.3f}, {result['explanation_gap_high']:+.3f}]  "
+            f"p {result['explanation_gap_p_value']:.4f}"
+        )
+    if result["skipped_image_questions"]:
+        lines.append(f"left out: {result['skipped_image_questions']} questions that need an image")
+    return "\n".join(lines)

@@ -21,6 +21,7 @@ ENGINES = ("hf", "vllm")
 # Stop rules need decoded text; looking every few steps costs little and generates at most this many tokens too many.
 _STEPS_BETWEEN_STOP_CHECKS = 8
 _VLLM_PORTION = 512
+_LOGITS_AT_ONCE = 2**28  # float32: 1 GiB
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,23 @@ class HFEngine:
         sums = [0.0] * len(rows)
         with self._generating():
             for batch in self._batches(rows, 0):
-                input_ids, mask = self._left_padded([rows[i] for i in batch])
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)
                 kept = max(len(completion_ids[i]) for i in batch)
-                logits = self.model(
-                    input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1
-                ).logits
-                logps = logits[:, -kept - 1 : -1].float().log_softmax(-1)
-                logps = logps.gather(-1, input_ids[:, -kept:, None])[..., 0].cpu()
-                for row, index in enumerate(batch):
-                    sums[index] = float(logps[row, -len(completion_ids[index]) :].double().sum())
+                few = max(1, _LOGITS_AT_ONCE // ((kept + 1) * self.model.config.get_text_config().vocab_size))
+                for first in range(0, len(batch), few):
+                    part = batch[first : first + few]
+                    for index, logps in zip(part, self._last_logps([rows[i] for i in part], kept), strict=True):
+                        sums[index] = float(logps[-len(completion_ids[index]) :].double().sum())
         return sums
+
+    def _last_logps(self, rows: list[list[int]], kept: int) -> torch.Tensor:
+        """Log-probs [rows, kept] of the last ``kept`` tokens of each row, on the CPU."""
+        input_ids, mask = self._left_padded(rows)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1
+        ).logits[:, -kept - 1 : -1]
+        logits = logits.float()
+        return (logits.gather(-1, input_ids[:, -kept:, None])[..., 0] - logits.logsumexp(-1)).cpu()
 
     def _check_ids(self, ids: list[list[int]], max_new_tokens: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)

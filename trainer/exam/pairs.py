@@ -17,10 +17,11 @@ from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.generate import HFEngine, VLLMEngine, load_engine
-from medtrain.trainer.exam.parse import parse_output, squeeze
+from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
+from medtrain.trainer.exam.statements import squeeze
 
 STRATEGIES = ("explanation", "sampled", "both")
 
