@@ -46,6 +46,7 @@ class DataConfig:
     )
     share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; same result
     # (without it a pair takes its prompt twice out of optim.micro_batch_tokens)
+    exam: str | None = None  # exam questions, JSON Lines: sat before, during and after training (eval.exam_*)
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
 
 
@@ -112,6 +113,14 @@ class PrecisionConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 0  # optimizer steps between held-out evaluations; 0: before the first and after the last step only
+    exam_every: int = 0  # likewise for data.exam, which is sat for the answer alone and with explanation
+    exam_questions: int = 100  # the first so many of those without an image
+    exam_max_new_tokens: int = 1024  # of an answer with explanation
+    exam_max_answer_tokens: int = 32  # of an answer alone
+    exam_style: dict[str, Any] = field(
+        default_factory=dict
+    )  # of medtrain.trainer.exam.prompts.PromptStyle, e.g. chat: true
+    exam_demonstrations: str | None = None  # worked examples for a few-shot prompt, JSON Lines
 
 
 @dataclass(frozen=True)
@@ -198,8 +207,11 @@ FREE_SETTINGS = (
     "precision.fp8_check_every",
     "precision.fp8_tolerance",
     "data.cache",
+    "data.exam",  # its content is compared, and so is that of the demonstrations
     "data.share_prompts",
     "eval.every",
+    "eval.exam_every",
+    "eval.exam_demonstrations",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.async_save",

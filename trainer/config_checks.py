@@ -69,6 +69,14 @@ def check_settings(config: Config, file) -> None:
     _check_lora(config.lora, file)
     _check_precision(config, file)
     require(config.eval.every >= 0, "eval.every", config.eval.every, "0 or more")
+    for name in ("exam_questions", "exam_max_new_tokens", "exam_max_answer_tokens"):
+        require(getattr(config.eval, name) >= 1, f"eval.{name}", getattr(config.eval, name), "1 or more")
+    require(config.eval.exam_every >= 0, "eval.exam_every", config.eval.exam_every, "0 or more")
+    for f in dataclasses.fields(config.eval):
+        value = getattr(config.eval, f.name)
+        if data.exam is None and f.name.startswith("exam_") and value != getattr(type(config.eval)(), f.name):
+            raise bad_input("has no effect without an exam", file=file, field=f"eval.{f.name}", found=value,
+                            expected="data.exam, a file of questions")  # fmt: skip
     require(config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "1 or more")
     require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "1 or more")
 

@@ -68,6 +68,14 @@ class World:
             raise InputError(box[1])
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, in the order of the ranks, on every rank; for small things that can be pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
 
 def local_part(param: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
     """This rank's storage of a parameter, and which part of the whole tensor it holds."""

@@ -28,6 +28,7 @@ from medtrain.trainer.checkpoint import Saver, load_checkpoint
 from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.during import Exam, read_exam, sit_exam
 from medtrain.trainer.export import export_dtype
 from medtrain.trainer.files import write_json
 from medtrain.trainer.lora import Adapters, adapter_digest, export_adapters, fill_adapters, plan_adapters, start_digest
@@ -42,7 +43,7 @@ from medtrain.trainer.model import (
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
 from medtrain.trainer.optimizer import check_state, make_optimizer
 from medtrain.trainer.precision import Fp8, plan_fp8
-from medtrain.trainer.progress import Display, heldout_line, summary
+from medtrain.trainer.progress import Display, evaluation_lines, summary
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
@@ -74,6 +75,7 @@ class Prepared:
     checkpoint: Checkpoint | None
     adapters: Adapters | None
     objective: Objective
+    exam: Exam | None
     steps: int
     compute_dtype: torch.dtype
     fp8: Fp8 | None
@@ -117,7 +119,10 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
     if getattr(config.data, name) > limit:
         raise bad_input("longer than the model's positions", field=f"data.{name}", found=getattr(config.data, name),
                         expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
+    exam = world.from_main(lambda: read_exam(config, tokenizer, hf_config))
     objective = (Cpt if config.stage == "cpt" else Rpo)(config, tokenizer, world, display.say)
+    if exam is not None:
+        objective.digests["data.exam"] = exam.digest
     if checkpoint is not None:
         digest = world.from_main(checkpoint.digest)
     else:
@@ -138,7 +143,8 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
-    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, steps, compute_dtype, fp8, paths)
+    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, exam, steps, compute_dtype, fp8,
+                    paths)  # fmt: skip
 
 
 def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
@@ -169,6 +175,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         display.say(adapters.describe(total))
     if prepared.fp8 is not None:
         display.say(prepared.fp8.describe())
+    if prepared.exam is not None:
+        display.say(prepared.exam.describe())
     policy, optimizer, guard = start(config, prepared, world, folder.reference, display)
     # Held-out numbers are those of the model that is exported.
     exactly = guard.without_fp8 if guard is not None else nullcontext
@@ -192,17 +200,31 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             if warning := objective.watch(row):
                 display.say(warning)
 
-    def evaluate_now(step: int) -> bool:
-        if not objective.heldout:
-            return False
-        return step in (0, steps) or bool(config.eval.every and step % config.eval.every == 0)
+    def evaluate(step: int) -> dict[str, Any]:
+        """What is due at this step of the held-out numbers and the exam."""
+
+        def due(every: int) -> bool:
+            return step in (0, steps) or bool(every and step % every == 0)
+
+        found: dict[str, Any] = {}
+        with exactly():
+            if objective.heldout and due(config.eval.every):
+                found |= objective.evaluate(policy, world)
+            if prepared.exam is not None and due(config.eval.exam_every):
+                found |= sit_exam(
+                    policy, prepared.tokenizer, prepared.exam, world, folder.exam(step), config.model.path
+                )
+        return found
+
+    def tell(row: dict[str, Any]) -> None:
+        for line in evaluation_lines(row):
+            display.say(line)
 
     row: dict[str, Any] = {}
-    if done == 0 and evaluate_now(0):
-        with exactly():
-            row = {"step": 0} | objective.evaluate(policy, world)
+    if done == 0 and (found := evaluate(0)):
+        row = {"step": 0} | found
         record(row)
-        display.say(heldout_line(row))
+        tell(row)
 
     flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
@@ -229,17 +251,14 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                        **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
                        "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
-                if evaluate_now(step + 1):
-                    with exactly():
-                        row |= objective.evaluate(policy, world)
+                row |= evaluate(step + 1)
                 save_now = this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps
                 if save_now:
                     row["checkpoint_seconds"] = saver.begin(step + 1, policy, optimizer, state)
                 record(row)
                 spent += seconds
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
-                if evaluate_now(step + 1):
-                    display.say(heldout_line(row))
+                tell(row)
                 if save_now:
                     if world.is_main:
                         folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
@@ -329,6 +348,8 @@ def check(config: Config, samples: int = 0) -> str:
             lines.insert(2, "fp8:    " + prepared.fp8.describe())
         if prepared.adapters is not None:
             lines.insert(2, "lora:   " + prepared.adapters.describe(total))
+        if prepared.exam is not None:
+            lines.insert(-1, prepared.exam.describe().replace("exam:", "exam:  "))
         if samples:
             lines += ["", decoded_samples(prepared.objective, prepared.tokenizer, samples)]
         return "\n".join(lines)

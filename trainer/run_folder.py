@@ -47,6 +47,11 @@ class RunFolder:
         self.model = self.root / "model"
         self.adapter = self.root / "adapter"
         self.tensorboard = self.root / "tensorboard"
+        self.report = self.root / "report.html"
+
+    def exam(self, step: int) -> Path:
+        """The outputs of the exam that the policy sat after ``step`` steps."""
+        return self.root / "exam" / f"step-{step:08d}.jsonl"
 
     def check(self, settings: dict[str, Any], digests: dict[str, str]) -> None:
         """Refuse a folder that holds something else, before anything is written to it.

@@ -203,7 +203,7 @@ def export_model(
         hf_config.architectures = [_architecture(policy)]
         hf_config.dtype = dtype
         hf_config.save_pretrained(partial)
-        write_json(partial / "generation_config.json", _generation_config(tokenizer, source))
+        write_json(partial / "generation_config.json", generation_config(tokenizer, source))
         tokenizer.save_pretrained(partial)
         replace_folder(partial, out)
     world.barrier()
@@ -227,7 +227,8 @@ def _name_files(folder: Path, written: list[tuple[Path, list[str], int]]) -> Non
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict:
+def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict:
+    """What an exported model's generation_config.json holds: that of ``source``, with the end token that is trained."""
     if source is not None and (Path(source) / "generation_config.json").is_file():
         # As plain JSON: transformers refuses to save many a published file once it has been changed.
         config = json.loads((Path(source) / "generation_config.json").read_text(encoding="utf-8"))
