@@ -117,9 +117,8 @@ class EvalConfig:
     exam_questions: int = 100  # the first so many of those without an image
     exam_max_new_tokens: int = 1024  # of an answer with explanation
     exam_max_answer_tokens: int = 32  # of an answer alone
-    exam_style: dict[str, Any] = field(
-        default_factory=dict
-    )  # of medtrain.trainer.exam.prompts.PromptStyle, e.g. chat: true
+    exam_prompt: str | None = None  # a prompt style: a name of configs/prompts or a YAML file; default: Japanese, plain
+    exam_chat: bool = False  # use the tokenizer's chat template
     exam_demonstrations: str | None = None  # worked examples for a few-shot prompt, JSON Lines
 
 
@@ -212,6 +211,7 @@ FREE_SETTINGS = (
     "eval.every",
     "eval.exam_every",
     "eval.exam_demonstrations",
+    "eval.exam_prompt",  # its content counts, not where it stands
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.async_save",

@@ -11,7 +11,7 @@ from medtrain.trainer import loop
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.during import read_outputs
 from medtrain.trainer.exam.evaluate import evaluate
-from medtrain.trainer.exam.prompts import MODES, PromptStyle
+from medtrain.trainer.exam.prompts import MODES, load_style
 from medtrain.trainer.run_folder import RunFolder
 
 # The tokenizer of the tests splits at blanks and knows few words.
@@ -44,12 +44,20 @@ def exam(tmp_path):
 
 
 @pytest.fixture
-def tree_of(request, exam):
+def style(tmp_path):
+    """STYLE as a YAML file, which JSON is too."""
+    path = tmp_path / "style.yaml"
+    path.write_text(json.dumps(STYLE))
+    return str(path)
+
+
+@pytest.fixture
+def tree_of(request, exam, style):
     def made(stage, **changes):
         tree = copy.deepcopy(request.getfixturevalue(f"{stage}_tree"))
         tree["optim"]["steps"] = 4
         tree["data"]["exam"] = str(exam)
-        tree["eval"] = {"exam_every": 2, "exam_max_new_tokens": 9, "exam_max_answer_tokens": 3, "exam_style": STYLE}
+        tree["eval"] = {"exam_every": 2, "exam_max_new_tokens": 9, "exam_max_answer_tokens": 3, "exam_prompt": style}
         for name, value in changes.items():
             section, key = name.split("__")
             tree.setdefault(section, {})[key] = value
@@ -123,7 +131,7 @@ def test_any_number_of_ranks_gives_the_answers_of_one_process(stage, size, tied,
         ("cpt", 2, {"precision__compute": "bfloat16", "model__activation_checkpointing": "full"}),
     ],
 )
-def test_the_answers_are_those_of_the_exported_model(stage, size, changes, tree_of, exam, tmp_path):
+def test_the_answers_are_those_of_the_exported_model(stage, size, changes, tree_of, exam, style, tmp_path):
     tree = tree_of(stage, **changes)
     tree["optim"]["steps"] = 20
     if size == 1:
@@ -132,7 +140,7 @@ def test_the_answers_are_those_of_the_exported_model(stage, size, changes, tree_
         run_on_ranks(size, tmp_path, run, stage, tree, tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
     result = evaluate(
-        tmp_path / "run" / "model", exam, out=tmp_path / "eval", style=PromptStyle.from_dict(STYLE), max_new_tokens=9,
+        tmp_path / "run" / "model", exam, out=tmp_path / "eval", style=load_style(style), max_new_tokens=9,
         max_answer_tokens=3,
     )  # fmt: skip
     assert last["exam/explanation_gap"] == result["explanation_gap"]
@@ -177,8 +185,8 @@ def test_another_exam_is_another_run(tree_of, exam, tmp_path):
     ("changes", "words"),
     [
         ({"data__exam": "nowhere.jsonl"}, r"nowhere\.jsonl.*cannot be read"),
-        ({"eval__exam_style": {"marker": "x"}}, r"eval\.exam_style.*marker.*unknown setting"),
-        ({"eval__exam_style": {"chat": True}}, r"no chat template"),
+        ({"eval__exam_prompt": "japanese"}, r"no such prompt style.*japanese.*official"),
+        ({"eval__exam_chat": True}, r"no chat template"),
         ({"eval__exam_max_new_tokens": 40_000}, r"does not fit.*question 0, explain: .* 40000 new ones.*32768"),
         ({"eval__exam_questions": 0}, r"eval\.exam_questions.*1 or more"),
         ({"eval__exam_demonstrations": "nowhere.jsonl"}, r"nowhere\.jsonl.*cannot be read"),

@@ -28,7 +28,7 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
-from medtrain.trainer.exam.prompts import MODES, PromptStyle
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.scoring import to_jsonl
 from medtrain.trainer.files import file_sha256, write_bytes
@@ -58,16 +58,13 @@ def read_exam(config: Config, tokenizer, hf_config) -> Exam | None:
     """The exam that ``data.exam`` names, with every prompt made and measured; None without one.
 
     Raises:
-        InputError: an unreadable exam or demonstrations, an unknown setting of the style, no question left, a prompt that
+        InputError: an unreadable exam or demonstrations, an unknown style or setting of one, no question left, a prompt that
             does not fit the model's positions.
     """
     settings = config.eval
     if config.data.exam is None:
         return None
-    try:
-        style = PromptStyle.from_dict(settings.exam_style)
-    except (TypeError, ValueError) as error:
-        raise bad_input(str(error), field="eval.exam_style") from None
+    style = load_style(settings.exam_prompt, chat=settings.exam_chat)
     everything = load_questions(config.data.exam)
     questions = [question for question in everything if question.text_only][: settings.exam_questions]
     if not questions:
