@@ -23,7 +23,7 @@ from medtrain.trainer.distributed import World, whole
 from medtrain.trainer.lora import Adapters, is_adapter, is_packed, weight_name, without_adapters
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.quant import quantize
-from medtrain.trainer.weights import Checkpoint
+from medtrain.trainer.weights import DTYPES, Checkpoint
 
 NUM_TOKENS = 32
 FORWARD_BYTES = (
@@ -35,8 +35,6 @@ FORWARD_SHARE = 0.5  # of the host memory that is free
 TOLERANCE = 1e-3
 TIMES_THEIR_LOSS = 3.0
 BLOCK_BYTES = 64 * 2**20  # read and compared at once
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def prove(
@@ -124,7 +122,7 @@ def _stored_rows(path: Path, name: str) -> Iterator[tuple[int, torch.Tensor]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[name]
-        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         per_block = max(1, BLOCK_BYTES // row_bytes)
         file.seek(8 + length + entry["data_offsets"][0])
