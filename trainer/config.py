@@ -31,6 +31,8 @@ class ModelConfig:
     activation_checkpointing: Literal["none", "full"] = "none"  # full: recompute each layer in the backward
     keep_bytes: int | None = None  # budget of the head op for kept exponentials (0: keep nothing); default: 1 GiB
     export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the compute precision
+    # before the first step, `path` against what was loaded: every tensor's bits, and Hugging Face's forward where it fits
+    proof: Literal["auto", "tensors", "none"] = "auto"  # tensors: no forward
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ class Config:
             "rpo": ("data.sources", "data.seq_len", "optim.batch_tokens"),
         }[self.stage]  # fmt: skip
         names = {name for name in self.given if name.startswith(other)}
+        if self.model.init is not None:
+            names |= self.given & {"model.proof"}
         if self.optim.schedule != "wsd" and "optim.decay_steps" in self.given:
             names.add("optim.decay_steps")
         if self.optim.schedule == "constant" and "optim.min_lr_ratio" in self.given:
@@ -199,6 +203,7 @@ FREE_SETTINGS = (
     "model.keep_bytes",
     "model.activation_checkpointing",
     "model.export_dtype",
+    "model.proof",
     "model.tokenizer",
     "lora.merge",
     "precision.compute",  # what it comes to on this machine is compared instead

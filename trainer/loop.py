@@ -44,6 +44,7 @@ from medtrain.trainer.objectives import Cpt, Objective, Rpo
 from medtrain.trainer.optimizer import check_state, make_optimizer
 from medtrain.trainer.precision import Fp8, plan_fp8
 from medtrain.trainer.progress import Display, evaluation_lines, summary
+from medtrain.trainer.proof import describe, prove
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
@@ -177,7 +178,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         display.say(prepared.fp8.describe())
     if prepared.exam is not None:
         display.say(prepared.exam.describe())
-    policy, optimizer, guard = start(config, prepared, world, folder.reference, display)
+    policy, optimizer, guard, proof = start(config, prepared, world, folder.reference, display, prove_it=last is None)
+    if proof is not None and world.is_main:
+        folder.add_to_start({"proof": proof})
     # Held-out numbers are those of the model that is exported.
     exactly = guard.without_fp8 if guard is not None else nullcontext
 
@@ -288,10 +291,10 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
 
 
 def start(
-    config: Config, prepared: Prepared, world: World, reference: Path, display: Display
-) -> tuple[PolicyModel, torch.optim.Optimizer, Guard | None]:
+    config: Config, prepared: Prepared, world: World, reference: Path, display: Display, *, prove_it: bool
+) -> tuple[PolicyModel, torch.optim.Optimizer, Guard | None, dict | None]:
     """The policy with its starting weights, what its objective must know of them (kept under ``reference``), the
-    optimizer, and the guard of an FP8 run: what stands before step 0."""
+    optimizer, the guard of an FP8 run, and the proof of what was loaded where there is one: what stands before step 0."""
     torch.manual_seed(config.run.seed)
     reset_clamped_rows()
     torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
@@ -316,9 +319,13 @@ def start(
         from medtrain.trainer.fp8 import Guard  # torchao, for those who ask for it
 
         guard = Guard(config.precision, policy, world)
+    proof = None
     with guard.without_fp8() if guard is not None else nullcontext():  # the reference is of the model that is exported
+        if prove_it and prepared.checkpoint is not None and config.model.proof != "none":
+            proof = prove(policy, prepared.checkpoint, prepared.adapters, world, forward=config.model.proof == "auto")
+            display.say(describe(proof))
         prepared.objective.prepare(policy, world, reference, display.say)
-    return policy, make_optimizer(policy, config), guard
+    return policy, make_optimizer(policy, config), guard, proof
 
 
 def check(config: Config, samples: int = 0) -> str:

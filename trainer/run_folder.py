@@ -112,6 +112,12 @@ class RunFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.manifest, content)
 
+    def add_to_start(self, about: dict[str, Any]) -> None:
+        """Add to what the manifest says of this start."""
+        content = json.loads(self.manifest.read_text(encoding="utf-8"))
+        content["starts"][-1] |= about
+        write_json(self.manifest, content)
+
     def cut_metrics(self, step: int) -> None:
         """Drop metrics of steps after ``step``: they will be computed again. A last line cut short by a kill goes too."""
         if not self.metrics.is_file():
