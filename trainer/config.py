@@ -47,6 +47,7 @@ class DataConfig:
     share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; same result
     # (without it a pair takes its prompt twice out of optim.micro_batch_tokens)
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
+    workers: int | None = None  # CPT: processes that tokenise large sources; default: one a CPU of the node
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Config:
         other = {
             "cpt": ("data.pairs", "data.max_length", "data.overlong", "data.unusable", "data.share_prompts",
                     "optim.batch_pairs", "rpo."),
-            "rpo": ("data.sources", "data.seq_len", "optim.batch_tokens"),
+            "rpo": ("data.sources", "data.seq_len", "data.workers", "optim.batch_tokens"),
         }[self.stage]  # fmt: skip
         names = {name for name in self.given if name.startswith(other)}
         if self.optim.schedule != "wsd" and "optim.decay_steps" in self.given:
@@ -197,6 +198,7 @@ FREE_SETTINGS = (
     "precision.fp8_check_every",
     "precision.fp8_tolerance",
     "data.cache",
+    "data.workers",
     "data.share_prompts",
     "eval.every",
     "checkpoint.every",
