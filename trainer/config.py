@@ -50,6 +50,7 @@ class DataConfig:
     # (without it a pair takes its prompt twice out of optim.micro_batch_tokens)
     exam: str | None = None  # exam questions, JSON Lines: sat before, during and after training (eval.exam_*)
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
+    workers: int | None = None  # CPT: processes that tokenise large sources; default: one a CPU of the node
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Config:
         other = {
             "cpt": ("data.pairs", "data.max_length", "data.overlong", "data.unusable", "data.share_prompts",
                     "optim.batch_pairs", "rpo."),
-            "rpo": ("data.sources", "data.seq_len", "optim.batch_tokens"),
+            "rpo": ("data.sources", "data.seq_len", "data.workers", "optim.batch_tokens"),
         }[self.stage]  # fmt: skip
         names = {name for name in self.given if name.startswith(other)}
         if self.model.init is not None:
@@ -212,6 +213,7 @@ FREE_SETTINGS = (
     "precision.fp8_tolerance",
     "data.cache",
     "data.exam",  # its content is compared, and so is that of the demonstrations
+    "data.workers",
     "data.share_prompts",
     "eval.every",
     "eval.exam_every",

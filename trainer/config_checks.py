@@ -57,6 +57,7 @@ def check_settings(config: Config, file) -> None:
         least = optim.warmup_steps + optim.decay_steps
         require(least <= optim.steps, "optim.decay_steps", optim.decay_steps, "warm-up and decay within optim.steps")
     require(data.seq_len >= 2, "data.seq_len", data.seq_len, "2 or more")
+    require(data.workers is None or data.workers >= 1, "data.workers", data.workers, "1 or more")
     require(data.max_length >= 3, "data.max_length", data.max_length, "3 or more")
     for i, source in enumerate([*data.sources, *data.pairs]):
         require(source.weight is None or source.weight > 0, f"data.*.{i}.weight", source.weight, "more than 0")

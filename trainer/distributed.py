@@ -107,6 +107,11 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
                               stride=tensor.stride())  # fmt: skip
 
 
+def local_size() -> int:
+    """How many ranks torchrun has started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextmanager
 def join_world(*, needs_group: bool = False, device_type: str | None = None) -> Iterator[World]:
     """Join torchrun's process group if there is one, and leave it in good order.

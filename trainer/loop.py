@@ -98,8 +98,9 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         return _run(config, prepared, world, display)
 
 
-def prepare(config: Config, world: World, display: Display) -> Prepared:
-    """Read and check settings, tokenizer, weights' headers and data; writes nothing but the token cache."""
+def prepare(config: Config, world: World, display: Display, *, verify: bool = False) -> Prepared:
+    """Read and check settings, tokenizer, weights' headers and data; writes nothing but the token cache. ``verify``: all
+    of the raw input and of the token cache is read, also where sizes and times say that nothing has changed."""
     for name in config.unused():
         display.say(f"note: {name} has no effect here")
     compute_dtype = _compute_dtype(config)
@@ -121,7 +122,10 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
         raise bad_input("longer than the model's positions", field=f"data.{name}", found=getattr(config.data, name),
                         expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
     exam = world.from_main(lambda: read_exam(config, tokenizer, hf_config))
-    objective = (Cpt if config.stage == "cpt" else Rpo)(config, tokenizer, world, display.say)
+    if config.stage == "cpt":
+        objective: Objective = Cpt(config, tokenizer, world, display.say, verify=verify)
+    else:
+        objective = Rpo(config, tokenizer, world, display.say)
     if exam is not None:
         objective.digests["data.exam"] = exam.digest
     if checkpoint is not None:
@@ -337,7 +341,7 @@ def check(config: Config, samples: int = 0) -> str:
     """
     _quiet_libraries()
     with join_world() as world:
-        prepared = prepare(config, world, Display(enabled=world.is_main))
+        prepared = prepare(config, world, Display(enabled=world.is_main), verify=True)
         RunFolder(config.run.out).check(config.settings(), prepared.objective.digests)
         hf_config = prepared.hf_config
         total, _ = num_parameters(prepared.shapes)

@@ -35,7 +35,7 @@ class Windows:
         """Return the tokens of window ``i``, uint32 [length + 1]: ``[:-1]`` the inputs, ``[1:]`` the targets."""
         doc = int(np.searchsorted(self.first, i, side="right")) - 1
         start = int(self.source.offsets[doc]) + (i - int(self.first[doc])) * self.seq_len
-        return self.source.tokens[start : start + int(self.lengths[i]) + 1]
+        return self.source.tokens(start, start + int(self.lengths[i]) + 1)
 
 
 def make_windows(source: TokenizedSource, seq_len: int) -> Windows:
