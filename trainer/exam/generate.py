@@ -111,10 +111,11 @@ class HFEngine:
         sums = [0.0] * len(rows)
         with self._generating():
             for batch in self._batches(rows, 0):
-                kept = max(len(completion_ids[i]) for i in batch)
-                few = max(1, _LOGITS_AT_ONCE // ((kept + 1) * self.model.config.get_text_config().vocab_size))
+                longest = max(len(completion_ids[i]) for i in batch)
+                few = max(1, _LOGITS_AT_ONCE // ((longest + 1) * self.model.config.get_text_config().vocab_size))
                 for first in range(0, len(batch), few):
                     part = batch[first : first + few]
+                    kept = max(len(completion_ids[i]) for i in part)
                     for index, logps in zip(part, self._last_logps([rows[i] for i in part], kept), strict=True):
                         sums[index] = float(logps[-len(completion_ids[index]) :].double().sum())
         return sums

@@ -32,6 +32,7 @@ from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import file_digest, model_digest
 from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
+from medtrain.trainer.tokenizer import read_tokenizer
 
 __all__ = ["STRATEGIES", "ReasoningPath", "build_pairs", "run_pairs", "sample_paths"]
 
@@ -291,25 +292,17 @@ def run_pairs(
     file = PathFile(out.with_name(f"{stem}.paths.jsonl"), sampling)
     if out.exists() and not file.path.exists():
         raise bad_input("is there already, and no paths from which it was made", file=out, expected="another out")
-    engines = []
-
-    def load():
-        engines.append(load_engine(model, engine, device=device, dtype=dtype, batch_tokens=batch_tokens))
-        return engines[0]
-
-    sample_into(file, load, asked, num_paths=num_paths, temperature=temperature, seed=seed,
-                max_new_tokens=max_new_tokens, style=style, demonstrations=shots, echo=echo)  # fmt: skip
-    if engines:
-        tokenizer = engines[0].tokenizer
-    else:
-        from medtrain.trainer.tokenizer import read_tokenizer
-
-        tokenizer = read_tokenizer(Path(model))
-    paths: dict[str, list[ReasoningPath]] = {}
-    for question in asked:
-        prompt = style.prompt(question, "explain", tokenizer, shots)
-        outputs = (file.outputs[question.problem_id, i] for i in range(num_paths))
-        paths[question.problem_id] = [ReasoningPath(prompt, output.text, output.truncated) for output in outputs]
+    tokenizer = read_tokenizer(Path(model))
+    prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
+    sample_into(
+        file, lambda: load_engine(model, engine, device=device, dtype=dtype, batch_tokens=batch_tokens), asked,
+        num_paths=num_paths, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, style=style,
+        demonstrations=shots, echo=echo,
+    )  # fmt: skip
+    paths = {
+        i: [ReasoningPath(prompt, file.outputs[i, k].text, file.outputs[i, k].truncated) for k in range(num_paths)]
+        for i, prompt in prompts.items()
+    }
     file.write_graded({q.problem_id: grade_paths(q, paths[q.problem_id], style, unlisted_is_wrong) for q in asked})
     rows, summary = build_pairs(
         asked,
