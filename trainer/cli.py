@@ -13,6 +13,7 @@ import click
 
 from medtrain import __version__
 from medtrain.trainer.errors import InputError
+from medtrain.trainer.exam import cli as exam
 
 
 class _Group(click.Group):
@@ -84,62 +85,8 @@ def rpo(config: str, overrides: tuple[str, ...]) -> None:
     _train("rpo", config, overrides)
 
 
-@main.command()
-@CONFIG
-@OVERRIDES
-def pairs(config: str, overrides: tuple[str, ...]) -> None:
-    """Sample reasoning on questions, grade it, and write preference pairs, as CONFIG.yaml says."""
-    from medtrain.trainer.config import load_pairs_config
-    from medtrain.trainer.exam.pairs import run_pairs
-    from medtrain.trainer.exam.prompts import PromptStyle
-
-    settings = load_pairs_config(config, overrides)
-    summary = run_pairs(
-        settings.model,
-        settings.questions,
-        settings.out,
-        strategy=settings.strategy,
-        num_paths=settings.num_paths,
-        max_per_question=settings.max_per_question,
-        temperature=settings.temperature,
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-        engine=settings.engine,
-        style=PromptStyle(chat=settings.chat),
-        demonstrations=settings.demonstrations,
-    )
-    _print_json(summary)
-
-
-@main.command("eval")
-@click.option("--model", required=True, type=click.Path(), help="A Hugging Face folder.")
-@click.option("--exam", required=True, type=click.Path(), help="Questions, JSON Lines.")
-@click.option("--out", required=True, type=click.Path(), help="Where exam.json and the outputs go.")
-@click.option("--mode", type=click.Choice(["answer", "explain", "both"]), default="both", show_default=True)
-@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
-@click.option("--demonstrations", type=click.Path(), help="Worked examples for a few-shot prompt, JSON Lines.")
-@click.option("--chat", is_flag=True, help="Use the checkpoint's chat template (instruct models).")
-@click.option("--images", is_flag=True, help="Ask what needs an image too; such questions are left out otherwise.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many questions.")
-def evaluate(**options) -> None:
-    """Sit an exam, for the answer alone and with explanation; prints and writes exam.json."""
-    from medtrain.trainer.exam.evaluate import run_eval
-
-    _print_json(run_eval(**options, echo=lambda line: click.echo(line, err=True)))
-
-
-@main.command()
-@click.option("--exam", required=True, type=click.Path(), help="Questions, JSON Lines.")
-@click.option(
-    "--predictions", required=True, type=click.Path(), help="Rows {problem_id, prediction} or {problem_id, output}."
-)
-@click.option("--details", type=click.Path(), help="Write one object a question here.")
-def score(exam: str, predictions: str, details: str | None) -> None:
-    """Score predictions by the official rule; prints JSON."""
-    from medtrain.trainer.exam.scoring import run_score
-
-    _print_json(run_score(exam, predictions, details))
+for command in (exam.pairs, exam.evaluate, exam.score, exam.compare):
+    main.add_command(command)
 
 
 @main.command()

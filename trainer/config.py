@@ -185,16 +185,25 @@ class PairsConfig:
     """``medtrain pairs``: questions with answers -> sampled and graded reasoning -> preference pairs."""
 
     model: str  # a Hugging Face folder
-    questions: str  # exam questions, JSON Lines; `explanation` where the strategy needs it
+    questions: str  # exam questions, JSON Lines or CSV; `explanation` where the strategy needs it
     out: str  # the pairs, JSON Lines
     strategy: Literal["explanation", "sampled", "both"] = "both"  # ground truth | right path over the wrong path
     num_paths: int = 8  # sampled a question
     max_per_question: int = 8
+    balance_length: bool = (
+        True  # of what the cap leaves to choose from, pairs whose chosen sides are not the longer ones
+    )
     temperature: float = 1.0
     max_new_tokens: int = 1024
     engine: Literal["hf", "vllm"] = "hf"
+    batch_tokens: int = 65_536  # hf: tokens at once, prompts and new ones
+    prompt: str | None = None  # default, english, official or demo (configs/prompts), or a YAML file
     chat: bool = False  # use the checkpoint's chat template
     demonstrations: str | None = None  # worked examples for a few-shot prompt
+    mapping: str | None = None  # YAML: which fields hold what, for questions of an own form
+    unlisted_is_wrong: bool = (
+        False  # with answers that are texts of choices: one that names no choice is wrong, not unread
+    )
     seed: int = 0
 
 
@@ -247,7 +256,7 @@ def load_config(stage: Stage | None, path: str | Path | None, overrides: typing.
 def load_pairs_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> PairsConfig:
     """As :func:`load_config`, for ``medtrain pairs``."""
     config = build(PairsConfig, read_tree(path, overrides), "", path, set())
-    for name in ("num_paths", "max_per_question", "max_new_tokens"):
+    for name in ("num_paths", "max_per_question", "max_new_tokens", "batch_tokens"):
         if getattr(config, name) < 1:
             raise bad_input("out of range", file=path, field=name, found=getattr(config, name), expected="1 or more")
     if config.temperature <= 0:

@@ -7,11 +7,9 @@ run started again goes on from there.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,8 +20,8 @@ from medtrain.trainer.exam.intervals import bootstrap_interval, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style
 from medtrain.trainer.exam.questions import Question, load_questions
+from medtrain.trainer.exam.records import claim, end_last_line, file_digest, model_digest, rows_of
 from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
-from medtrain.trainer.files import file_sha256
 
 METHODS = ("generate", "choice_logp")
 Progress = Callable[[str, int, int], None]
@@ -157,8 +155,8 @@ def evaluate(
             style.completion(shot, "explain")
     identity = {
         "model": model_digest(model_dir),
-        "exam": _file_digest(exam_path),
-        "demonstrations": _file_digest(demonstrations) if demonstrations is not None else None,
+        "exam": file_digest(exam_path),
+        "demonstrations": file_digest(demonstrations),
         "style": json.loads(json.dumps(asdict(style))),
         "engine": engine,
         "method": method,
@@ -167,10 +165,10 @@ def evaluate(
         "max_answer_tokens": max_answer_tokens,
         "text_only": text_only,
         "limit": limit,
-        "mapping": _file_digest(mapping) if mapping is not None else None,
+        "mapping": file_digest(mapping),
     }
     out = Path(out)
-    _claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)})
+    claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)})
     loaded: list[HFEngine | VLLMEngine] = []
 
     def engine_when_needed() -> HFEngine | VLLMEngine:
@@ -189,7 +187,7 @@ def evaluate(
     both = len(result) == len(MODES)
     result["explanation_gap"] = result["answer"]["points_ratio"] - result["explain"]["points_ratio"] if both else None
     if both:
-        result |= _gap_figures([list(_rows_of(out / f"outputs-{one}.jsonl")) for one in MODES], questions)
+        result |= _gap_figures([list(rows_of(out / f"outputs-{one}.jsonl")) for one in MODES], questions)
     result["questions_in_exam"] = len(everything)
     result["skipped_image_questions"] = sum(not q.text_only for q in everything) if text_only else 0
     result["settings"] = identity
@@ -210,7 +208,7 @@ def _gap_figures(rows_of_modes: list[list[dict]], questions: Sequence[Question])
 def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_tokens, out, progress) -> list[dict]:
     """Run one mode, going on from the rows that are there, write ``outputs-MODE.jsonl`` and return its rows."""
     final, partial = out / f"outputs-{mode}.jsonl", out / f"outputs-{mode}.partial.jsonl"
-    done = {row["problem_id"]: row for row in itertools.chain(_rows_of(final), _rows_of(partial))}
+    done = {row["problem_id"]: row for row in itertools.chain(rows_of(final), rows_of(partial))}
     todo = [question for question in questions if question.problem_id not in done]
 
     def report() -> None:
@@ -221,7 +219,7 @@ def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_toke
     if todo:
         engine = engine_when_needed()
         prompts = [style.prompt(question, mode, engine.tokenizer, shots) for question in todo]
-        _end_last_line(partial)
+        end_last_line(partial)
 
         def keep(indices: list[int], outputs: list[Output]) -> None:
             add(exam_rows([todo[i] for i in indices], [prompts[i] for i in indices], outputs, mode, style))
@@ -257,87 +255,6 @@ def _check_method(method: str, modes: Sequence[str], engine: str) -> None:
     if method == "choice_logp" and (tuple(modes) != ("answer",) or engine != "hf"):
         raise bad_input("choice_logp scores answers without an explanation", field="method", found=method,
                         expected="mode answer and engine hf with it")  # fmt: skip
-
-
-# The out folder
-
-
-def _claim(out: Path, identity: dict, paths: dict) -> None:
-    """Make ``out`` this run's folder, or find that it is; refuse it where it holds another run's results."""
-    run = out / "run.json"
-    has_results = (out / "exam.json").exists() or any(out.glob("outputs-*.jsonl"))
-    if has_results and not run.is_file():
-        raise bad_input("holds results without run.json, so whose they are is unknown", file=out)
-    if not has_results:
-        write_atomically(run, json.dumps({"identity": identity} | paths, ensure_ascii=False, indent=1) + "\n")
-        return
-    try:
-        before = json.loads(run.read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise bad_input("cannot be read as the record of a run", file=run, found=str(error)) from error
-    differing = [name for name in identity if before.get(name) != identity[name]]
-    if differing:
-        raise bad_input(
-            f"holds the results of another run: {', '.join(differing)} differ", file=out, expected="a new --out folder"
-        )
-
-
-def _rows_of(path: Path) -> Iterable[dict]:
-    """The whole rows of an outputs file; a last line that was cut off when a run was killed is left out."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"problem_id", "prompt", "output", "truncated"} <= set(row):
-            yield row
-
-
-def _end_last_line(path: Path) -> None:
-    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with open(path, "ab") as file:
-            file.write(b"\n")
-
-
-def _file_digest(path: str | Path) -> str:
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise bad_input("cannot be read", file=path, found=error.strerror or str(error)) from error
-
-
-def model_digest(model_dir: str | Path) -> str:
-    """Digest of a checkpoint folder: every small file whole; of each tensor its first, middle and last 64 KiB.
-
-    Training moves every tensor, so samples tell checkpoints apart, and 145 GB need not be read to go on with a run.
-    """
-    folder = Path(model_dir)
-    if not (folder / "config.json").is_file():
-        raise bad_input("no checkpoint", file=folder, expected="a folder with config.json, weights and a tokenizer")
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix not in (".json", ".jinja", ".safetensors", ".txt", ".model", ".bin"):
-            continue
-        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            if path.suffix != ".safetensors":
-                digest.update(file.read(64 << 20))
-                continue
-            length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
-            header = file.read(min(length, path.stat().st_size))
-            digest.update(header)
-            try:
-                tensors = json.loads(header)
-                spans = [tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise bad_input("not a safetensors file", file=path) from error
-            for begin, end in sorted(spans):
-                for at in sorted({begin, (begin + end) // 2, max(begin, end - 65_536)}):
-                    file.seek(8 + length + at)
-                    digest.update(file.read(min(65_536, end - at)))
-    return digest.hexdigest()
 
 
 def run_eval(

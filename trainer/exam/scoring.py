@@ -216,9 +216,11 @@ def to_jsonl(rows: Iterable[Mapping]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def run_score(exam: str | Path, predictions: str | Path, details: str | Path | None = None) -> dict:
+def run_score(
+    exam: str | Path, predictions: str | Path, details: str | Path | None = None, mapping: str | Path | None = None
+) -> dict:
     """``medtrain score``: score a predictions file against an exam file; ``details`` gets one row a question."""
-    questions = load_questions(exam)
+    questions = load_questions(exam, mapping=mapping)
     graded = grade(questions, load_predictions(predictions, questions))
     if details is not None:
         write_atomically(details, to_jsonl(one.details() for one in graded))
