@@ -65,7 +65,7 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     world.barrier()
-    policy.reshard()
+    policy.reshard_all()
     weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
     dcp.save(
         {"model": _unwrapped(weights), "optim": moments},
@@ -90,7 +90,7 @@ def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Op
     Raises:
         InputError: a damaged checkpoint.
     """
-    policy.reshard()
+    policy.reshard_all()
     weights, moments = get_state_dict(policy, optimizer if optimizer is not None else [], options=_TRAINED)
     tree = {"model": _unwrapped(weights)} | ({"optim": moments} if optimizer is not None else {})
     try:

@@ -182,6 +182,7 @@ def measured_rates(config: Config, precision: str) -> list[dict[str, Any]]:
 def _refuse_unplanned(config: Config) -> None:
     """No number is better than one that leaves out what a setting is there to change."""
     for field, found, planned in (
+        ("model.compile", config.model.compile, False),
         ("precision.fp8", config.precision.fp8, "none"),
         ("precision.weights", config.precision.weights, "fp32"),
         ("optim.state", config.optim.state, "fp32"),
@@ -197,6 +198,9 @@ def plan_config(config: Config, *, world_size: int, gpu_memory_gib: float, sizes
         InputError: sizes that cannot be found, settings that do not fit the model, or that have no formula yet.
     """
     _refuse_unplanned(config)
+    if world_size % config.parallel.replicate:
+        raise bad_input("does not divide the number of ranks", field="parallel.replicate",
+                        found=config.parallel.replicate, expected=f"a divisor of {world_size}")  # fmt: skip
     hf_config, source = model_sizes(config.model, sizes)
     model = read_model(config, hf_config)
     machine = Machine(world_size)

@@ -316,7 +316,7 @@ def _bytes_are_the_formulas(base, kind):
         optimizer.step()
         moments = [s[k].to_local() for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
         assert storage_bytes(trained) == 4 * rank_sum and storage_bytes(moments) == 8 * rank_sum
-        policy.reshard()
+        policy.reshard_all()
         frozen = {weight_name(n): p.to_local() for n, p in policy.named_parameters() if not p.requires_grad}
         linears = {n for n in frozen if n.split(".")[-2] in KINDS and n.endswith("weight")}
         num_linear = sum(torch.Size(shapes[n]).numel() for n in linears)

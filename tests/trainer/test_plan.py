@@ -37,8 +37,22 @@ def made_up(tmp_path_factory):
         (8, "cpt", {"model.init.tie_word_embeddings": True, "model.init.vocab_size": 2048}),
         (2, "rpo", BF16 | {"model.init.vocab_size": 1024}),
         (2, "cpt", BF16 | {"lora.rank": 8, "model.init.vocab_size": 512}),
+        (2, "cpt", BF16 | {"model.activation_checkpointing": "selective", "model.init.vocab_size": 512}),
+        (4, "cpt", BF16 | FULL | WIDE | {"parallel.replicate": 2}),
+        (2, "cpt", BF16 | FULL | WIDE | {"parallel.reshard_after_forward": False}),
+        (2, "cpt", BF16 | FULL | WIDE | {"parallel.prefetch": 2}),
     ],
-    ids=["alone", "bf16 checkpointing", "tied on 8 ranks", "rpo", "lora"],
+    ids=[
+        "alone",
+        "bf16 checkpointing",
+        "tied on 8 ranks",
+        "rpo",
+        "lora",
+        "selective",
+        "copies",
+        "whole layers",
+        "ahead",
+    ],
 )
 def test_the_plan_is_near_what_a_real_step_allocates(case, made_up):
     ranks, stage, changes = case
