@@ -45,6 +45,8 @@ Case = tuple[
     int, str, dict[str, Any]
 ]  # ranks, stage, settings changed; a step has two micro-batches unless it says batch_tokens
 
+SELECTIVE = {"model.activation_checkpointing": "selective"}
+COPIES, WHOLE = {"parallel.replicate": 2}, {"parallel.reshard_after_forward": False}
 BF16, FULL = {"precision.compute": "bfloat16"}, {"model.activation_checkpointing": "full"}
 TIED, FEW_WORDS, RANK = {"model.init.tie_word_embeddings": True}, {"model.init.vocab_size": 512}, {"lora.rank": 8}
 WIDE = {"model.init.hidden_size": 1024, "model.init.intermediate_size": 2816}
@@ -68,6 +70,16 @@ CASES: dict[str, Case] = {
     "CPT, few words, float32, alone, checkpointing": (1, "cpt", FEW_WORDS | FULL),
     "CPT, few words, wide layers, bf16, checkpointing": (2, "cpt", FEW_WORDS | WIDE | BF16 | FULL),
     "CPT, Qwen3, float32, alone": (1, "cpt", {"model.init.model_type": "qwen3"}),
+    "CPT, float32, alone, selective checkpointing": (1, "cpt", SELECTIVE),
+    "CPT, few words, bf16, selective checkpointing": (2, "cpt", FEW_WORDS | BF16 | SELECTIVE),
+    "CPT, bf16, two copies": (4, "cpt", BF16 | COPIES),
+    "CPT, few words, wide layers, bf16, two copies, checkpointing": (8, "cpt", FEW_WORDS | WIDE | BF16 | COPIES | FULL),
+    "CPT, few words, wide layers, bf16, layers kept whole": (4, "cpt", FEW_WORDS | WIDE | BF16 | WHOLE | FULL),
+    "CPT, few words, wide layers, bf16, 2 layers ahead": (
+        4,
+        "cpt",
+        FEW_WORDS | WIDE | BF16 | FULL | {"parallel.prefetch": 2},
+    ),
     "RPO, float32": (2, "rpo", {}),
     "RPO, bf16, alone, checkpointing": (1, "rpo", BF16 | FULL),
     "CPT, bf16 weights, alone": (1, "cpt", BF16 | SMALL_WEIGHTS),
@@ -160,7 +172,7 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     prepared = prepare(config, world, Display(enabled=False))
     backend = prepared.paths["attention"]
     policy = build_model(config.model, prepared.hf_config, world, prepared.compute_dtype, backend=backend,
-                         adapters=prepared.adapters, fp8=prepared.fp8,
+                         adapters=prepared.adapters, fp8=prepared.fp8, parallel=config.parallel,
                          weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32)  # fmt: skip
     init_weights(policy, 0)
     if prepared.adapters is not None:
@@ -272,7 +284,9 @@ def _rank(rank: int, backend: str, case: Case, folder: str, queue) -> None:
     elif size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     config = settings_of(*case[1:], size, Path(folder))
-    with join_world(needs_group=config.precision.compute == "bfloat16", device_type="cpu") as world:
+    with join_world(
+        needs_group=config.precision.compute == "bfloat16", device_type="cpu", replicate=config.parallel.replicate
+    ) as world:
         row = compare(case, Path(folder), world)
         if rank == 0:
             queue.put(row | {"group": backend if size > 1 else None})

@@ -101,7 +101,7 @@ class Saver:
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
         self.world.barrier()
-        policy.reshard()
+        policy.reshard_all()
         weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
         tree = {"model": _unwrapped(weights), "optim": moments}
         if self._thread is None:
@@ -203,7 +203,7 @@ def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Op
     Raises:
         InputError: a damaged checkpoint.
     """
-    policy.reshard()
+    policy.reshard_all()
     weights, moments = get_state_dict(policy, optimizer if optimizer is not None else [], options=_TRAINED)
     tree = {"model": _unwrapped(weights)} | ({"optim": moments} if optimizer is not None else {})
     try:

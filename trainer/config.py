@@ -28,7 +28,13 @@ class ModelConfig:
     init: dict[str, Any] | None = None  # random weights: `model_type` and sizes as in a HF config.json
     tokenizer: str | None = None  # a folder; default: the checkpoint's own
     eos_token: str | None = None  # ends documents and completions; default: the tokenizer's own
-    activation_checkpointing: Literal["none", "full"] = "none"  # full: recompute each layer in the backward
+    # What a layer computes again in the backward instead of keeping it (medtrain.trainer.checkpointing). full: all of it;
+    # selective: all but attention and two of its seven matrix products; budget: what the compiler finds cheapest
+    activation_checkpointing: Literal["none", "selective", "full", "budget"] = "none"
+    activation_budget: float | None = None  # budget: share of a layer's activations to keep, 0 to 1
+    compile: bool = False  # each decoder layer by torch.compile
+    # Of norms, rotary embedding and SwiGLU; auto: Liger's where it is installed, on CUDA and without compile
+    kernels: Literal["auto", "torch", "liger"] = "auto"
     keep_bytes: int | None = None  # budget of the head op for kept exponentials (0: keep nothing); default: 1 GiB
     export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the compute precision
     # before the first step, `path` against what was loaded: every tensor's bits, and Hugging Face's forward where it fits
@@ -114,6 +120,15 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How FSDP2 spreads the model over the ranks (medtrain.trainer.parallel); no effect on what is learned."""
+
+    replicate: int = 1  # copies of the sharded model (HSDP), each on neighbouring ranks; divides the number of ranks
+    reshard_after_forward: bool = True  # false: layers stay gathered from forward to backward (ZeRO-2)
+    prefetch: int = 0  # layers gathered ahead by explicit order; 0: FSDP2's own, one
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     every: int = 0  # optimizer steps between held-out evaluations; 0: before the first and after the last step only
     exam_every: int = 0  # likewise for data.exam, which is sat for the answer alone and with explanation
@@ -148,6 +163,7 @@ class Config:
     rpo: RpoConfig = RpoConfig()
     lora: LoraConfig = LoraConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
@@ -212,6 +228,9 @@ FREE_SETTINGS = (
     "optim.micro_batch_tokens",
     "model.keep_bytes",
     "model.activation_checkpointing",
+    "model.activation_budget",
+    "model.compile",
+    "model.kernels",
     "model.export_dtype",
     "model.proof",
     "model.tokenizer",
@@ -220,6 +239,9 @@ FREE_SETTINGS = (
     "precision.fp8_guard",
     "precision.fp8_check_every",
     "precision.fp8_tolerance",
+    "parallel.replicate",
+    "parallel.reshard_after_forward",
+    "parallel.prefetch",
     "data.cache",
     "data.exam",  # its content is compared, and so is that of the demonstrations
     "data.workers",

@@ -69,6 +69,7 @@ def check_settings(config: Config, file) -> None:
                         expected="rpo.loss sigmoid, robust or simpo")  # fmt: skip
     _check_lora(config.lora, file)
     _check_precision(config, file)
+    _check_speed(config, file)
     require(config.eval.every >= 0, "eval.every", config.eval.every, "0 or more")
     for name in ("exam_questions", "exam_max_new_tokens", "exam_max_answer_tokens"):
         require(getattr(config.eval, name) >= 1, f"eval.{name}", getattr(config.eval, name), "1 or more")
@@ -122,3 +123,29 @@ def _check_precision(config: Config, file) -> None:
                "adapters are float32", "precision.weights=fp32")  # fmt: skip
     if precision.weights == "bf16" and precision.compute == "float32":
         refuse("weights", "bf16", "weights in bfloat16 are computed with as they are", "precision.compute=bfloat16")
+
+
+def _check_speed(config: Config, file) -> None:
+    model, parallel = config.model, config.parallel
+
+    def refuse(name: str, found: object, problem: str, expected: str) -> None:
+        raise bad_input(problem, file=file, field=name, found=found, expected=expected)
+
+    if parallel.replicate < 1:
+        refuse("parallel.replicate", parallel.replicate, "out of range", "1 (no copies) or more")
+    if parallel.prefetch < 0:
+        refuse("parallel.prefetch", parallel.prefetch, "out of range", "0 (FSDP2's own order) or more")
+    if parallel.replicate > 1 and config.precision.fp8_all_gather:
+        refuse("precision.fp8_all_gather", True, "torchao has it on a mesh of one dim only", "parallel.replicate=1")
+    budget = model.activation_checkpointing == "budget"
+    if budget and not model.compile:
+        refuse("model.activation_checkpointing", "budget", "the compiler keeps the budget", "model.compile=true")
+    if budget and model.activation_budget is None:
+        refuse("model.activation_budget", None, "missing", "a number from 0 to 1")
+    if model.activation_budget is not None and not budget:
+        refuse("model.activation_budget", model.activation_budget, "has no effect without a budget",
+               "model.activation_checkpointing=budget")  # fmt: skip
+    if model.activation_budget is not None and not 0 <= model.activation_budget <= 1:
+        refuse("model.activation_budget", model.activation_budget, "out of range", "0 to 1")
+    if model.kernels == "liger" and model.compile:
+        refuse("model.kernels", "liger", "compiled layers have the compiler's own", "model.kernels=auto or torch")

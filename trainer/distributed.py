@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from medtrain.trainer.errors import InputError
+from medtrain.trainer.errors import InputError, bad_input
 
 T = TypeVar("T")
 
@@ -28,8 +28,8 @@ TIMEOUT = timedelta(hours=2)  # of collectives; long, since rank 0 tokenises and
 
 @dataclass(frozen=True)
 class World:
-    """Attributes: ``rank`` and ``size`` over all nodes; ``device`` this process computes on; ``mesh`` (1-D, all
-    ranks) where there is a process group, else None."""
+    """Attributes: ``rank`` and ``size`` over all nodes; ``device`` this process computes on; ``mesh`` over all ranks where
+    there is a process group, else None: ("shard",), or ("replicate", "shard") where the model has several copies."""
 
     rank: int
     size: int
@@ -39,6 +39,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the sharded model."""
+        return 1 if self.mesh is None or self.mesh.ndim == 1 else self.mesh.size(0)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -113,12 +118,16 @@ def local_size() -> int:
 
 
 @contextmanager
-def join_world(*, needs_group: bool = False, device_type: str | None = None) -> Iterator[World]:
+def join_world(*, needs_group: bool = False, device_type: str | None = None, replicate: int = 1) -> Iterator[World]:
     """Join torchrun's process group if there is one, and leave it in good order.
 
     Args:
         needs_group: make a group of one process where torchrun made none (FSDP's mixed precision needs a mesh).
         device_type: ``cpu`` or ``cuda``; by default a GPU where there is one.
+        replicate: copies of the model; ranks that share one are neighbours, so that one lies within a node where it fits.
+
+    Raises:
+        InputError: the copies do not divide the ranks.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
@@ -129,7 +138,8 @@ def join_world(*, needs_group: bool = False, device_type: str | None = None) -> 
         device = torch.device("cpu")
     mesh = None
     already_in_group = dist.is_initialized()
-    if launched or needs_group or already_in_group:
+    in_group = launched or needs_group or already_in_group
+    if in_group:
         if not already_in_group:
             options = {"timeout": TIMEOUT}
             backend = "nccl" if device.type == "cuda" else "gloo"
@@ -140,14 +150,20 @@ def join_world(*, needs_group: bool = False, device_type: str | None = None) -> 
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
         rank, size = dist.get_rank(), dist.get_world_size()
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     ended_well = False
     try:
+        if size % replicate:
+            raise bad_input("does not divide the number of ranks", field="parallel.replicate", found=replicate,
+                            expected=f"a divisor of {size}")  # fmt: skip
+        if replicate > 1:
+            mesh = init_device_mesh(device.type, (replicate, size // replicate), mesh_dim_names=("replicate", "shard"))
+        elif in_group:
+            mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
         yield World(rank, size, device, mesh)
         if size > 1 and not already_in_group:
             dist.barrier()
         ended_well = True
     finally:
         # After an error the others may sit in a collective; leaving the group in good order would wait for them.
-        if mesh is not None and not already_in_group and (ended_well or size == 1):
+        if in_group and not already_in_group and (ended_well or size == 1):
             dist.destroy_process_group()

@@ -105,7 +105,8 @@ class Guard:
         grads = [layer.weight.grad for layer in fp8_layers(self.policy)]
         local = [unwrapped(local_tensor(grad)) for grad in grads if grad is not None]
         norms = torch._foreach_norm([grad for grad in local if grad.numel()], float("inf")) or [torch.zeros(())]
-        return (~torch.stack(norms).isfinite()).sum().double().view(1).to(self.world.device)
+        # Each copy of the model has the same gradients; the ranks' numbers are added up.
+        return (~torch.stack(norms).isfinite()).sum().double().view(1).to(self.world.device) / self.world.replicas
 
     def rescale(self) -> None:
         """After the weights have changed: the scales of those gathered in FP8, by one reduction for all of them."""
@@ -131,7 +132,7 @@ def measure_fp8(policy: PolicyModel, batch: MicroBatch, world: World) -> dict[st
             layer.counts = None
         with without_fp8(policy):
             shadow = policy(moved).double().sum()
-    policy.reshard()
+    policy.reshard_all()
     tokens = torch.tensor(len(batch.targets), dtype=torch.float64, device=world.device)
     sums = world.sum(torch.cat([torch.stack([shadow - ours, tokens]), counts]))
     difference, tokens, numbers, inputs, nonfinite, saturated, underflow = sums.tolist()
@@ -159,7 +160,7 @@ def complaint(found: dict[str, Any], tolerance: float) -> str | None:
 @contextmanager
 def without_fp8(policy: PolicyModel) -> Iterator[None]:
     """The policy in the compute precision alone, for forwards without gradient, as long as this lasts."""
-    policy.reshard()
+    policy.reshard_all()
     layers = fp8_layers(policy)
     for layer in layers:
         layer.plain = True

@@ -92,7 +92,8 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
     """
     _quiet_libraries()
     compute_dtype = _compute_dtype(config)
-    with join_world(needs_group=compute_dtype != torch.float32 or config.precision.fp8_all_gather) as world:
+    needs_group = compute_dtype != torch.float32 or config.precision.fp8_all_gather
+    with join_world(needs_group=needs_group, replicate=config.parallel.replicate) as world:
         display = Display(enabled=world.is_main and not quiet)
         prepared = prepare(config, world, display)
         return _run(config, prepared, world, display)
@@ -103,6 +104,9 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     of the raw input and of the token cache is read, also where sizes and times say that nothing has changed."""
     for name in config.unused():
         display.say(f"note: {name} has no effect here")
+    if world.size == 1:
+        for name in sorted(config.given & {"parallel.reshard_after_forward", "parallel.prefetch"}):
+            display.say(f"note: {name} has no effect on one rank")
     compute_dtype = _compute_dtype(config)
     tokenizer = load_tokenizer(config.model)
     hf_config = load_model_config(config.model, tokenizer)
@@ -311,6 +315,7 @@ def start(
         adapters=prepared.adapters,
         fp8=prepared.fp8,
         weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
+        parallel=config.parallel,
     )
     if prepared.checkpoint is not None:
         load_weights(policy, prepared.checkpoint)
@@ -340,6 +345,7 @@ def check(config: Config, samples: int = 0) -> str:
         InputError: whatever ``train`` would raise.
     """
     _quiet_libraries()
+    # Copies of the model are left out: what many ranks will train is often checked on one.
     with join_world() as world:
         prepared = prepare(config, world, Display(enabled=world.is_main), verify=True)
         RunFolder(config.run.out).check(config.settings(), prepared.objective.digests)

@@ -231,7 +231,7 @@ def fill_adapters(policy: PolicyModel, adapters: Adapters, seed: int) -> None:
     Each A has a generator of its own, seeded by (seed, name), and is drawn whole before it is cut: the values do not
     depend on the number of ranks.
     """
-    policy.reshard()
+    policy.reshard_all()
     parameters = {weight_name(name): p for name, p in policy.named_parameters() if is_adapter(name)}
     file = safe_open(adapters.path / WEIGHTS_FILE, framework="pt") if adapters.path else None
     for name, param in parameters.items():
@@ -273,7 +273,7 @@ def export_adapters(
 
     ``base`` is the base model that PEFT will name. With NF4 the file fits the same base in any precision.
     """
-    policy.reshard()
+    policy.reshard_all()
     out = Path(out)
     partial = out.with_name(out.name + PARTIAL)
     tensors = {}

@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from medtrain.kernels.head import LogpsHead
 from medtrain.trainer import attention
-from medtrain.trainer.config import ModelConfig
+from medtrain.trainer.checkpointing import checkpoint_layers
+from medtrain.trainer.config import ModelConfig, ParallelConfig
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.lora import Adapters, add_adapters
+from medtrain.trainer.parallel import shard_model
 from medtrain.trainer.precision import Fp8
 from medtrain.trainer.tokenizer import read_tokenizer
 
@@ -54,9 +55,9 @@ class PolicyModel(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
-    def reshard(self) -> None:
-        """Put every parameter back to its shard. FSDP leaves the root whole after a forward without backward, and then
-        ``parameters()`` are not the ones to load, save or optimize."""
+    def reshard_all(self) -> None:
+        """Put every parameter back to its shard. FSDP leaves some whole after a forward without backward, and then
+        ``parameters()`` are not the ones to load, save or optimize. Its own ``reshard`` is of the root alone."""
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -216,12 +217,10 @@ def build_model(
     adapters: Adapters | None = None,
     fp8: Fp8 | None = None,
     weights_dtype: torch.dtype = torch.float32,
+    parallel: ParallelConfig | None = None,
 ) -> PolicyModel:
-    """An empty (unfilled) policy on ``world.device``, sharded where there is a mesh. What is trained is kept in
-    ``weights_dtype`` (adapters in float32); what ``adapters`` freeze is kept in ``compute_dtype``.
-
-    FSDP units: each decoder layer; the head (with the embedding where they are tied, else gradients of the two uses
-    would part); the root with the rest.
+    """An empty (unfilled) policy on ``world.device``, sharded as ``parallel`` says where there is a mesh. What is trained is
+    kept in ``weights_dtype`` (adapters in float32); what ``adapters`` freeze is kept in ``compute_dtype``.
     """
     with torch.device("meta"):
         hf_model = AutoModelForCausalLM.from_config(
@@ -238,22 +237,9 @@ def build_model(
 
             add_fp8(policy.model.layers, fp8, "model.layers")
     policy.train()
-    if config.activation_checkpointing == "full":
-        for i, layer in enumerate(policy.model.layers):
-            policy.model.layers[i] = checkpoint_wrapper(layer)
+    checkpoint_layers(policy.model.layers, config.activation_checkpointing)
     if world.mesh is not None:
-        low = compute_dtype if compute_dtype != torch.float32 else None
-        options = {
-            "mesh": world.mesh,
-            "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None),
-        }
-        for layer in policy.model.layers:
-            fully_shard(layer, **options)
-        if policy.tied:
-            fully_shard([policy.model.embed_tokens, policy.lm_head], **options)
-        else:
-            fully_shard(policy.lm_head, **options)
-        fully_shard(policy, **options)
+        shard_model(policy, parallel or ParallelConfig(), world, compute_dtype)
     elif compute_dtype != weights_dtype and not adapters:
         raise ValueError("computing in a lower precision than the master weights needs a mesh")
     elif fp8 is not None and fp8.all_gather:

@@ -38,7 +38,7 @@ def check_state(state: str, shapes: dict[str, tuple[int, ...]]) -> None:
 
 def make_optimizer(policy: PolicyModel, config: Config) -> torch.optim.Optimizer:
     """The optimizer that ``optim`` and ``precision`` ask for, over what the policy trains; decays matrices only."""
-    policy.reshard()
+    policy.reshard_all()
     named = {weight_name(name): p for name, p in policy.named_parameters() if p.requires_grad}
     matrices = [p for p in named.values() if p.ndim >= 2]
     vectors = [p for p in named.values() if p.ndim < 2]

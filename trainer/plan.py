@@ -9,7 +9,7 @@ hands out; CUDA's own memory and fragmentation are an allowance that is said apa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -170,11 +170,13 @@ def units(
 @dataclass(frozen=True)
 class LayerActivations:
     """Bytes of one decoder layer. ``saved``: kept by autograd from forward to backward, without ``product`` (the MLP's, freed
-    first); ``forward``: the most alive at once in a forward that keeps nothing; ``mlp_backward``, ``end_backward``: beside
-    what is saved, the most while the MLP's gradients are made, and at the layer's last node."""
+    first); ``selected``: kept by selective checkpointing beside the layer's input; ``forward``: the most alive at once in a
+    forward that keeps nothing; ``mlp_backward``, ``end_backward``: beside what is saved, the most while the MLP's gradients are
+    made, and at the layer's last node."""
 
     saved: int
     product: int
+    selected: int
     forward: int
     mlp_backward: int
     end_backward: int
@@ -203,6 +205,7 @@ def layer_activations(
     # Attention keeps q, k, v, its output (which o_proj keeps too) and a float32 sum a query and head; rotary keeps nothing,
     # since its tables have no gradient.
     query, key = heads * width * c, kv_heads * width * c
+    attended = t  # rows of what attention gives
     if device == "cuda":  # flash: keys and values gathered where prompts are shared
         saved += t * query * 2 + step.keys * key * 2 + t * heads * 4
     elif step.rows is None or step.rows[0] == 1:  # one segment: nothing gathered
@@ -210,6 +213,9 @@ def layer_activations(
     else:  # padded copies, and o_proj's input beside the padded output
         places = step.rows[0] * step.rows[1]
         saved += places * (query * 2 + key * 2 + heads * 4) + t * query
+        attended = places
+    # trainer/checkpointing.py: attention's output and sums, those of o_proj and up_proj.
+    selected = attended * (query + heads * 4) + t * (hidden + inner) * c
     # SwiGLU keeps gate, silu(gate), up; down_proj keeps their product.
     saved += 3 * t * inner * c
     product = t * inner * c if input_saved("down_proj") else 0
@@ -228,7 +234,7 @@ def layer_activations(
     if settings.precision.fp8 != "none":
         forward_fp8, backward_fp8 = mlp_in_fp8(settings, t, hidden, inner, c)
         forward, mlp_backward = max(forward, forward_fp8), max(mlp_backward, backward_fp8)
-    return LayerActivations(saved, product, forward, mlp_backward, end_backward)
+    return LayerActivations(saved, product, selected, forward, mlp_backward, end_backward)
 
 
 def mlp_in_fp8(settings: Config, t: int, hidden: int, inner: int, c: int) -> tuple[int, int]:
@@ -256,9 +262,9 @@ def head_dim(config: PreTrainedConfig) -> int:
 def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[Moment]:
     """What a rank holds at each moment of a step that could be the largest, once the optimizer has its states."""
     compute = compute_dtype(config, machine.device)
-    c, world_size = compute.itemsize, machine.world_size
+    c, num_shards = compute.itemsize, machine.world_size // config.parallel.replicate
     sharded = machine.has_mesh(compute) or config.precision.fp8_all_gather
-    layer, head, root = units(config, model, machine, compute, sharded)
+    layer, head, root = units(config, model, replace(machine, world_size=num_shards), compute, sharded)
     num_layers, hidden = model.hf_config.num_hidden_layers, model.hf_config.hidden_size
     tied = "lm_head.weight" not in model.shapes
     t, n = step.tokens, step.counted
@@ -272,7 +278,7 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
     def buffers(unit: Unit) -> tuple[int, int, int]:
         """(its all-gather's flat buffer, its reduce-scatter's input, that one's output): torch's _fsdp_collectives.py. On one
         rank nothing is gathered: the cast is the copy; what is reduced is copied all the same."""
-        gather, out = unit.whole if world_size > 1 else 0, unit.trained // world_size * MASTER
+        gather, out = unit.whole if num_shards > 1 else 0, unit.trained // num_shards * MASTER
         if unit.gradient < out:  # rounded to the weight's dtype while the float32 sums are there
             out += unit.gradient
         return (gather, unit.trained * MASTER, out) if sharded else (0, 0, 0)
@@ -287,8 +293,9 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
     root_whole, tied_whole = root.whole, head.whole if tied else 0
 
     layer_acts = layer_activations(config, model, step, compute, machine.device)
-    checkpointed = config.model.activation_checkpointing == "full"
-    kept_a_layer = t * hidden * c if checkpointed else layer_acts.saved + layer_acts.product
+    checkpointed = config.model.activation_checkpointing != "none"
+    selected = layer_acts.selected if config.model.activation_checkpointing == "selective" else 0
+    kept_a_layer = t * hidden * c + selected if checkpointed else layer_acts.saved + layer_acts.product
     # One tensor a token and model: ids, positions, rotary tables, and the hidden states between two layers.
     small = t * (8 * 5 + 2 * head_dim(model.hf_config) * c) + t * hidden * c
     final_norm = t * hidden * (4 + (c if model.adapters is None else 0))
@@ -300,46 +307,71 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
         rest = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
         return Moment(name, rest | {key.replace("_", " "): value for key, value in parts.items() if value})
 
+    # trainer/parallel.py: layers that stay whole, and buffers of those gathered ahead (FSDP2's own order has one).
+    keeps_whole = sharded and not config.parallel.reshard_after_forward
+    num_ahead = min(max(config.parallel.prefetch, 1), num_layers)
+
+    def layers_whole(before: int, at_work: int = 1) -> int:
+        """A backward's layer at work, buffers ahead, and the ``before`` that are still to come where they are whole."""
+        if keeps_whole:
+            return (before + at_work) * layer.whole
+        return at_work * layer.whole + num_ahead * layer_gather
+
     found = []
     # The reference or held-out pass: nothing is kept, and the reference's comes before there is an optimizer.
     without = head_memory(config, model, n, compute, machine.device, training=False)
-    walk = root_whole + max(
-        2 * layer_gather + layer.whole, head_gather + head.whole, tied_whole + 2 * layer_gather + layer.whole
-    )
+    all_whole = num_layers * layer.whole if keeps_whole else 0
+    one_layer = tied_whole + (1 + num_ahead) * layer_gather + layer.whole
+    walk = root_whole + max(one_layer, head_gather + head.whole + all_whole, tied_whole + layer_gather + all_whole)
     found.append(Moment("reference pass", {
         "weights": weights, "gathered weights": walk,
         "activations": small + max(layer_acts.forward, final_norm + head_rows), "head op": without.forward,
     }))  # fmt: skip
     # The end of the forward: all layers' activations and the head at work.
     found.append(moment(
-        "forward, head", gradients_so_far, gathered_weights=root_whole + head_gather + head.whole,
+        "forward, head", gradients_so_far, gathered_weights=root_whole + head_gather + head.whole + all_whole,
         activations=all_kept + head_rows + t * hidden * c, head_op=op.forward,
     ))  # fmt: skip
     # The forward of the last layer: the unit's flat buffer lives until the next one's copy is out (AllGatherState).
     found.append(moment(
-        "forward, last layer", gradients_so_far, gathered_weights=root_whole + tied_whole + layer_gather + layer.whole,
+        "forward, last layer", gradients_so_far,
+        gathered_weights=root_whole + tied_whole + layer_gather + max(layer.whole, all_whole)
+        + (head_gather if config.parallel.prefetch and not tied else 0),
         activations=all_kept - final_norm
         + (layer_acts.forward if checkpointed else max(layer_acts.forward - layer_acts.saved, 0)),
     ))  # fmt: skip
+    if config.parallel.prefetch and not keeps_whole:
+        behind = min(config.parallel.prefetch, num_layers - 1)
+        found.append(moment(
+            "forward, gathering ahead", gradients_so_far,
+            gathered_weights=root_whole + tied_whole + (1 + behind) * layer_gather + layer.whole,
+            activations=(num_layers - behind) * kept_a_layer + small + (layer_acts.forward if checkpointed else 0),
+        ))  # fmt: skip
     # The head's backward, the last layer's weights on their way; then its reduce-scatter, whose input is float32.
     found.append(moment(
-        "backward, head", gradients_so_far, gathered_weights=root_whole + head.whole + layer_gather,
+        "backward, head", gradients_so_far, gathered_weights=root_whole + head.whole + layers_whole(num_layers, 0),
         activations=all_kept + head_rows, head_op=op.backward, gradients_of_a_unit=of_unit(head) or head.gradient,
     ))  # fmt: skip
     if head.trained and not tied:
         found.append(moment(
-            "backward, head's reduction", gradients_so_far, gathered_weights=root_whole + layer_gather,
+            "backward, head's reduction", gradients_so_far, gathered_weights=root_whole + layers_whole(num_layers, 0),
             activations=all_kept + head_rows, gradients_of_a_unit=of_unit(head), reduce_buffers=head_reduce + head_out,
         ))  # fmt: skip
     # A layer's backward: it is whole, the next one's buffer gathered ahead, the reduce-scatter's input of the one before kept
     # until its own post-backward. The last layer meets all activations and the head's reduction, the first one all gradients.
-    ahead = root_whole + layer.whole + layer_gather
+    # Between copies FSDP2 reduces a shard of the gradients in place and keeps it to the backward's end (AllReduceState); where it
+    # is the gradient itself that takes nothing.
+    added_to = config.parallel.replicate > 1 and step.accumulates
     for name, before, reduce_before, done in (
         ("last", num_layers - 1, 0 if tied else head_reduce, 0 if tied else head.gradient),
         ("first", 0, layer_reduce, all_gradients - root.gradient - layer.gradient),
     ):
         gradients = all_gradients if step.accumulates else done
-        common = {"gathered_weights": ahead + tied_whole, "reduce_buffers": reduce_before}
+        held_back = done if added_to else 0
+        common = {
+            "gathered_weights": root_whole + tied_whole + layers_whole(before),
+            "reduce_buffers": reduce_before + held_back,
+        }
         if tied:
             common["gradients_of_a_unit"] = of_unit(head)
         fresh = before * kept_a_layer + (t * hidden * c if checkpointed else 0) + small
@@ -356,8 +388,9 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
             },
         ))  # fmt: skip
         found.append(moment(
-            f"backward, {name} layer's reduction", gradients, gathered_weights=root_whole + tied_whole + layer_gather,
-            activations=fresh, reduce_buffers=layer_reduce + layer_out,
+            f"backward, {name} layer's reduction", gradients,
+            gathered_weights=root_whole + tied_whole + layers_whole(before, 0), activations=fresh,
+            reduce_buffers=layer_reduce + layer_out + held_back,
             gradients_of_a_unit=common.get("gradients_of_a_unit", 0) + of_unit(layer),
         ))  # fmt: skip
     # The embedding's gradient is dense, and comes when all others are there.
@@ -366,11 +399,13 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
     if last.trained:
         twice = 2 if tied else 1  # of the head and of the embedding, before they are added
         found.append(moment(
-            "backward, embedding", gradients, gathered_weights=root_whole + tied_whole, reduce_buffers=layer_reduce,
+            "backward, embedding", gradients, gathered_weights=root_whole + tied_whole,
+            reduce_buffers=layer_reduce + (all_gradients - last.gradient if added_to else 0),
             gradients_of_a_unit=twice * of_unit(last), activations=small,
         ))  # fmt: skip
         found.append(moment(
-            "backward, embedding's reduction", gradients, gathered_weights=0, reduce_buffers=last_reduce + last_out,
+            "backward, embedding's reduction", gradients, gathered_weights=0,
+            reduce_buffers=last_reduce + last_out + (all_gradients - last.gradient if added_to else 0),
             gradients_of_a_unit=of_unit(last), activations=small,
         ))  # fmt: skip
     found.append(moment("optimizer step", all_gradients, temporaries=max(layer.update, head.update, root.update)))

@@ -238,6 +238,12 @@ def _trained(config: Config) -> str:
     return f"LoRA rank {config.lora.rank}" if config.lora.on else "all weights"
 
 
+def _refuse_unplanned(config: Config) -> None:
+    """No number is better than one that leaves out what a setting is there to change."""
+    if config.model.compile:
+        raise bad_input("medtrain plan has no formula for it yet", field="model.compile", found=True, expected="false")
+
+
 def plan_config(
     config: Config,
     *,
@@ -252,6 +258,10 @@ def plan_config(
     Raises:
         InputError: sizes that cannot be found, settings that do not fit the model.
     """
+    _refuse_unplanned(config)
+    if world_size % config.parallel.replicate:
+        raise bad_input("does not divide the number of ranks", field="parallel.replicate",
+                        found=config.parallel.replicate, expected=f"a divisor of {world_size}")  # fmt: skip
     hf_config, source = model_sizes(config.model, sizes)
     model = read_model(config, hf_config)
     machine = Machine(world_size)

@@ -76,7 +76,7 @@ def describe(proof: dict) -> str:
 @torch.no_grad()
 def _check_tensors(policy: PolicyModel, checkpoint: Checkpoint, world: World) -> list[str]:
     """Names of the tensors compared. Ranks that share a tensor out share the comparing out, tensor by tensor."""
-    policy.reshard()
+    policy.reshard_all()
     named = [(name, p) for name, p in policy.named_parameters() if not is_adapter(name)]
     wrong = torch.zeros(len(named), dtype=torch.float64)
     for i, (name, param) in enumerate(named):
@@ -145,7 +145,7 @@ def _check_forward(
     ids = torch.randint(policy.config.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
     with without_adapters(policy):
         ours = policy(windows_batch([ids.numpy().astype("uint32")]).to(policy.device)).cpu()
-    policy.reshard()
+    policy.reshard_all()
 
     def compare() -> tuple[float, float, float] | str:
         try:

@@ -124,7 +124,7 @@ def _fill(local: torch.Tensor, values: torch.Tensor, name: str) -> None:
 def load_weights(policy: PolicyModel, checkpoint: Checkpoint) -> None:
     """Copy this rank's part of every tensor from the files into the (sharded) parameters, cast or quantized as they are
     kept; adapters are left alone."""
-    policy.reshard()
+    policy.reshard_all()
     handles: dict[Path, object] = {}
     for name, param in policy.named_parameters():
         local, part = local_part(param)
@@ -144,7 +144,7 @@ def init_weights(policy: PolicyModel, seed: int) -> None:
     Each tensor has a generator of its own, seeded by (seed, name), and is drawn whole before it is cut: the weights do
     not depend on the number of ranks. Adapters are left alone.
     """
-    policy.reshard()
+    policy.reshard_all()
     std, shapes = policy.config.initializer_range, parameter_shapes(policy.config)
     for name, param in policy.named_parameters():
         hf_name = weight_name(name)
@@ -184,7 +184,7 @@ def export_model(
     Raises:
         RuntimeError: what was read back is not what was written.
     """
-    policy.reshard()
+    policy.reshard_all()
     out = Path(out)
     partial = out.with_name(out.name + PARTIAL)
     if world.is_main:

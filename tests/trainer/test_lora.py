@@ -129,7 +129,7 @@ def _same_on_ranks(base, lora, tied_base):
             sharded, _ = policy_of(folder, lora, world)
             alone, _ = policy_of(folder, lora)
             assert torch.equal(sharded(windows_batch(documents())), alone(windows_batch(documents())))
-            sharded.reshard()
+            sharded.reshard_all()
             for (name, a), b in zip(sharded.named_parameters(), alone.parameters(), strict=True):
                 assert torch.equal(a.full_tensor().view(torch.uint8), b.data.view(torch.uint8)), name
 
@@ -316,7 +316,7 @@ def _bytes_are_the_formulas(base, kind):
         optimizer.step()
         moments = [s[k].to_local() for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
         assert storage_bytes(trained) == 4 * rank_sum and storage_bytes(moments) == 8 * rank_sum
-        policy.reshard()
+        policy.reshard_all()
         frozen = {weight_name(n): p.to_local() for n, p in policy.named_parameters() if not p.requires_grad}
         linears = {n for n in frozen if n.split(".")[-2] in KINDS and n.endswith("weight")}
         num_linear = sum(torch.Size(shapes[n]).numel() for n in linears)

@@ -41,8 +41,24 @@ def made_up(tmp_path_factory):
         (2, "cpt", BF16 | {"lora.rank": 8, "model.init.vocab_size": 512}),
         (2, "cpt", BF16 | FULL | WIDE | SIX_BYTES),
         (2, "cpt", BF16 | FULL | WIDE | FP8),
+        (2, "cpt", BF16 | {"model.activation_checkpointing": "selective", "model.init.vocab_size": 512}),
+        (4, "cpt", BF16 | FULL | WIDE | {"parallel.replicate": 2}),
+        (2, "cpt", BF16 | FULL | WIDE | {"parallel.reshard_after_forward": False}),
+        (2, "cpt", BF16 | FULL | WIDE | {"parallel.prefetch": 2}),
     ],
-    ids=["alone", "bf16 checkpointing", "tied on 8 ranks", "rpo", "lora", "6 bytes a parameter", "fp8"],
+    ids=[
+        "alone",
+        "bf16 checkpointing",
+        "tied on 8 ranks",
+        "rpo",
+        "lora",
+        "6 bytes a parameter",
+        "fp8",
+        "selective",
+        "copies",
+        "whole layers",
+        "ahead",
+    ],  # fmt: skip
 )
 def test_the_plan_is_near_what_a_real_step_allocates(case, made_up):
     ranks, stage, changes = case

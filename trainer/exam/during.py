@@ -108,7 +108,7 @@ def sit_exam(
     if rows is None:
         with _as_causal_lm(policy, generation_config(tokenizer, source), world) as model:
             rows = {mode: _sit(model, tokenizer, exam, mode, world) for mode in MODES}
-        policy.reshard()
+        policy.reshard_all()
         if world.is_main:
             file.parent.mkdir(exist_ok=True)
             write_bytes(file, to_jsonl(row for mode in MODES for row in rows[mode]).encode())

@@ -1,0 +1,54 @@
+"""Activation checkpointing: what a decoder layer keeps from forward to backward, and what it computes again there.
+
+- ``full`` keeps a layer's input.
+- ``selective`` (torch's selective checkpointing, the approach of torchtitan's "op" mode) keeps also what attention gives, the
+  output of ``o_proj`` and that of ``up_proj``: computed again are norms, rotary, the query, key and value projections,
+  ``gate_proj`` and SwiGLU. ``down_proj`` is in neither list: nothing needs its output.
+
+The products after attention are counted, and every second kept, beginning with the first: with adapters beside each layer
+the same two stay. Those before attention are not kept, for Liger's rotary kernel overwrites what it is given: a kept
+query or key would be rotated a second time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch.nn as nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+# By name: a package's own operations are there only once it is imported.
+_ATTENTION = frozenset({
+    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward", "medtrain::packed_sdpa",
+})  # fmt: skip
+_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::_scaled_mm"})
+
+
+def checkpoint_layers(layers: nn.ModuleList, mode: str) -> None:
+    """Wrap each layer as ``model.activation_checkpointing`` says; nothing for ``none`` and ``budget``."""
+    if mode not in ("full", "selective"):
+        return
+    options = {} if mode == "full" else {"context_fn": _selective_contexts}
+    for i, layer in enumerate(layers):
+        # No layer draws random numbers, so their state need not be brought back.
+        layers[i] = checkpoint_wrapper(layer, preserve_rng_state=False, **options)
+
+
+def _selective_contexts():
+    # One count for the forward, another for the second one in the backward.
+    after_attention: dict[bool, int | None] = {False: None, True: None}
+    return create_selective_checkpoint_contexts(functools.partial(_kept, after_attention))
+
+
+def _kept(after_attention: dict[bool, int | None], ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    name, count = op._schema.name, after_attention[ctx.is_recompute]
+    keep = name in _ATTENTION
+    if keep:
+        after_attention[ctx.is_recompute] = 0
+    elif name in _PRODUCTS and count is not None:
+        after_attention[ctx.is_recompute] = count + 1
+        keep = count % 2 == 0
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
