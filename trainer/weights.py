@@ -56,7 +56,7 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         for path in self.files:
             try:
-                with safe_open(path, framework="pt") as file:
+                with safe_open(path, framework="np") as file:  # headers alone; "pt" would map the file writably
                     for name in file.keys():
                         self.where[name] = path
                         part = file.get_slice(name)
