@@ -56,7 +56,7 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         for path in self.files:
             try:
-                with safe_open(path, framework="pt") as file:
+                with safe_open(path, framework="np") as file:  # headers alone; "pt" would map the file writably
                     for name in file.keys():
                         self.where[name] = path
                         part = file.get_slice(name)
@@ -125,16 +125,16 @@ def load_weights(policy: PolicyModel, checkpoint: Checkpoint) -> None:
     """Copy this rank's part of every tensor from the files into the (sharded) parameters, cast or quantized as they are
     kept; adapters are left alone."""
     policy.reshard_all()
-    handles: dict[Path, object] = {}
+    in_file: dict[Path, list[tuple[str, torch.Tensor]]] = {}
     for name, param in policy.named_parameters():
-        local, part = local_part(param)
-        if local.numel() == 0 or is_adapter(name):
-            continue
-        hf_name = weight_name(name)
-        path = checkpoint.where[hf_name]
-        if path not in handles:
-            handles[path] = safe_open(path, framework="pt")
-        _fill(local, handles[path].get_slice(hf_name)[part[:1]], name)
+        if not is_adapter(name):
+            in_file.setdefault(checkpoint.where[weight_name(name)], []).append((name, param))
+    for path, named in in_file.items():  # one mapped at a time
+        with safe_open(path, framework="pt") as file:
+            for name, param in named:
+                local, part = local_part(param)
+                if local.numel() > 0:
+                    _fill(local, file.get_slice(weight_name(name))[part[:1]], name)
 
 
 @torch.no_grad()
