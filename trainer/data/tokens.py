@@ -100,7 +100,7 @@ def tokenize_source(
     """
     cache_dir = Path(cache_dir)
     if key is not None:
-        parts = _open(_folder(cache_dir, key))
+        parts = _open(cache_folder(cache_dir, key))
         if parts is not None:
             return _tokenized(source, parts, key)
     files = source_files(source.path)
@@ -110,7 +110,7 @@ def tokenize_source(
     }
     settings = {"format": _FORMAT, "field": field, **digests}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = _folder(cache_dir, key)
+    folder = cache_folder(cache_dir, key)
     parts = _open(folder, verify=verify)
     if parts is None:
         with _alone(folder) as alone:
@@ -141,7 +141,8 @@ def tokenize_source(
     return _tokenized(source, parts, key)
 
 
-def _folder(cache_dir: Path, key: str) -> Path:
+def cache_folder(cache_dir: Path, key: str) -> Path:
+    """Where the cache of a source with this digest lies."""
     return cache_dir / f"{key}-v{_LAYOUT}"
 
 
