@@ -200,20 +200,22 @@ def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, 
 
 
 @bench.command("train")
-@click.option("--stage", type=click.Choice(["rpo"]), default="rpo", show_default=True)
-@click.option("--model", metavar="tiny|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU.")
+@click.option("--stage", type=click.Choice(["cpt", "rpo"]), default="rpo", show_default=True)
+@click.option(
+    "--model", metavar="tiny|0.5b|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU."
+)
 @click.option("--quick", is_flag=True, help="On a GPU: fewer rows and steps, nothing begun after 300 seconds.")
 @click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
 @click.option("--commit", help="Recorded where the source tree is not a git checkout.")
 def bench_train(stage: str, model: str | None, quick: bool, out: str, commit: str | None) -> None:
-    """Speed, memory, padding and loss of our RPO step beside TRL's DPOTrainer, on the same random weights and pairs."""
+    """Speed, memory, padding and loss of our step on random weights: RPO beside TRL, CPT beside Hugging Face's Trainer."""
     import torch
 
     from medtrain.benchmarks.train import choose, failures, run_train
 
-    models = choose(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    models = choose(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), stage)
     result, path = run_train(
-        out, models=models, quick=quick, commit=commit, echo=lambda line: click.echo(line, err=True)
+        out, stage=stage, models=models, quick=quick, commit=commit, echo=lambda line: click.echo(line, err=True)
     )
     _show_benchmark(result, path, failures(result["rows"]), "step")
 

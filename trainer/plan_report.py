@@ -269,7 +269,8 @@ def plan_config(
     limit = int(gpu_memory_gib * GIB)
     step = planned_step(config, world_size)
     precision = str(compute_dtype(config, "cuda")).removeprefix("torch.")
-    rates = measured_rates(config, model, precision)
+    measured_as = precision if config.precision.fp8 == "none" else f"fp8-{config.precision.fp8}"
+    rates = measured_rates(config, model, measured_as)
     fits = plan.peak <= limit
     return {
         "stage": config.stage,
@@ -289,7 +290,7 @@ def plan_config(
         "least_micro_batch_tokens": longest_item(config),
         "alternatives": [] if fits else alternatives(plan, limit),
         "measured_rates": rates,
-        "expected_speed": expected_speed(config, model, machine, precision, mfu, peak_tflops),
+        "expected_speed": expected_speed(config, model, machine, measured_as, mfu, peak_tflops),
         "assumptions": [
             f"allowance: {CONTEXT_BYTES / GIB:g} GiB for CUDA, NCCL, cuBLAS and {FRAGMENTATION:.0%} for fragmentation, assumed",
             "flash attention; a micro-batch as full as packing allows"
