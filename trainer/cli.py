@@ -120,6 +120,19 @@ def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path())
+@click.option(
+    "--exam", "evals", multiple=True, type=click.Path(), metavar="DIR",
+    help="A folder of `medtrain eval` whose results to show; may be given more than once.",
+)  # fmt: skip
+def report(run: str, evals: tuple[str, ...]) -> None:
+    """Write RUN/report.html again: curves, exam, explanations before and after, ledger and settings of a run."""
+    from medtrain.trainer.report import write_report
+
+    click.echo(write_report(run, evals=evals))
+
+
+@main.command()
 @CONFIG
 @OVERRIDES
 @click.option(

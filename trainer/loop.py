@@ -45,6 +45,7 @@ from medtrain.trainer.optimizer import check_state, make_optimizer
 from medtrain.trainer.precision import Fp8, plan_fp8
 from medtrain.trainer.progress import Display, evaluation_lines, summary
 from medtrain.trainer.proof import describe, prove
+from medtrain.trainer.report import try_to_write_report
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
@@ -231,11 +232,16 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         for line in evaluation_lines(row):
             display.say(line)
 
+    def report(stopped: str = "") -> None:
+        if world.is_main:
+            try_to_write_report(folder.root, display.say, stopped=stopped)
+
     row: dict[str, Any] = {}
     if done == 0 and (found := evaluate(0)):
         row = {"step": 0} | found
         record(row)
         tell(row)
+        report()
 
     flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
@@ -262,7 +268,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                        **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
                        "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
-                row |= evaluate(step + 1)
+                found = evaluate(step + 1)
+                row |= found
                 save_now = this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps
                 if save_now:
                     row["checkpoint_seconds"] = saver.begin(step + 1, policy, optimizer, state)
@@ -274,11 +281,17 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                     if world.is_main:
                         folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
                     saver.commit()
+                if save_now or found:
+                    report()
                 if this.asked and step + 1 < steps:
                     saver.finish()
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
+                    report("by a signal; the same command goes on from here")
                     return TrainResult(folder.root, folder.results(config)[-1], row, interrupted=True)
         saver.finish()
+    except RuntimeError as error:
+        report(str(error))
+        raise
     finally:
         display.stop()
         saver.close(display.say)
@@ -286,13 +299,14 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             board.close()
 
     # Rank 0 looks for all, lest ranks take different ways.
-    due = folder.results(config) if done < steps else world.from_main(lambda: folder.missing_results(config))
-    if folder.adapter in due:
+    missing = folder.results(config) if done < steps else world.from_main(lambda: folder.missing_results(config))
+    if folder.adapter in missing:
         export_adapters(policy, adapters, folder.adapter, world, base=config.model.path)
-    if folder.model in due:
+    if folder.model in missing:
         dtype = export_dtype(config, prepared.compute_dtype)
         export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path,
                      adapters=adapters)  # fmt: skip
+    report()
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.results(config)[-1], row or folder.rows()[-1])

@@ -121,6 +121,8 @@ def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> st
         )
     made = "   ".join(f"{path.name}: {path}" for path in reversed(folder.results(config)))
     lines.append(f"{made}   metrics: {folder.metrics}   ledger: {folder.ledger}")
+    if folder.report.is_file():
+        lines.append(f"report: {folder.report}")
     return "\n".join(lines)
 
 

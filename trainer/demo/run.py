@@ -6,6 +6,7 @@ again with the same folder and seed, and it goes on from where it was stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -127,7 +128,7 @@ def continue_pretraining(demo: Demo) -> None:
         "cpt",
         "cpt",
         model={"path": str(demo.model("base"))},
-        data={"sources": [textbook, *_sources(demo, shares)], "seq_len": 256},
+        data={"sources": [textbook, *_sources(demo, shares)], "seq_len": 256} | _exam(demo),
         optim={"lr": recipe.cpt_lr, "steps": recipe.cpt_steps, "batch_tokens": recipe.cpt_tokens}
         | {"warmup_steps": min(10, recipe.cpt_steps // 10), "weight_decay": 0.01},
     )
@@ -173,7 +174,7 @@ def prefer(demo: Demo, arm: str, start: str, **rpo: object) -> None:
         "rpo",
         arm,
         model={"path": str(demo.model(start))},
-        data={"pairs": [{"path": str(demo.pairs(start))}], "max_length": 256},
+        data={"pairs": [{"path": str(demo.pairs(start))}], "max_length": 256} | _exam(demo),
         optim={"lr": recipe.rpo_lr, "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
         | {"warmup_steps": min(6, recipe.rpo_steps // 10), "weight_decay": 0.0},
         rpo={"beta": recipe.beta, "alpha": recipe.alpha} | rpo,
@@ -223,11 +224,27 @@ def _train(demo: Demo, stage: str, name: str, **sections: dict) -> None:
     sections["optim"] = sections["optim"] | {"micro_batch_tokens": 8192}
     tree = sections | {
         "precision": {"compute": "float32"},
+        "eval": _exam_settings(demo.recipe) if "exam" in sections["data"] else {},
         "checkpoint": {"every": 100_000},
         "run": {"out": str(demo.out / name), "seed": demo.seed},
     }
     if train(config_from_dict(stage, tree), quiet=True).interrupted:
         raise KeyboardInterrupt
+
+
+def _exam(demo: Demo) -> dict:
+    """The exam that is sat during training is about development diseases: the table's own has been seen by nothing."""
+    return {"exam": str(demo.files.exam("dev"))}
+
+
+def _exam_settings(recipe: Recipe) -> dict:
+    return {
+        "exam_every": 50,
+        "exam_questions": 100,
+        "exam_max_new_tokens": recipe.max_new_tokens,
+        "exam_max_answer_tokens": 4,
+        "exam_style": dataclasses.asdict(STYLE),
+    }
 
 
 def _sources(demo: Demo, shares: dict[str, float]) -> list[dict]:
