@@ -1,4 +1,4 @@
-"""Liger's layers in a policy: its kernels in Triton's interpreter, the same numbers, names and weights, no other model touched."""
+"""Liger's layers in a policy: its kernels in Triton's interpreter, the same numbers, names and weights; other models stay."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class _Scalar(float):
 def interpreted(monkeypatch):
     """What Triton's interpreter lacks of what Liger's norm asks for: scalars that are cast, and libdevice."""
     from liger_kernel import ops
-    from liger_kernel.ops import rms_norm
+    from liger_kernel.ops import rms_norm, swiglu
 
     own = ops.LigerRMSNormFunction
 
@@ -48,6 +48,7 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(ops, "LigerRMSNormFunction", WithScalars)
     monkeypatch.setattr(rms_norm, "rsqrt", _rsqrt)
+    monkeypatch.setattr(swiglu, "float", _Scalar, raising=False)  # in front of the built-in one
 
 
 def policy_of(layers, model_type="qwen2", mode="none", adapters=None):
