@@ -9,6 +9,7 @@ prompt. The backend is chosen once by :func:`select_backend`, printed, and writt
 - ``sdpa``: prompt and segment gathered, those of like length into padded rows, each row plain causal attention. Padding
   stands at the end of a row, where causality alone keeps it out of every real token's sight. Right on any device and
   dtype. The prompt's queries ride along and are dropped: attention alone is computed twice, and no mask is needed.
+  In compiled layers the groups would be another graph for each micro-batch: there one mask over all tokens does it.
 
 The flash backends gather the keys and values of (prompt, segment) and leave the queries where they are. Fewer queries
 than keys: both kernels align their causal mask to the bottom right (flash-attn from 2.1 on by its documentation;
@@ -28,20 +29,26 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+_KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 NAME = "medtrain_varlen"  # the attn_implementation of every model that medtrain builds
 
 
-def select_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for this device and compute dtype: ``flash_attn``, ``torch_varlen`` or ``sdpa``."""
+def select_backend(device: torch.device, dtype: torch.dtype, compiled: bool = False) -> str:
+    """The backend for this device and compute dtype: ``flash_attn``, ``torch_varlen`` or ``sdpa``. In compiled layers torch's
+    own comes first: the compiler knows its shapes and its gradient."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        own = torch.cuda.get_device_capability(device) >= (8, 0)
+        if compiled and own:
+            return "torch_varlen"
         with contextlib.suppress(
             ImportError, AttributeError
         ):  # other packages share the name flash_attn; only the function counts
             importlib.import_module("flash_attn").flash_attn_varlen_func  # noqa: B018
             return "flash_attn"
-        if torch.cuda.get_device_capability(device) >= (8, 0):
+        if own:
             return "torch_varlen"
     return "sdpa"
 
@@ -120,6 +127,21 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayou
     return torch.cat(pieces).index_select(0, layout.inverse)
 
 
+def _masked_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
+    """As _sdpa, with tensors of T x K booleans and scores instead of a Python loop over groups."""
+    k, v = _gather(k, v, layout)
+    bounds, key_bounds = layout.cu_seqlens, layout.key_cu_seqlens
+    token, key = torch.arange(q.shape[0], device=q.device), torch.arange(k.shape[0], device=q.device)
+    segment = torch.bucketize(token, bounds[1:], right=True)
+    first = key_bounds[segment]
+    own = token - bounds[segment + 1] + key_bounds[segment + 1]  # a token's own key: segments end together
+    mask = (key >= first.unsqueeze(1)) & (key <= own.unsqueeze(1))
+    rows = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+    grouped = k.shape[1] != q.shape[1]
+    out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out.squeeze(0).transpose(0, 1)
+
+
 def _gather(k: torch.Tensor, v: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
     if layout.key_index is None:
         return k, v
@@ -133,12 +155,10 @@ def _bounds(layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor, int, int]
 def _torch_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     k, v = _gather(k, v, layout)
     options = {}
     if k.shape[1] != q.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _KNOWS_GROUPS:
             options["enable_gqa"] = True
         else:  # torch 2.11
             repeat = q.shape[1] // k.shape[1]
@@ -180,7 +200,10 @@ def varlen_attention(
     if layout is None or attention_mask is not None or dropout or sliding_window is not None:
         raise ValueError("packed attention takes a layout and no mask, dropout or sliding window")
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    return _BACKENDS[layout.backend](q, k, v, layout, scaling).unsqueeze(0), None
+    attend = _BACKENDS[layout.backend]
+    if attend is _sdpa and torch.compiler.is_compiling():
+        attend = _masked_sdpa
+    return attend(q, k, v, layout, scaling).unsqueeze(0), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, varlen_attention)

@@ -24,6 +24,7 @@ from torchao.float8.float8_linear import Float8Linear
 from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 from torchao.float8.fsdp_utils import precompute_float8_dynamic_scale_for_fsdp
 
+from medtrain.trainer.compile import as_written
 from medtrain.trainer.config import PrecisionConfig
 from medtrain.trainer.distributed import World, local_tensor, unwrapped, whole
 from medtrain.trainer.precision import Fp8
@@ -123,7 +124,7 @@ def measure_fp8(policy: PolicyModel, batch: MicroBatch, world: World) -> dict[st
     """
     layers = fp8_layers(policy)
     counts = torch.zeros(5, dtype=torch.float64, device=world.device)
-    with torch.no_grad():
+    with torch.no_grad(), as_written():
         for layer in layers:
             layer.counts = counts
         moved = batch.to(policy.device)
@@ -167,7 +168,8 @@ def without_fp8(policy: PolicyModel) -> Iterator[None]:
         if isinstance(layer.weight, DTensor) and layer.config.enable_fsdp_float8_all_gather:
             layer.sharded = (layer.weight,)  # in a tuple, or torch would take it for a parameter of its own
     try:
-        yield
+        with as_written():  # a graph for this alone is not worth its compilation
+            yield
     finally:
         for layer in layers:
             layer.plain, layer.sharded = False, ()

@@ -31,6 +31,7 @@ from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.during import Exam, read_exam, sit_exam
 from medtrain.trainer.export import export_dtype
 from medtrain.trainer.files import write_json
+from medtrain.trainer.liger import select_layers
 from medtrain.trainer.lora import Adapters, adapter_digest, export_adapters, fill_adapters, plan_adapters, start_digest
 from medtrain.trainer.model import (
     PolicyModel,
@@ -149,7 +150,8 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
         raise bad_input("no step is left after the warm-up", field="optim.warmup_steps",
                         found=config.optim.warmup_steps, expected=f"below the {steps} steps")  # fmt: skip
     paths = {
-        "attention": select_backend(world.device, compute_dtype),
+        "attention": select_backend(world.device, compute_dtype, config.model.compile),
+        "layers": select_layers(config.model, hf_config, world.device),
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
@@ -326,6 +328,7 @@ def start(
         world,
         prepared.compute_dtype,
         backend=prepared.paths["attention"],
+        layers=prepared.paths["layers"],
         adapters=prepared.adapters,
         fp8=prepared.fp8,
         weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,

@@ -1,7 +1,7 @@
 """The policy: a Hugging Face decoder whose head gives log-probabilities, built on meta and sharded by FSDP2.
 
 Order matters (each step was got wrong by someone): build on the meta device, put in adapters, wrap for activation
-checkpointing, shard, ``to_empty``, rebuild the rotary tables (``to_empty`` leaves them as garbage), then fill in the
+checkpointing, compile, shard, ``to_empty``, rebuild the rotary tables (``to_empty`` leaves them as garbage), then fill in the
 weights.
 """
 
@@ -20,9 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from medtrain.kernels.head import LogpsHead
 from medtrain.trainer import attention
 from medtrain.trainer.checkpointing import checkpoint_layers
+from medtrain.trainer.compile import compile_layers
 from medtrain.trainer.config import ModelConfig, ParallelConfig
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.liger import use_liger
 from medtrain.trainer.lora import Adapters, add_adapters
 from medtrain.trainer.parallel import shard_model
 from medtrain.trainer.precision import Fp8
@@ -217,10 +219,12 @@ def build_model(
     adapters: Adapters | None = None,
     fp8: Fp8 | None = None,
     weights_dtype: torch.dtype = torch.float32,
+    layers: str = "torch",
     parallel: ParallelConfig | None = None,
 ) -> PolicyModel:
     """An empty (unfilled) policy on ``world.device``, sharded as ``parallel`` says where there is a mesh. What is trained is
-    kept in ``weights_dtype`` (adapters in float32); what ``adapters`` freeze is kept in ``compute_dtype``.
+    kept in ``weights_dtype`` (adapters in float32); what ``adapters`` freeze is kept in ``compute_dtype``. ``layers``: as
+    :func:`medtrain.trainer.liger.select_layers` chose.
     """
     with torch.device("meta"):
         hf_model = AutoModelForCausalLM.from_config(
@@ -236,8 +240,12 @@ def build_model(
             from medtrain.trainer.fp8 import add_fp8  # torchao, for those who ask for it
 
             add_fp8(policy.model.layers, fp8, "model.layers")
+    if layers == "liger":
+        use_liger(policy.model)
     policy.train()
     checkpoint_layers(policy.model.layers, config.activation_checkpointing)
+    if layers == "compiled":
+        compile_layers(policy.model.layers, budget=config.activation_budget)
     if world.mesh is not None:
         shard_model(policy, parallel or ParallelConfig(), world, compute_dtype)
     elif compute_dtype != weights_dtype and not adapters:

@@ -1,0 +1,132 @@
+"""Liger's layers in a policy: its kernels in Triton's interpreter, the same numbers, names and weights; other models stay."""
+
+import pytest
+import torch
+from helpers import SIZES, documents
+from transformers import AutoModelForCausalLM
+
+from medtrain.trainer.config import ModelConfig, config_from_dict
+from medtrain.trainer.data.batch import windows_batch
+from medtrain.trainer.distributed import World
+from medtrain.trainer.errors import InputError
+from medtrain.trainer.liger import select_layers
+from medtrain.trainer.loop import check
+from medtrain.trainer.lora import Adapters, fill_adapters
+from medtrain.trainer.model import build_model, load_model_config
+from medtrain.trainer.weights import init_weights
+
+pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+import triton.language as tl  # noqa: E402
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@triton.jit
+def _rsqrt(x):
+    return 1.0 / tl.sqrt(x)
+
+
+class _Scalar(float):
+    def to(self, _):
+        return self
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """What Triton's interpreter lacks of what Liger's norm asks for: scalars that are cast, and libdevice."""
+    from liger_kernel import ops
+    from liger_kernel.ops import rms_norm, swiglu
+
+    own = ops.LigerRMSNormFunction
+
+    class WithScalars:
+        @staticmethod
+        def apply(x, weight, eps, offset, *rest):
+            return own.apply(x, weight, _Scalar(eps), _Scalar(offset), *rest)
+
+    monkeypatch.setattr(ops, "LigerRMSNormFunction", WithScalars)
+    monkeypatch.setattr(rms_norm, "rsqrt", _rsqrt)
+    monkeypatch.setattr(swiglu, "float", _Scalar, raising=False)  # in front of the built-in one
+
+
+def policy_of(layers, model_type="qwen2", mode="none", adapters=None):
+    sizes = {**SIZES, "vocab_size": 24, "num_hidden_layers": 1, "model_type": model_type}
+    if model_type == "mistral":
+        sizes["sliding_window"] = None
+    config = ModelConfig(init=sizes, activation_checkpointing=mode)
+    policy = build_model(config, load_model_config(config, None), ALONE, torch.float32, backend="sdpa", layers=layers,
+                         adapters=adapters)  # fmt: skip
+    init_weights(policy, 0)
+    if adapters is not None:
+        fill_adapters(policy, adapters, 0)
+    return policy
+
+
+ADAPTERS = Adapters(4, 8.0, ("q_proj", "gate_proj", "up_proj"), None, "dense", 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize(
+    ("model_type", "mode", "adapters"),
+    [
+        ("qwen2", "none", None),
+        ("qwen3", "selective", None),
+        ("llama", "selective", ADAPTERS),
+        ("mistral", "full", None),
+    ],
+)
+def test_log_probs_and_gradients_are_those_of_torchs_layers(model_type, mode, adapters, interpreted):
+    found = []
+    for layers in ("torch", "liger"):
+        policy = policy_of(layers, model_type, mode, adapters)
+        logps = policy(windows_batch(documents()[:2]))
+        logps.sum().backward()
+        found.append([logps, *(p.grad for p in policy.parameters() if p.requires_grad)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_mlps_and_rotary_are_replaced_and_names_and_other_models_are_not(monkeypatch):
+    plain, liger = policy_of("torch"), policy_of("liger")
+    assert plain.state_dict().keys() == liger.state_dict().keys()
+    replaced = {name for name, module in liger.named_modules() if "forward" in vars(module)}
+    layer = "model.layers.0"
+    assert replaced == {
+        f"{layer}.self_attn", f"{layer}.mlp", f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm",
+    }  # fmt: skip
+    from liger_kernel.ops import LigerRopeFunction
+
+    attention = liger.model.layers[0].self_attn
+    assert attention.forward.__func__.__globals__["apply_rotary_pos_emb"] == LigerRopeFunction.apply
+    theirs = AutoModelForCausalLM.from_config(plain.config)
+    assert not any("forward" in vars(module) for module in theirs.modules())
+    assert type(theirs.model.layers[0].self_attn).forward.__globals__["apply_rotary_pos_emb"] != LigerRopeFunction.apply
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "layers"),
+    [
+        ({}, CPU, "torch"),
+        ({}, CUDA, "liger"),
+        ({"kernels": "torch"}, CUDA, "torch"),
+        ({"kernels": "liger"}, CUDA, "liger"),
+        ({"compile": True}, CUDA, "compiled"),
+    ],
+)
+def test_the_layers_are_chosen_once(settings, device, layers):
+    config = ModelConfig(init={**SIZES, "vocab_size": 24}, **settings)
+    assert select_layers(config, load_model_config(config, None), device) == layers
+
+
+def test_liger_without_its_kernels_or_with_another_activation_is_refused(cpt_tree, monkeypatch):
+    cpt_tree["model"]["kernels"] = "liger"
+    with pytest.raises(InputError, match="model.kernels.*found cpu"):
+        check(config_from_dict("cpt", cpt_tree))
+    gelu = ModelConfig(init={**SIZES, "vocab_size": 24, "hidden_act": "gelu"}, kernels="liger")
+    with pytest.raises(InputError, match="hidden_act gelu"):
+        select_layers(gelu, load_model_config(gelu, None), CUDA)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install"):
+        select_layers(gelu, load_model_config(gelu, None), CUDA)
