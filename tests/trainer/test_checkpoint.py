@@ -7,14 +7,21 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_same_curve, killed_in_a_child, read_metrics, run, run_on_ranks, without_timing
+from helpers import assert_same_curve, documents, killed_in_a_child, read_metrics, run, run_on_ranks, without_timing
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
 
 from medtrain.trainer import checkpoint
-from medtrain.trainer.checkpoint import complete_checkpoints
+from medtrain.trainer.checkpoint import Saver, complete_checkpoints, load_checkpoint
+from medtrain.trainer.config import config_from_dict
+from medtrain.trainer.data.batch import windows_batch
+from medtrain.trainer.distributed import World
+from medtrain.trainer.model import build_model, load_model_config, load_tokenizer
 from medtrain.trainer.objectives import Cpt
+from medtrain.trainer.optimizer import make_optimizer
 from medtrain.trainer.run_folder import RunFolder
+from medtrain.trainer.weights import init_weights
 
 
 @pytest.fixture
@@ -111,6 +118,39 @@ def test_on_two_ranks_too(tree, tmp_path):
     for step in (2, 4, 6):
         folders = (tmp_path / f / "checkpoints" / f"step-{step:08d}" for f in ("at-once", "late"))
         assert_same_content(*folders, tmp_path)
+
+
+def _saved_on_two_replicas(tree, root):
+    """Two copies of the model on two ranks each, trained a step, saved in the background, loaded on one copy of four parts."""
+    config = config_from_dict("cpt", tree)
+    hf_config = load_model_config(config.model, load_tokenizer(config.model))
+    policies, optimizers = [], []
+    for shape, names in (((2, 2), ("replicate", "shard")), ((4,), ("shard",))):
+        world = World(dist.get_rank(), 4, torch.device("cpu"), init_device_mesh("cpu", shape, mesh_dim_names=names))
+        policy = build_model(config.model, hf_config, world, torch.float32, backend="sdpa")
+        init_weights(policy, len(policies))
+        policies.append(policy)
+        optimizers.append(make_optimizer(policy, config))
+    policies[0](windows_batch(documents())).sum().backward()
+    optimizers[0].step()
+    saver = Saver(root, world, keep=1, background=True)
+    saver.begin(1, policies[0], optimizers[0], {})
+    saver.commit()
+    expected = [p.full_tensor() for p in policies[0].parameters()]
+    saver.finish()
+    saver.close(print)
+    load_checkpoint(root / "step-00000001", policies[1], optimizers[1], world)
+    for p, whole in zip(policies[1].parameters(), expected, strict=True):
+        assert torch.equal(p.full_tensor(), whole)
+    moments = [
+        [optimizer.state[p]["exp_avg"].full_tensor() for p in policy.parameters()]
+        for policy, optimizer in zip(policies, optimizers, strict=True)
+    ]
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*moments, strict=True))
+
+
+def test_a_replicated_model_is_saved_once_and_loads_where_it_is_not_replicated(tree, tmp_path):
+    run_on_ranks(4, tmp_path, _saved_on_two_replicas, tree, tmp_path / "checkpoints")
 
 
 def _killed_in(name, tree, out):

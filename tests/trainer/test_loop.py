@@ -35,6 +35,14 @@ def test_two_ranks_give_the_curve_and_weights_of_one_process(stage, tied, reques
 
 
 @pytest.mark.parametrize("stage", ["cpt", "rpo"])
+def test_four_ranks_give_the_curve_of_one_process(stage, request, tmp_path):
+    tree = tree_of(stage, request)
+    run(stage, tree, tmp_path / "one")
+    run_on_ranks(4, tmp_path, run, stage, tree, tmp_path / "four")
+    assert_same_curve(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.parametrize("stage", ["cpt", "rpo"])
 def test_the_micro_batch_budget_changes_nothing_but_rounding(stage, request, tmp_path):
     tree = tree_of(stage, request)
     for budget in (64, 128, 4096):

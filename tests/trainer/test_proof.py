@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import SIZES, kill_in_a_child, run, run_on_ranks
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medtrain.trainer import proof, weights
@@ -144,6 +146,35 @@ def test_one_tensor_loaded_wrongly_is_named(hf_folder, error):
 @pytest.mark.parametrize(("error", "nf4"), [("rows shifted", False), ("rows shifted", True), ("skipped", True)])
 def test_a_part_loaded_wrongly_by_one_of_three_ranks_is_named_on_all(hf_folder, tmp_path, error, nf4):
     run_on_ranks(3, tmp_path, _planted, hf_folder(), error, nf4)
+
+
+def _on_two_replicas(folder, out):
+    """Two copies of the model, each on two ranks; the second copy is spoilt."""
+    fill = weights._fill
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    world = World(dist.get_rank(), 4, torch.device("cpu"), mesh)
+    assert proved(folder, world)["forward"]["mean_difference"] < 1e-5
+    policy, _ = loaded(folder, world)
+    export_model(policy, load_tokenizer(ModelConfig(path=str(folder))), out, world, dtype=torch.float32)
+
+    def spoiling(local, values, name):
+        if "layers.1.mlp" in name and world.rank >= 2:
+            values = values.roll(1, 0)
+        fill(local, values, name)
+
+    weights._fill = spoiling
+    try:
+        with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight and 2 others differ"):
+            proved(folder, world)
+    finally:
+        weights._fill = fill
+
+
+def test_each_copy_of_a_replicated_model_is_compared(hf_folder, tmp_path):
+    folder = hf_folder()
+    run_on_ranks(4, tmp_path, _on_two_replicas, folder, tmp_path / "out")
+    a, b = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_blocks_of_rows_are_compared_to_the_last(hf_folder, monkeypatch):
