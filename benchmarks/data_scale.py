@@ -6,8 +6,8 @@
 opened, cut into windows, put in order and planned, in a process of its own for each window length. Seconds are of the wall
 and, where other work shares the machine, of processor time; ``peak_mib`` is the process's peak so far less what it had
 before, mapped pages included, ``own_mib`` what it holds at that moment without them. ``tokenise`` rows: a text repeated to a
-given size, tokenised into an empty cache in turn by one process on one thread, by one process with the tokenizer's own
-threads, and by worker processes, their start included.
+given size, tokenised into an empty cache in turn by one process with the tokenizer's own threads and by worker processes,
+their start included.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def tokenise_rows(args: argparse.Namespace, folder: str) -> list[dict]:
     content = Path(args.text).read_bytes()
     text = Path(folder) / "text.jsonl"
     text.write_bytes(content * -(-int(args.megabytes * 1e6) // len(content)))
-    forms = {(1, False): [], (1, True): [], **{(n, False): [] for n in args.workers}}
+    forms = {(n, n == 1): [] for n in args.workers}
     for _ in range(args.rounds):
         for workers, threads in forms:
             found = in_clean_process(measure_tokenising, str(text), folder, args.tokenizer, workers, threads)
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--text", help="JSON Lines to tokenise, repeated to --megabytes")
     parser.add_argument("--tokenizer")
     parser.add_argument("--megabytes", type=float, default=50)
-    parser.add_argument("--workers", type=int, nargs="+", default=[2])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="benchmarks/results")
     args = parser.parse_args()
