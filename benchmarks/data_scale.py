@@ -4,9 +4,10 @@
 
 ``start`` rows: a token cache of made-up documents (lognormal lengths; the token files are holes, their tables are real) is
 opened, cut into windows, put in order and planned, in a process of its own for each window length. Seconds are of the wall
-and, where other work shares the machine, of processor time; memory is the process's peak so far less what it had before, in
-MiB, mapped pages included. ``tokenise`` rows: a text repeated to a given size, tokenised into an empty cache in turn by one
-process on one thread, by one process with the tokenizer's own threads, and by worker processes, their start included.
+and, where other work shares the machine, of processor time; ``peak_mib`` is the process's peak so far less what it had
+before, mapped pages included, ``own_mib`` what it holds at that moment without them. ``tokenise`` rows: a text repeated to a
+given size, tokenised into an empty cache in turn by one process with the tokenizer's own threads and by worker processes,
+their start included.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from medtrain.trainer.data.batch import cpt_batch
 from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import pack
 from medtrain.trainer.data.parts import part_path, write_index, write_part
+from medtrain.trainer.data.pieces import NUM_PARTS
 from medtrain.trainer.data.sources import Source
 from medtrain.trainer.data.tokens import cache_folder, tokenize_source
 from medtrain.trainer.data.windows import make_windows
@@ -38,7 +40,6 @@ from medtrain.trainer.tokenizer import read_tokenizer
 
 SOURCES = {"medical": (0.9, 0.8), "replay": (0.1, 0.2)}  # share of the tokens, weight
 MEAN_LENGTH, SIGMA = 1250, 1.2  # tokens of a document: mean, and standard deviation of its logarithm
-NUM_PARTS = 512
 BATCH_TOKENS, MICRO_BATCH_TOKENS, WORLD_SIZE = 4_194_304, 16_384, 64
 STEPS = 20
 
@@ -65,9 +66,9 @@ def write_cache(cache: Path, name: str, num_tokens: int, seed: int) -> str:
 
 
 def measure_start(cache: str, keys: dict[str, str], seq_len: int, results) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, own_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _own_mib()
     row: dict = {"what": "start", "seq_len": seq_len, "batch_tokens": BATCH_TOKENS, "world_size": WORLD_SIZE,
-                 "seconds": {}, "cpu_seconds": {}, "peak_mib": {}}  # fmt: skip
+                 "seconds": {}, "cpu_seconds": {}, "peak_mib": {}, "own_mib": {}}  # fmt: skip
     began = last = np.array(_clocks())
 
     def mark(phase: str) -> None:
@@ -76,6 +77,7 @@ def measure_start(cache: str, keys: dict[str, str], seq_len: int, results) -> No
         row["seconds"][phase], row["cpu_seconds"][phase] = (now - last).round(3).tolist()
         last = now
         row["peak_mib"][phase] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+        row["own_mib"][phase] = _own_mib() - own_before
 
     sources = [
         tokenize_source(Source(name, SOURCES[name][1], name), None, cache, key=key) for name, key in keys.items()
@@ -119,6 +121,12 @@ def _clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
+def _own_mib() -> int:
+    """Memory of this process alone, now: without pages of files, which ranks share and the system takes back."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) // 1024
+
+
 def in_clean_process(function, *args):
     context = clean_context(__name__)
     results = context.SimpleQueue()
@@ -144,7 +152,7 @@ def tokenise_rows(args: argparse.Namespace, folder: str) -> list[dict]:
     content = Path(args.text).read_bytes()
     text = Path(folder) / "text.jsonl"
     text.write_bytes(content * -(-int(args.megabytes * 1e6) // len(content)))
-    forms = {(1, False): [], (1, True): [], **{(n, False): [] for n in args.workers}}
+    forms = {(n, n == 1): [] for n in args.workers}
     for _ in range(args.rounds):
         for workers, threads in forms:
             found = in_clean_process(measure_tokenising, str(text), folder, args.tokenizer, workers, threads)
@@ -169,7 +177,7 @@ def main() -> None:
     parser.add_argument("--text", help="JSON Lines to tokenise, repeated to --megabytes")
     parser.add_argument("--tokenizer")
     parser.add_argument("--megabytes", type=float, default=50)
-    parser.add_argument("--workers", type=int, nargs="+", default=[2])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="benchmarks/results")
     args = parser.parse_args()

@@ -16,7 +16,6 @@ Denominators belong to the whole optimizer step, so the result does not depend o
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from medtrain.trainer.data.tokens import tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
 from medtrain.trainer.data.workers import Progress, default_workers
 from medtrain.trainer.distributed import World, local_size
+from medtrain.trainer.heldout import ForgettingAlarm, HeldoutText
 from medtrain.trainer.lora import without_adapters
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.pair_stats import LikelihoodAlarm, num_sums, pair_metrics, pair_sums
@@ -88,20 +88,24 @@ class Cpt:
             return found
 
         self.sources = load(config.data.sources)
-        self.heldout = load(config.data.heldout, "held-out ")
+        heldout = load(config.data.heldout, "held-out ")
+        self.heldout = [HeldoutText(windows, self.capacity) for windows in heldout]
+        self.alarm = ForgettingAlarm([windows.source.name for windows in heldout])
         lengths = [windows.lengths for windows in self.sources]
-        longest = max(int(windows.lengths.max()) for windows in [*self.sources, *self.heldout])
+        longest = max(int(windows.lengths.max()) for windows in [*self.sources, *heldout])
         check_capacity(longest, self.capacity, what="a window")
         self.epoch_size = sum(int(n.sum(dtype=np.int64)) for n in lengths)
         shares = source_shares([w.source.weight for w in self.sources], [int(n.sum(dtype=np.int64)) for n in lengths])
         self.step_size = config.optim.batch_tokens
         self.order = GlobalOrder(lengths, shares, self.step_size, config.run.seed)
-        self.ledger = cpt_ledger(self.sources) | {"heldout": cpt_ledger(self.heldout)["sources"]}
+        self.ledger = cpt_ledger(self.sources) | {"heldout": cpt_ledger(heldout)["sources"]}
         self.digests = {f"data.sources.{i}": windows.source.digest for i, windows in enumerate(self.sources)}
-        self.digests |= {f"data.heldout.{i}": windows.source.digest for i, windows in enumerate(self.heldout)}
+        self.digests |= {f"data.heldout.{i}": windows.source.digest for i, windows in enumerate(heldout)}
 
     def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
-        """CPT needs nothing but its tokens."""
+        """What the starting weights, which ``policy`` must hold, make of the held-out text: changes are against it."""
+        for text in self.heldout:
+            text.prepare(policy, world, folder)
 
     def micro_batches(self, step: int, world: World) -> tuple[list[MicroBatch], Denominators]:
         items = self.order.step(step)
@@ -120,21 +124,11 @@ class Cpt:
         return {"loss": float(sums[0]) / n.tokens}
 
     def watch(self, row: dict[str, Any]) -> str | None:
-        """CPT has no alarm."""
+        return self.alarm.watch(row)
 
-    @torch.no_grad()
-    def evaluate(self, policy: PolicyModel, world: World) -> dict[str, float]:
-        """``heldout/SOURCE/bits_per_byte``: nats of all predicted tokens / ln 2 / UTF-8 bytes of the texts. The first
-        token of a document is not predicted, its eos is."""
-        found = {}
-        for windows in self.heldout:
-            nats = torch.zeros(1, dtype=torch.float64, device=world.device)
-            for by_rank in pack(windows.lengths, self.capacity, world.size):
-                batch = cpt_batch([windows], [(0, i) for i in by_rank[world.rank]])
-                nats -= policy(batch.to(policy.device)).double().sum()
-            num_bytes = int(windows.source.num_bytes[np.diff(windows.first) > 0].sum())
-            found[f"heldout/{windows.source.name}/bits_per_byte"] = float(world.sum(nats)) / math.log(2) / num_bytes
-        return found
+    def evaluate(self, policy: PolicyModel, world: World) -> dict[str, float | None]:
+        """Of each held-out source: bits per byte, and their change since the start."""
+        return {name: value for text in self.heldout for name, value in text.evaluate(policy, world).items()}
 
 
 class Rpo:

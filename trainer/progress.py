@@ -73,11 +73,15 @@ def describe(row: dict[str, Any]) -> str:
 
 def evaluation_lines(row: dict[str, Any]) -> list[str]:
     """The held-out numbers and the exam of one row of metrics.jsonl, a line each where they are there."""
-    lines = []
-    shown = {k.removeprefix("heldout/"): v for k, v in row.items() if k.startswith("heldout/") and v is not None}
+    lines, shown = [], []
+    for key, value in row.items():
+        if not key.startswith("heldout/") or value is None or key.endswith(("_change", "_stderr")):
+            continue
+        change, error = row.get(f"{key}_change"), row.get(f"{key}_change_stderr")
+        since = "" if not row["step"] or change is None else f" ({change:+.4f}" + (f" ± {error:.4f})" if error else ")")
+        shown.append(f"{key.removeprefix('heldout/')} {value:.4f}{since}")
     if shown:
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        lines.append(f"held-out at step {row['step']}: {numbers}")
+        lines.append(f"held-out at step {row['step']}: {'  '.join(shown)}")
     if "exam/explanation_gap" in row:
         answer, explain = (row[f"exam/{mode}/points_ratio"] for mode in ("answer", "explain"))
         lines.append(
@@ -89,14 +93,19 @@ def evaluation_lines(row: dict[str, Any]) -> list[str]:
 
 
 def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> str:
-    """The closing lines: first and last value of what matters, over the whole run and all its starts."""
+    """The closing lines: first and last value of what matters, over the whole run and all its starts; of held-out bits per
+    byte also the best, where it is not the last."""
     rows = folder.rows()
     trained = [row for row in rows if "loss" in row]
     heldout = [row for row in rows if any(name.startswith("heldout/") for name in row)]
     lines = [f"done: {steps:,} steps in {duration(seconds)}" if steps else "already complete"]
 
     def span(name: str, within: list[dict[str, Any]]) -> str:
-        return f"{name} {within[0][name]:.4f} -> {within[-1][name]:.4f}"
+        line = f"{name} {within[0][name]:.4f} -> {within[-1][name]:.4f}"
+        if not name.endswith("bits_per_byte"):
+            return line
+        best = min(within, key=lambda row: row[name])
+        return line if best is within[-1] else f"{line} (best {best[name]:.4f} at step {best['step']})"
 
     names = [name for name in ("loss", "rewards/margin", "rewards/accuracy") if name in trained[-1]]
     lines.append("  ".join(span(name, trained) for name in names))

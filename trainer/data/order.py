@@ -149,7 +149,8 @@ def sorting_permutation(keys: np.ndarray) -> np.ndarray:
     mixed = keys & ~low
     mixed |= np.arange(len(keys), dtype=np.uint32 if len(keys) < 2**32 else np.uint64)
     mixed.sort()
-    permutation = (mixed & low).astype(np.int32 if len(keys) < 2**31 else np.int64)
+    permutation = np.empty(len(keys), dtype=np.int32 if len(keys) < 2**31 else np.int64)
+    np.bitwise_and(mixed, low, out=permutation, casting="unsafe")
     mixed >>= bits
     equal = np.flatnonzero(mixed[1:] == mixed[:-1])
     for run in np.split(equal, np.flatnonzero(np.diff(equal) > 1) + 1) if len(equal) else ():

@@ -12,13 +12,13 @@ import contextlib
 import hashlib
 import itertools
 import json
+import resource
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from medtrain.trainer.files import replacing
 
@@ -29,7 +29,7 @@ _INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Part:
-    """One part, memory-mapped: ``tokens`` uint32 [n], ``documents`` uint32 [num_docs, 2]: tokens and bytes of each."""
+    """One part: ``tokens`` uint32 [n], memory-mapped; ``documents`` uint32 [num_docs, 2]: tokens and bytes of each."""
 
     tokens: np.ndarray
     documents: np.ndarray
@@ -128,22 +128,28 @@ def open_parts(folder: Path) -> list[Part] | None:
     """Memory-map the parts that the index names, None if they do not fit together."""
     try:
         entries = json.loads((folder / _INDEX).read_text("utf-8"))["parts"]
+        _allow_open_files()
         return [_open_part(part_path(folder, k), e["num_tokens"], e["num_docs"]) for k, e in enumerate(entries)]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _open_part(path: Path, num_tokens: int, num_docs: int) -> Part:
-    # By pyarrow, since a mapping of numpy's keeps a file descriptor, and there may be more parts than a process may have.
-    with pa.memory_map(str(path)) as file:
-        content = file.read_buffer()
-    if content.size != 4 * num_tokens + 8 * num_docs + _TAIL.size:
+    if path.stat().st_size != 4 * num_tokens + 8 * num_docs + _TAIL.size:
         raise ValueError(f"{path}: wrong size")
-    tokens = np.frombuffer(content, "<u4", num_tokens)
-    documents = np.frombuffer(content, "<u4", 2 * num_docs, offset=4 * num_tokens).reshape(num_docs, 2)
+    documents = np.fromfile(path, "<u4", 2 * num_docs, offset=4 * num_tokens).reshape(num_docs, 2)
     if int(documents[:, 0].sum(dtype=np.int64)) != num_tokens:
         raise ValueError(f"{path}: its documents do not add up")
+    # Nothing at all cannot be mapped.
+    tokens = np.memmap(path, "<u4", "r", shape=(num_tokens,)) if num_tokens else np.empty(0, "<u4")
     return Part(tokens, documents)
+
+
+def _allow_open_files() -> None:
+    """Let this process open as many files as it may: a mapping keeps its file open, and 1,024 is the usual soft limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _replace_index(folder: Path, index: dict) -> None:

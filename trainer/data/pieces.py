@@ -13,7 +13,7 @@ from pathlib import Path
 from medtrain.trainer.data.sources import arrow_rows, row_groups
 
 PART_BYTES = (8 * 2**20, 2**30)  # a part stands for at least and at most so many bytes of raw text, ...
-NUM_PARTS = 512  # ... and between them a source has so many parts
+NUM_PARTS = 256  # ... and between them a source has so many parts
 
 
 @dataclass(frozen=True)
