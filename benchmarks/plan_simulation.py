@@ -28,25 +28,37 @@ from medtrain.trainer import attention
 from medtrain.trainer.config import config_from_dict
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
-from medtrain.trainer.model import build_model, load_model_config
+from medtrain.trainer.model import build_model, load_model_config, parameter_shapes
 from medtrain.trainer.plan import Machine, Step, moments, read_model
 from medtrain.trainer.plan_report import MODELS
+from medtrain.trainer.precision import plan_fp8
 from medtrain.trainer.processes import clean_context
 from medtrain.trainer.run_folder import commit, versions
 
-CASES = [("qwen2.5-7b", 8, 8192), ("qwen2.5-7b", 64, 8192), ("qwen2.5-72b", 8, 8192), ("qwen2.5-72b", 64, 8192)]
+EMULATED = {"fp8": "tensorwise", "fp8_emulate": True}
+CASES = [
+    ("qwen2.5-7b", 8, 8192, {}),
+    ("qwen2.5-7b", 64, 8192, {}),
+    ("qwen2.5-72b", 8, 8192, {}),
+    ("qwen2.5-72b", 64, 8192, {}),
+    ("qwen2.5-72b", 8, 4096, {"weights": "bf16"}),
+    ("qwen2.5-7b", 8, 8192, EMULATED),
+    ("qwen2.5-7b", 8, 8192, EMULATED | {"weights": "bf16", "fp8_all_gather": True}),
+]
 
 
-def simulate(name: str, ranks: int, tokens: int) -> dict[str, Any]:
-    """Tracked and planned peak, bytes, of one document of ``tokens``."""
+def simulate(name: str, ranks: int, tokens: int, precision: dict[str, Any]) -> dict[str, Any]:
+    """Tracked and planned peak, bytes, of one document of ``tokens``; ``precision``: settings of that section."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
     init = json.loads((MODELS / f"{name}.json").read_text(encoding="utf-8"))
     config = config_from_dict("cpt", {
         "model": {"init": init, "tokenizer": "none", "activation_checkpointing": "full"}, "run": {"out": "none"},
-        "data": {"sources": [{"path": "none"}]}, "optim": {"steps": 1}, "precision": {"compute": "bfloat16"},
+        "data": {"sources": [{"path": "none"}]}, "optim": {"steps": 1},
+        "precision": {"compute": "bfloat16"} | precision,
     })  # fmt: skip
     hf_config = load_model_config(config.model, None)
+    fp8 = plan_fp8(config.precision, parameter_shapes(hf_config), torch.device("cpu"), torch.bfloat16)
     batch = windows_batch([np.zeros(tokens + 1, dtype=np.int64)])
     layout = attention.packed_layout(batch, "sdpa")
     started = time.perf_counter()
@@ -61,8 +73,9 @@ def simulate(name: str, ranks: int, tokens: int) -> dict[str, Any]:
             return type(record)(**{f.name: fake(getattr(record, f.name)) for f in dataclasses.fields(record)})
 
         policy = build_model(
-            config.model, hf_config, World(0, ranks, torch.device("cpu"), mesh), torch.bfloat16, backend="sdpa"
-        )
+            config.model, hf_config, World(0, ranks, torch.device("cpu"), mesh), torch.bfloat16, backend="sdpa", fp8=fp8,
+            weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
+        )  # fmt: skip
         fake_layout, fake_batch = faked(layout), faked(batch)
         attention.packed_layout = lambda *_: fake_layout  # it reads lengths, which fake tensors do not have
         tracker = FSDPMemTracker(policy)
@@ -79,7 +92,7 @@ def simulate(name: str, ranks: int, tokens: int) -> dict[str, Any]:
     }
     total = next(value for key, value in tracked.items() if key.lower().endswith("total"))
     return {
-        "model": name, "ranks": ranks, "tokens": tokens, "tracked": tracked, "tracked_bytes": total,
+        "model": name, "ranks": ranks, "tokens": tokens, "precision": precision, "tracked": tracked, "tracked_bytes": total,
         "planned_bytes": max(totals.values()), "moment": max(totals, key=totals.get),
         "error": max(totals.values()) / total - 1, "seconds": time.perf_counter() - started,
     }  # fmt: skip
@@ -104,9 +117,10 @@ def main(out: Path) -> None:
             raise RuntimeError(f"{case}: ended with {child.exitcode}")
         rows.append(row := queue.get())
         tracked, planned = row["tracked_bytes"] / 2**30, row["planned_bytes"] / 2**30
+        case = f"{row['model']}, {row['ranks']} ranks, {row['precision']}"
         click.echo(
-            f"{row['model']}, {row['ranks']} ranks: tracked {tracked:.2f} GiB, planned {planned:.2f} ({row['moment']}), "
-            f"{row['error']:+.1%}, {row['seconds']:.0f} s"
+            f"{case}: tracked {tracked:.2f} GiB, planned {planned:.2f} ({row['moment']}), {row['error']:+.1%}, "
+            f"{row['seconds']:.0f} s"
         )
     path = out / f"plan-simulation-{date.today().isoformat()}.json"
     result = {"date": date.today().isoformat(), "commit": commit(), "versions": versions(), "rows": rows}

@@ -118,7 +118,7 @@ def _without_small(config: Config) -> Config:
 def longest_item(config: Config) -> int:
     """Tokens that a micro-batch must hold at least: a window, or the longest pair that ``data.max_length`` allows (both sides
     of it; a shared prompt makes it less)."""
-    return config.data.seq_len - 1 if config.stage == "cpt" else 2 * config.data.max_length
+    return config.data.seq_len if config.stage == "cpt" else 2 * config.data.max_length
 
 
 def largest_micro_batch(plan: Plan, limit: int) -> int | None:
