@@ -323,6 +323,7 @@ def run_pairs(
     summary["settings"] = {"strategy": strategy, "max_per_question": max_per_question, "sampling": sampling}
     write_atomically(out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     if not rows:
+        out.unlink(missing_ok=True)  # of another strategy; the summary is no longer its own
         first = paths[asked[0].problem_id][0].output
         why = ", ".join(f"{reason}: {count}" for reason, count in summary["without_pairs"].items())
         kinds = ", ".join(f"{count} {kind}" for kind, count in summary["paths"].items() if count)
