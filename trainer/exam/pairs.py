@@ -288,12 +288,12 @@ def run_pairs(
         "demonstrations": file_digest(demonstrations), "style": asdict(style), "engine": engine, "dtype": dtype,
         "num_paths": num_paths, "temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens,
     }  # fmt: skip
+    tokenizer = read_tokenizer(Path(model))
+    prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
     stem = out.name.removesuffix(".jsonl")
     file = PathFile(out.with_name(f"{stem}.paths.jsonl"), sampling)
     if out.exists() and not file.path.exists():
         raise bad_input("is there already, and no paths from which it was made", file=out, expected="another out")
-    tokenizer = read_tokenizer(Path(model))
-    prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
     sample_into(
         file, lambda: load_engine(model, engine, device=device, dtype=dtype, batch_tokens=batch_tokens), asked,
         num_paths=num_paths, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, style=style,
