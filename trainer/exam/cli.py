@@ -36,7 +36,9 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
 
     settings = asdict(load_pairs_config(config, overrides))
     style = load_style(settings.pop("prompt"), chat=settings.pop("chat"))
-    _print_json(run_pairs(**settings, style=style, echo=_say))
+    summary = run_pairs(**settings, style=style, echo=_say)
+    del summary["settings"]  # in the file
+    _print_json(summary)
 
 
 @click.command("eval")

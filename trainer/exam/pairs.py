@@ -288,12 +288,12 @@ def run_pairs(
         "demonstrations": file_digest(demonstrations), "style": asdict(style), "engine": engine, "dtype": dtype,
         "num_paths": num_paths, "temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens,
     }  # fmt: skip
+    tokenizer = read_tokenizer(Path(model))
+    prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
     stem = out.name.removesuffix(".jsonl")
     file = PathFile(out.with_name(f"{stem}.paths.jsonl"), sampling)
     if out.exists() and not file.path.exists():
         raise bad_input("is there already, and no paths from which it was made", file=out, expected="another out")
-    tokenizer = read_tokenizer(Path(model))
-    prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
     sample_into(
         file, lambda: load_engine(model, engine, device=device, dtype=dtype, batch_tokens=batch_tokens), asked,
         num_paths=num_paths, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, style=style,
@@ -323,6 +323,7 @@ def run_pairs(
     summary["settings"] = {"strategy": strategy, "max_per_question": max_per_question, "sampling": sampling}
     write_atomically(out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     if not rows:
+        out.unlink(missing_ok=True)  # of another strategy; the summary is no longer its own
         first = paths[asked[0].problem_id][0].output
         why = ", ".join(f"{reason}: {count}" for reason, count in summary["without_pairs"].items())
         kinds = ", ".join(f"{count} {kind}" for kind, count in summary["paths"].items() if count)
