@@ -149,11 +149,19 @@ def score(exam: str, predictions: str, details: str | None) -> None:
 @click.option(
     "--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world."
 )
-def demo(out: str, seed: int) -> None:
+@click.option(
+    "--seeds", "num_seeds", type=click.IntRange(min=1), default=1, show_default=True,
+    help="So many worlds from --seed on, and a table over them.",
+)  # fmt: skip
+def demo(out: str, seed: int, num_seeds: int) -> None:
     """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
     from medtrain.trainer.demo.run import run_demo
+    from medtrain.trainer.demo.seeds import run_seeds
 
-    run_demo(out, seed)
+    if num_seeds == 1:
+        run_demo(out, seed)
+    else:
+        run_seeds(out, seed, num_seeds)
 
 
 @main.command()
