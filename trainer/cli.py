@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from medtrain import __version__
-from medtrain.trainer.errors import InputError
+from medtrain.trainer.errors import InputError, bad_input
 from medtrain.trainer.exam import cli as exam
 
 
@@ -96,11 +96,29 @@ for command in (exam.pairs, exam.evaluate, exam.score, exam.compare):
 @click.option(
     "--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world."
 )
-def demo(out: str, seed: int) -> None:
+@click.option(
+    "--seeds", "num_seeds", type=click.IntRange(min=1), default=1, show_default=True,
+    help="So many worlds from --seed on, and a table over them.",
+)  # fmt: skip
+@click.option(
+    "--recipe", type=click.Choice(["plain", "steps"]), default="plain", show_default=True,
+    help="steps: explanations of several steps in varied wordings.",
+)  # fmt: skip
+@click.option("--arms", "further", default="", metavar="LIST", help="Further arms: ipo, simpo or ipo,simpo.")
+def demo(out: str, seed: int, num_seeds: int, recipe: str, further: str) -> None:
     """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
-    from medtrain.trainer.demo.run import run_demo
+    from medtrain.trainer.demo.recipe import RECIPES
+    from medtrain.trainer.demo.run import FURTHER, run_demo
+    from medtrain.trainer.demo.seeds import run_seeds
 
-    run_demo(out, seed)
+    arms = [f"cpt_{name.strip()}" for name in further.split(",") if name.strip()]
+    for arm in arms:
+        if arm not in FURTHER:
+            raise bad_input("not a known arm", field="--arms", found=arm.removeprefix("cpt_"), expected="ipo | simpo")
+    if num_seeds == 1:
+        run_demo(out, seed, recipe=RECIPES[recipe], further=arms)
+    else:
+        run_seeds(out, seed, num_seeds, recipe=RECIPES[recipe], further=arms)
 
 
 @main.command()

@@ -46,7 +46,7 @@ from medtrain.trainer.optimizer import check_state, make_optimizer
 from medtrain.trainer.precision import Fp8, plan_fp8
 from medtrain.trainer.progress import Display, evaluation_lines, summary
 from medtrain.trainer.proof import describe, prove
-from medtrain.trainer.report import try_to_write_report
+from medtrain.trainer.report import LiveReport
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
@@ -234,16 +234,13 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         for line in evaluation_lines(row):
             display.say(line)
 
-    def report(stopped: str = "") -> None:
-        if world.is_main:
-            try_to_write_report(folder.root, display.say, stopped=stopped)
-
+    report = LiveReport(folder.root, display.say, enabled=world.is_main)
     row: dict[str, Any] = {}
     if done == 0 and (found := evaluate(0)):
         row = {"step": 0} | found
         record(row)
         tell(row)
-        report()
+        report.refresh()
 
     flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
@@ -284,15 +281,15 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                         folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
                     saver.commit()
                 if save_now or found:
-                    report()
+                    report.refresh()
                 if this.asked and step + 1 < steps:
                     saver.finish()
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
-                    report("by a signal; the same command goes on from here")
+                    report.write("by a signal; the same command goes on from here")
                     return TrainResult(folder.root, folder.results(config)[-1], row, interrupted=True)
         saver.finish()
     except RuntimeError as error:
-        report(str(error))
+        report.write(str(error))
         raise
     finally:
         display.stop()
@@ -308,7 +305,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         dtype = export_dtype(config, prepared.compute_dtype)
         export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path,
                      adapters=adapters)  # fmt: skip
-    report()
+    report.write()
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.results(config)[-1], row or folder.rows()[-1])

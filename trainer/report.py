@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,14 @@ class Run:
     evals: list[tuple[str, dict[str, Any]]]
     status: tuple[str, bool | None]
 
-    @property
+    @cached_property
     def trained(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if "loss" in row]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Every key of metrics.jsonl, in the order in which they first come."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
 
 
 def write_report(out: str | Path, *, stopped: str = "", evals: Sequence[str | Path] = ()) -> Path:
@@ -61,12 +68,28 @@ def write_report(out: str | Path, *, stopped: str = "", evals: Sequence[str | Pa
     return folder.report
 
 
-def try_to_write_report(out: str | Path, say: Callable[[str], None], *, stopped: str = "") -> None:
-    """As :func:`write_report`, for a run in progress: whatever goes wrong is said and ends nothing."""
-    try:
-        write_report(out, stopped=stopped)
-    except Exception as error:
-        say(f"note: report.html could not be written: {type(error).__name__}: {error}")
+class LiveReport:
+    """Writes the report of a run in progress, on the rank that is ``enabled``. What goes wrong is said and ends nothing."""
+
+    def __init__(self, out: str | Path, say: Callable[[str], None], *, enabled: bool):
+        self.out, self.say, self.enabled = out, say, enabled
+        self._due = 0.0
+
+    def refresh(self) -> None:
+        """Write it, unless that would take more than a fiftieth of the time: a long run has many rows to read."""
+        began = time.monotonic()
+        if self.enabled and began >= self._due:
+            self.write()
+            ended = time.monotonic()
+            self._due = ended + 49 * (ended - began)
+
+    def write(self, stopped: str = "") -> None:
+        if not self.enabled:
+            return
+        try:
+            write_report(self.out, stopped=stopped)
+        except Exception as error:
+            self.say(f"note: report.html could not be written: {type(error).__name__}: {error}")
 
 
 def _read(folder: RunFolder, stopped: str, evals: Sequence[str | Path]) -> Run:
@@ -167,7 +190,7 @@ def _cards(run: Run) -> str:
     for mode, name in MODES.items():
         cards += _card(f"exam, {name}", rows, f"exam/{mode}/points_ratio", "share of points", "{:.3f}")
     cards += _card("explanation gap", rows, "exam/explanation_gap", "answer only − with explanation", "{:+.3f}")
-    for key in _keys(rows, r"heldout/.*bits_per_byte"):
+    for key in _keys(run, r"heldout/.*bits_per_byte"):
         cards += _card(f"bits per byte, {key.split('/')[1]}", rows, key, "held-out", "{:.3f}")
     for key, name in (("loss", "loss"), ("rewards/accuracy", "reward accuracy"), ("rewards/margin", "reward margin")):
         held = [row for row in rows if row.get(f"heldout/{key}") is not None]
@@ -232,8 +255,8 @@ def _notes(warnings: list[str]) -> str:
 # Curves
 
 
-def _keys(rows: list[dict], pattern: str) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row if re.fullmatch(pattern, key)))
+def _keys(run: Run, pattern: str) -> list[str]:
+    return [key for key in run.keys if re.fullmatch(pattern, key)]
 
 
 def _with_heldout(run: Run, title: str, key: str, **more: Any) -> str:
@@ -246,7 +269,7 @@ def _curves(run: Run) -> list[str]:
     rows = run.rows
     bits = [
         series(key.split("/")[1], rows, key, color=1 + i, marks=True)
-        for i, key in enumerate(_keys(rows, r"heldout/.*/bits_per_byte")[:6])
+        for i, key in enumerate(_keys(run, r"heldout/.*/bits_per_byte")[:6])
     ]
     return [
         _with_heldout(run, "Loss", "loss"),
@@ -267,7 +290,7 @@ def _preference_curves(run: Run) -> list[str]:
     rows = run.rows
     sources = [
         series(key.split("/")[1], rows, key, color=1 + i)
-        for i, key in enumerate(_keys(rows, r"sources/.*/rewards/margin")[:6])
+        for i, key in enumerate(_keys(run, r"sources/.*/rewards/margin")[:6])
     ]
     return [
         _with_heldout(run, "Reward margin, chosen − rejected", "rewards/margin", zero=True),

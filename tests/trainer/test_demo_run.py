@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from medtrain.benchmarks import four_arms
 from medtrain.trainer.demo import run as run_module
+from medtrain.trainer.demo import seeds
 from medtrain.trainer.demo.recipe import Recipe
 from medtrain.trainer.demo.run import ARMS, run_demo
 from medtrain.trainer.demo.table import conclusions, format_table, gap_interval, interval
@@ -90,9 +90,9 @@ def test_further_arms_are_added_to_a_finished_demo(finished, tmp_path):
     assert {arm: longer[arm] for arm in ARMS} == table
     settings = json.loads((more / "cpt_simpo" / "manifest.json").read_text(encoding="utf-8"))["settings"]
     assert settings["rpo"]["loss"] == "simpo" and settings["rpo"]["alpha"] == 0
-    found = four_arms.result({3: longer}, {3: 1.0}, TINY)
+    found = seeds.result({3: longer}, {3: 1.0}, TINY)
     assert {"cpt_rpo - cpt_ipo", "cpt_rpo - cpt_simpo"} <= set(found["contrasts"])
-    assert "CPT + SimPO" in four_arms.format_result(found)
+    assert "CPT + SimPO" in seeds.format_result(found)
 
 
 def test_a_finished_demo_is_not_trained_again(finished, monkeypatch):
@@ -162,7 +162,7 @@ def test_four_arms_averages_over_seeds_and_pairs_arms_by_seed(finished):
     for row in worse.values():
         row["answer"]["points_ratio"] -= 0.1
         row["gap"] -= 0.1
-    found = four_arms.result({0: table, 1: worse}, {0: 1.0, 1: 2.0})
+    found = seeds.result({0: table, 1: worse}, {0: 1.0, 1: 2.0})
     assert set(found) >= {"device", "date", "commit", "versions", "seeds", "arms"}
     assert found["seeds"] == [0, 1]
     for arm in ARMS:
@@ -175,7 +175,34 @@ def test_four_arms_averages_over_seeds_and_pairs_arms_by_seed(finished):
     # Both seeds fell alike, so an arm against another has no spread.
     for contrast in found["contrasts"].values():
         assert contrast["answer"]["high"] - contrast["answer"]["low"] == pytest.approx(0, abs=1e-9)
-    assert "CPT + RPO" in four_arms.format_result(found)
+    assert "CPT + RPO" in seeds.format_result(found)
+
+
+def test_several_seeds_leave_a_table_over_them_and_go_on_where_they_were(finished, tmp_path, capsys):
+    out, table = finished
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "seed-3").symlink_to(out)
+    found = seeds.run_seeds(work, 3, 1, recipe=TINY)
+    assert found == json.loads((work / "four-arms.json").read_text(encoding="utf-8"))
+    assert found["seeds"] == [3] and found["arms"]["cpt"]["gap"]["mean"] == pytest.approx(table["cpt"]["gap"])
+    assert (work / "four-arms.png").read_bytes().startswith(b"\x89PNG")
+    assert "cpt_rpo - cpt" in capsys.readouterr().out
+    with pytest.raises(InputError, match="demo of one seed"):
+        seeds.run_seeds(out, 3, 2, recipe=TINY)
+    with pytest.raises(InputError, match="other things"):
+        run_demo(work, seed=3, quiet=True, recipe=TINY)
+
+
+def test_the_exam_while_training_asks_about_no_tested_disease(finished):
+    out, _ = finished
+    tested = set(make_world(3, TINY.sizes).diseases["test"])
+    for arm in ("cpt", "cpt_rpo"):
+        rows = [
+            json.loads(line) for line in (out / arm / "exam" / "step-00000000.jsonl").read_text("utf-8").splitlines()
+        ]
+        assert rows and not any(name in row["question"] for row in rows for name in tested)
+        assert (out / arm / "report.html").is_file()
 
 
 def test_arms_of_the_table_are_those_of_the_run():

@@ -141,6 +141,24 @@ def test_a_run_that_is_stopped_says_so_and_a_report_never_stops_a_run(cpt_tree, 
     assert result.model_dir.is_dir() and result.metrics["step"] == 6
 
 
+def test_a_report_takes_little_of_a_long_run(rpo_run, monkeypatch):
+    now, written = [0.0], []
+
+    def slow(out, *, stopped):
+        now[0] += 2.0
+        written.append(stopped)
+
+    monkeypatch.setattr(report, "write_report", slow)
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    live = report.LiveReport(rpo_run, print, enabled=True)
+    for _ in range(1000):
+        now[0] += 1.0
+        live.refresh()
+    assert 10 <= len(written) <= 11
+    live.write("told")
+    assert written[-1] == "told", "the last one is always written"
+
+
 def test_a_falling_likelihood_is_told_on_the_page(rpo_run):
     rows = read_metrics(rpo_run)
     falling = [rows[1] | {"step": step, "rewards/chosen": -step, "rewards/margin": 2.0 * step} for step in range(1, 31)]

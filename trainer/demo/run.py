@@ -38,7 +38,7 @@ FURTHER = {
     ),
 }
 ARMS = ("base", "cpt", "rpo", "cpt_rpo", "cpt_sft", "cpt_dpo")
-_NUM_THREADS = 1  # another number sums in another order, and a model this small ends elsewhere; nor is it much faster
+NUM_THREADS = 1  # another number sums in another order, and a model this small ends elsewhere; nor is it much faster
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def run_demo(
     _claim(demo)
     began = time.monotonic()
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, _NUM_THREADS))
+    torch.set_num_threads(min(threads, NUM_THREADS))
     try:
         world = make_world(seed, recipe.sizes)
         demo.say(_INTRODUCTION.format(out=demo.out, seed=seed, **_counts(demo)))

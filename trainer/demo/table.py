@@ -1,7 +1,7 @@
 """The demo's result: a table on the screen, a picture, and sentences that claim no more than the numbers show.
 
 Intervals are 95 % bootstrap intervals over the questions of one run: they say how much the draw of questions matters,
-not how much another seed would. ``benchmarks/four_arms.py`` runs several seeds.
+not how much another seed would. ``medtrain demo --seeds`` runs several.
 """
 
 from __future__ import annotations

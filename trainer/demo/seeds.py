@@ -1,27 +1,25 @@
 """The demo over several seeds: does an exam score fall when the model must explain itself, and what takes the fall away?
 
-    python -m medtrain.benchmarks.four_arms [--recipe plain|steps] [--arms ipo,simpo] [--seeds 5] [--first-seed 10]
-                                            [--work DIR] [--out DIR]
-
-Writes ``four-arms-DATE.json``, or ``four-arms-steps-DATE.json`` for that recipe, and a picture of the same name. Each
-seed is another world, model and examination, so the intervals over seeds hold for the recipe in this kind of world,
+Each seed is another world, model and examination, so the intervals over seeds hold for the recipe in this kind of world,
 where the demo's own hold for one world's questions.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from medtrain.trainer.demo.recipe import RECIPE, RECIPES, Recipe
-from medtrain.trainer.demo.run import FURTHER, run_demo
+from medtrain.trainer.demo.recipe import RECIPE, Recipe
+from medtrain.trainer.demo.run import NUM_THREADS, run_demo
 from medtrain.trainer.demo.table import LABELS, draw_bars
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.files import write_json
 from medtrain.trainer.run_folder import commit, device_name, versions
 
 # Student's t at 97.5 % by degrees of freedom; beyond the list the normal distribution is near enough.
@@ -57,7 +55,7 @@ def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = 
     by_seed = {arm: {seed: scores(table, arm) for seed, table in tables.items()} for arm in arms}
     return {
         "device": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
+        "threads": NUM_THREADS,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "versions": versions(),
@@ -81,29 +79,36 @@ def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = 
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="The demo over several seeds.")
-    parser.add_argument("--recipe", choices=RECIPES, default="plain")
-    parser.add_argument("--arms", default="", help="further arms, with commas between: ipo, simpo")
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=10, help="0 to 4 were used to choose the settings")
-    parser.add_argument("--work", type=Path, help="folder of the demos' own files (runs/four-arms, by recipe)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON")
-    args = parser.parse_args(argv)
-    further = [f"cpt_{name}" for name in args.arms.split(",") if name]
-    if not set(further) <= set(FURTHER):
-        parser.error(f"--arms takes ipo and simpo, found {args.arms}")
-    recipe = RECIPES[args.recipe]
-    name = "four-arms" if args.recipe == "plain" else f"four-arms-{args.recipe}"
+def run_seeds(
+    out: Path | str,
+    first_seed: int,
+    num_seeds: int,
+    *,
+    quiet: bool = False,
+    recipe: Recipe = RECIPE,
+    further: Sequence[str] = (),
+) -> dict:
+    """Run the demo of each seed in ``OUT/seed-N``, as far as it is not there yet; returns what ``OUT/four-arms.json`` holds.
+
+    Prints the table over seeds and writes ``four-arms.json`` and ``four-arms.png``. ``further``: as of ``run_demo``. Raises
+    :class:`InputError` where ``out`` holds a demo of one seed, or one of its folders something else than a demo of that seed.
+    """
+    out = Path(out)
+    if (out / "demo.json").exists():
+        raise bad_input("holds a demo of one seed", file=out, expected="another --out folder")
     tables, seconds = {}, {}
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        folder = (args.work or Path("runs") / name) / f"seed-{seed}"
-        tables[seed] = run_demo(folder, seed, recipe=recipe, further=further)
-        seconds[seed] = round(sum(json.loads((folder / "times.json").read_text(encoding="utf-8")).values()), 1)
-    found = result(tables, seconds, recipe)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{name}-{found['date']}.json"
-    path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(NUM_THREADS)  # as each demo does, and so that the result names what was used
+    try:
+        for seed in range(first_seed, first_seed + num_seeds):
+            folder = out / f"seed-{seed}"
+            tables[seed] = run_demo(folder, seed, quiet, recipe, further)
+            seconds[seed] = round(sum(json.loads((folder / "times.json").read_text(encoding="utf-8")).values()), 1)
+        found = result(tables, seconds, recipe)
+    finally:
+        torch.set_num_threads(threads)
+    path = out / "four-arms.json"
+    write_json(path, found)
     bars = {
         arm: {
             mode: tuple(found["arms"][arm][mode][key] for key in ("mean", "low", "high"))
@@ -114,15 +119,16 @@ def main(argv: list[str] | None = None) -> None:
     draw_bars(
         bars,
         path.with_suffix(".png"),
-        title=f"Exam with and without explanation, made-up medicine, mean of {len(tables)} seeds",
-        note=f"{len(tables)} seeds of {found['questions']} questions; lines: {found['interval']}",
+        title=f"Exam with and without explanation, made-up medicine, mean of {num_seeds} seeds",
+        note=f"{num_seeds} seeds of {found['questions']} questions; lines: {found['interval']}",
     )
-    print(format_result(found))
-    print(f"\n{path}")
+    if not quiet:
+        print(f"\n{format_result(found)}\n\ntable: {path}   picture: {path.with_suffix('.png')}", flush=True)
+    return found
 
 
 def format_result(found: dict) -> str:
-    """The JSON as a table of text: mean [low, high]."""
+    """The JSON as a table of text: mean [low, high]; of one arm less another, seed by seed."""
 
     def cell(value: dict, sign: str = "") -> str:
         return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
@@ -130,10 +136,7 @@ def format_result(found: dict) -> str:
     lines = [f"{len(found['seeds'])} seeds, {found['interval']}", f"{'':22}{'answer':26}{'explain':26}gap"]
     for arm, row in found["arms"].items():
         lines.append(f"{LABELS[arm]:22}{cell(row['answer']):26}{cell(row['explain']):26}{cell(row['gap'], '+')}")
+    lines.append("one arm less another, seed by seed:")
     for name, row in found["contrasts"].items():
         lines.append(f"{name:22}{cell(row['answer'], '+'):26}{cell(row['explain'], '+'):26}{cell(row['gap'], '+')}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()
