@@ -200,12 +200,13 @@ def _cards(run: Run) -> str:
             few = max(1, min(10, len(values) // 5))
             before, after = sum(values[:few]) / few, sum(values[-few:]) / few
             small = f"training, mean of the first and last {few} steps" if few > 1 else "training, first and last step"
-            cards.append((name, f"{before:.4g}", f"{after:.4g}", small))
+            alone = len(values) == 1
+            cards.append((name, "" if alone else f"{before:.4g}", f"{after:.4g}", "training" if alone else small))
     if trained:
         seconds, last = sum(row["seconds"] for row in trained), trained[-1]
         speed = sorted(row["tokens_per_second"] for row in trained)[len(trained) // 2]
         mfu = f", MFU {last['mfu']:.1%}" if last.get("mfu") else ""
-        cards.append(("tokens counted", "", short(last["tokens_total"]), f"{len(trained):,} steps"))
+        cards.append(("tokens counted", "", short(last["tokens_total"]), f"step {last['step']:,}"))
         cards.append(("tokens per second", "", short(speed), f"median{mfu}"))
         cards.append(("time in steps", "", _duration(seconds), f"{seconds / len(trained):.2f} s a step"))
         cards.append(("peak memory", "", f"{last['max_memory_gib']:.2f} GiB", "a rank"))
