@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from medtrain.trainer.demo.recipe import RECIPE, Recipe
-from medtrain.trainer.demo.run import NUM_THREADS, run_demo
+from medtrain.trainer.demo.run import FURTHER, NUM_THREADS, run_demo
 from medtrain.trainer.demo.table import LABELS, draw_bars
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
