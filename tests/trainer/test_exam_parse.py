@@ -458,11 +458,13 @@ def test_reading_takes_linear_time():
         "①",
         "1,",
         "問題: " + FIVE.problem_text,
+        "\n問1 ",
+        "正しい選択肢は",
     ):
         text = piece * (20_000 // len(piece))
-        began = time.perf_counter()
+        began = time.process_time()  # other processes do not count
         parse_output(text, FIVE), parse_output(text, NUMERIC)
-        assert time.perf_counter() - began < 2, piece
+        assert time.process_time() - began < 2, piece
 
 
 @pytest.mark.skipif(not JMLE.is_dir(), reason=f"the examination data is not at {JMLE}")
