@@ -73,7 +73,9 @@ def exam(tmp_path):
 def rpo_run(rpo_tree, exam, tmp_path):
     rows = rpo_tree["data"]["pairs"][0]["path"]
     rpo_tree["data"] |= {"exam": str(exam), "heldout": [{"path": rows, "name": "held & <b>out</b>"}]}
-    rpo_tree["eval"] = {"every": 3, "exam_every": 3, "exam_max_new_tokens": 9, "exam_style": STYLE}
+    style = tmp_path / "style.yaml"
+    style.write_text(json.dumps(STYLE))  # JSON is YAML too
+    rpo_tree["eval"] = {"every": 3, "exam_every": 3, "exam_max_new_tokens": 9, "exam_prompt": str(style)}
     return run("rpo", rpo_tree, tmp_path / "rpo run").run_dir
 
 
