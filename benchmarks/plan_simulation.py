@@ -28,22 +28,18 @@ from medtrain.trainer import attention
 from medtrain.trainer.config import config_from_dict
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
-from medtrain.trainer.model import build_model, load_model_config, parameter_shapes
+from medtrain.trainer.model import build_model, load_model_config
 from medtrain.trainer.plan import Machine, Step, moments, read_model
 from medtrain.trainer.plan_report import MODELS
-from medtrain.trainer.precision import plan_fp8
 from medtrain.trainer.processes import clean_context
 from medtrain.trainer.run_folder import commit, versions
 
-EMULATED = {"fp8": "tensorwise", "fp8_emulate": True}
 CASES = [
     ("qwen2.5-7b", 8, 8192, {}),
     ("qwen2.5-7b", 64, 8192, {}),
     ("qwen2.5-72b", 8, 8192, {}),
     ("qwen2.5-72b", 64, 8192, {}),
-    ("qwen2.5-72b", 8, 4096, {"weights": "bf16"}),
-    ("qwen2.5-7b", 8, 8192, EMULATED),
-    ("qwen2.5-7b", 8, 8192, EMULATED | {"weights": "bf16", "fp8_all_gather": True}),
+    ("qwen2.5-7b", 8, 4096, {"weights": "bf16"}),
 ]
 
 
@@ -58,7 +54,6 @@ def simulate(name: str, ranks: int, tokens: int, precision: dict[str, Any]) -> d
         "precision": {"compute": "bfloat16"} | precision,
     })  # fmt: skip
     hf_config = load_model_config(config.model, None)
-    fp8 = plan_fp8(config.precision, parameter_shapes(hf_config), torch.device("cpu"), torch.bfloat16)
     batch = windows_batch([np.zeros(tokens + 1, dtype=np.int64)])
     layout = attention.packed_layout(batch, "sdpa")
     started = time.perf_counter()
@@ -73,7 +68,7 @@ def simulate(name: str, ranks: int, tokens: int, precision: dict[str, Any]) -> d
             return type(record)(**{f.name: fake(getattr(record, f.name)) for f in dataclasses.fields(record)})
 
         policy = build_model(
-            config.model, hf_config, World(0, ranks, torch.device("cpu"), mesh), torch.bfloat16, backend="sdpa", fp8=fp8,
+            config.model, hf_config, World(0, ranks, torch.device("cpu"), mesh), torch.bfloat16, backend="sdpa",
             weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
         )  # fmt: skip
         fake_layout, fake_batch = faked(layout), faked(batch)
