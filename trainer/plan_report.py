@@ -232,6 +232,7 @@ def plan_config(config: Config, *, world_size: int, gpu_memory_gib: float, sizes
             f"allowance: {CONTEXT_BYTES / GIB:g} GiB for CUDA, NCCL, cuBLAS and {FRAGMENTATION:.0%} for fragmentation, assumed",
             "flash attention; a micro-batch as full as packing allows"
             + (", its prompts counted too" if config.stage == "rpo" else ""),
+            *(["layers as torch's own; Liger's norms and SwiGLU keep less"] if config.model.kernels != "torch" else []),
             "the parts' formulas were held against measurements on a CPU only (docs/plan.md)",
         ],
     }  # fmt: skip

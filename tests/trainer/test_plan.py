@@ -162,7 +162,9 @@ def test_speed_is_told_from_measured_rows_only(tmp_path, monkeypatch):
     assert found == [{"tokens_per_second": 123.0, "file": "train-cpt-h100-2030-01-01.json"}]
 
 
-@pytest.mark.parametrize("setting", ["precision.fp8=rowwise", "precision.weights=bf16", "optim.state=8bit"])
+@pytest.mark.parametrize(
+    "setting", ["model.compile=true", "precision.fp8=rowwise", "precision.weights=bf16", "optim.state=8bit"]
+)
 def test_a_setting_without_a_formula_is_refused_rather_than_left_out(setting):
     config = Path(__file__).resolve().parents[2] / "configs" / "qwen2.5-7b-cpt.yaml"
     result = CliRunner().invoke(main, ["plan", str(config), setting, "--world-size", "8"])
