@@ -1,9 +1,11 @@
 """The demo over several seeds: does an exam score fall when the model must explain itself, and what takes the fall away?
 
-    python -m medtrain.benchmarks.four_arms [--seeds 5] [--first-seed 10] [--work DIR] [--out DIR]
+    python -m medtrain.benchmarks.four_arms [--recipe plain|steps] [--arms ipo,simpo] [--seeds 5] [--first-seed 10]
+                                            [--work DIR] [--out DIR]
 
-Writes ``four-arms-DATE.json`` and a picture of the same name. Each seed is another world, model and examination, so the
-intervals over seeds hold for the recipe in this kind of world, where the demo's own hold for one world's questions.
+Writes ``four-arms-DATE.json``, or ``four-arms-steps-DATE.json`` for that recipe, and a picture of the same name. Each
+seed is another world, model and examination, so the intervals over seeds hold for the recipe in this kind of world,
+where the demo's own hold for one world's questions.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from medtrain.trainer.demo.recipe import RECIPE
-from medtrain.trainer.demo.run import run_demo
+from medtrain.trainer.demo.recipe import RECIPE, RECIPES, Recipe
+from medtrain.trainer.demo.run import FURTHER, run_demo
 from medtrain.trainer.demo.table import LABELS, draw_bars
 from medtrain.trainer.run_folder import commit, device_name, versions
 
@@ -48,10 +50,11 @@ def scores(table: dict, arm: str) -> dict[str, float]:
     return {"answer": row["answer"]["points_ratio"], "explain": row["explain"]["points_ratio"], "gap": row["gap"]}
 
 
-def result(tables: dict[int, dict], seconds: dict[int, float]) -> dict:
+def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = RECIPE) -> dict:
     """The JSON of all seeds: the arms, each seed's numbers, and arms against one another, seed by seed."""
     names = ("answer", "explain", "gap")
-    by_seed = {arm: {seed: scores(table, arm) for seed, table in tables.items()} for arm in LABELS}
+    arms = list(next(iter(tables.values())))
+    by_seed = {arm: {seed: scores(table, arm) for seed, table in tables.items()} for arm in arms}
     return {
         "device": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
@@ -60,7 +63,7 @@ def result(tables: dict[int, dict], seconds: dict[int, float]) -> dict:
         "versions": versions(),
         "seeds": list(tables),
         "seconds": list(seconds.values()),
-        "recipe": RECIPE.plain(),
+        "recipe": recipe.plain(),
         "interval": "95 % t interval of the mean over seeds",
         "questions": tables[next(iter(tables))]["base"]["answer"]["questions"],
         "arms": {
@@ -73,33 +76,40 @@ def result(tables: dict[int, dict], seconds: dict[int, float]) -> dict:
                 name: summarize([by_seed[one][seed][name] - by_seed[other][seed][name] for seed in tables])
                 for name in names
             }
-            for one, other in CONTRASTS
+            for one, other in (*CONTRASTS, *(("cpt_rpo", arm) for arm in FURTHER if arm in arms))
         },
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The demo over several seeds.")
+    parser.add_argument("--recipe", choices=RECIPES, default="plain")
+    parser.add_argument("--arms", default="", help="further arms, with commas between: ipo, simpo")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--first-seed", type=int, default=10, help="0 to 4 were used to choose the settings")
-    parser.add_argument("--work", type=Path, default=Path("runs/four-arms"), help="folder of the demos' own files")
+    parser.add_argument("--work", type=Path, help="folder of the demos' own files (runs/four-arms, by recipe)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON")
     args = parser.parse_args(argv)
+    further = [f"cpt_{name}" for name in args.arms.split(",") if name]
+    if not set(further) <= set(FURTHER):
+        parser.error(f"--arms takes ipo and simpo, found {args.arms}")
+    recipe = RECIPES[args.recipe]
+    name = "four-arms" if args.recipe == "plain" else f"four-arms-{args.recipe}"
     tables, seconds = {}, {}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        folder = args.work / f"seed-{seed}"
-        tables[seed] = run_demo(folder, seed)
+        folder = (args.work or Path("runs") / name) / f"seed-{seed}"
+        tables[seed] = run_demo(folder, seed, recipe=recipe, further=further)
         seconds[seed] = round(sum(json.loads((folder / "times.json").read_text(encoding="utf-8")).values()), 1)
-    found = result(tables, seconds)
+    found = result(tables, seconds, recipe)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"four-arms-{found['date']}.json"
+    path = args.out / f"{name}-{found['date']}.json"
     path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     bars = {
         arm: {
             mode: tuple(found["arms"][arm][mode][key] for key in ("mean", "low", "high"))
             for mode in ("answer", "explain")
         }
-        for arm in LABELS
+        for arm in found["arms"]
     }
     draw_bars(
         bars,
@@ -118,9 +128,8 @@ def format_result(found: dict) -> str:
         return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
     lines = [f"{len(found['seeds'])} seeds, {found['interval']}", f"{'':22}{'answer':26}{'explain':26}gap"]
-    for arm, label in LABELS.items():
-        row = found["arms"][arm]
-        lines.append(f"{label:22}{cell(row['answer']):26}{cell(row['explain']):26}{cell(row['gap'], '+')}")
+    for arm, row in found["arms"].items():
+        lines.append(f"{LABELS[arm]:22}{cell(row['answer']):26}{cell(row['explain']):26}{cell(row['gap'], '+')}")
     for name, row in found["contrasts"].items():
         lines.append(f"{name:22}{cell(row['answer'], '+'):26}{cell(row['explain'], '+'):26}{cell(row['gap'], '+')}")
     return "\n".join(lines)

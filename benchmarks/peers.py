@@ -8,7 +8,7 @@ No peer's source is kept here: each is called through its public face, or the ne
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -62,29 +62,38 @@ def per_token(
     )
 
 
-def medtrain(inputs: Inputs, keep_bytes: int | None = None, gemm: str | None = None) -> Prepared:
-    """``gemm``: that of ``medtrain.kernels.logps_launch.Launch`` instead of the table's choice."""
+def medtrain(inputs: Inputs, keep_bytes: int | None = None, **launch: object) -> Prepared:
+    """``launch``: fields of ``medtrain.kernels.logps_launch.Launch`` that replace the table's choice."""
     hidden, weight, targets = inputs.hidden, inputs.weight, inputs.targets
-    if gemm is None:
-        return per_token(inputs, lambda: chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes))
+    prepared = per_token(inputs, lambda: chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes))
+    calls = prepared.calls
+    return replace(
+        prepared,
+        calls=Calls(_with_launch(launch, calls.forward), calls.backward and _with_launch(launch, calls.backward)),
+    )
+
+
+def _of_gemm(gemm: str, inputs: Inputs) -> Prepared:
     _need_cuda(inputs)
-    if gemm == "fused" and (
-        torch.cuda.get_device_capability(hidden.device) < (9, 0) or not supports_fused(hidden, weight)
-    ):
+    if gemm == "fused" and not runs_fused(inputs):
         raise Unavailable("the fused GEMM needs Hopper's copy engine and 16-bit rows that begin at 16 bytes")
+    return medtrain(inputs, gemm=gemm)
 
-    def op() -> Tensor:
-        with forced(gemm=gemm):
-            return chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes)
 
-    prepared = per_token(inputs, op)
-    backward = prepared.calls.backward
+def runs_fused(inputs: Inputs) -> bool:
+    """Whether the fused GEMM can be measured on these inputs, or tried in the interpreter where there is no GPU."""
+    device = inputs.hidden.device
+    return supports_fused(inputs.hidden, inputs.weight) and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
-    def forced_backward(output: Tensor) -> tuple[Tensor, ...]:
-        with forced(gemm=gemm):
-            return backward(output)
 
-    return Prepared(Calls(op, backward and forced_backward), prepared.margins)
+def _with_launch(fields: dict[str, object], function: Callable) -> Callable:
+    def call(*args: Any) -> Any:
+        with forced(**fields):
+            return function(*args)
+
+    return call
 
 
 def plain(inputs: Inputs) -> Prepared:
@@ -188,9 +197,9 @@ IMPLEMENTATIONS = (
                    heads=("trained",), keep_bytes=0),
     Implementation("medtrain", partial(medtrain, keep_bytes=KEEP_ALL), "keep all", "the backward recomputes nothing",
                    heads=("trained",), keep_bytes=KEEP_ALL),
-    Implementation("medtrain", partial(medtrain, gemm="cublas"), "cublas", "logits from cuBLAS, the exponential apart",
+    Implementation("medtrain", partial(_of_gemm, "cublas"), "cublas", "logits from cuBLAS, the exponential apart",
                    gemm="cublas"),
-    Implementation("medtrain", partial(medtrain, gemm="fused"), "fused", "the exponential in the GEMM's epilogue", gemm="fused"),
+    Implementation("medtrain", partial(_of_gemm, "fused"), "fused", "the exponential in the GEMM's epilogue", gemm="fused"),
     Implementation("trl", trl, note="log-probabilities alone; logits rounded to the inputs' dtype"),
     Implementation("liger", liger_dpo, note="computes the DPO loss too, and both gradients in the forward; "
                    "its margins set its own upstream gradient; one pair at a time; compiled on CUDA only"),

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from medtrain.trainer.attention import packed_layout
 from medtrain.trainer.config import Config, config_from_dict
-from medtrain.trainer.distributed import World, join_world, local_tensor
+from medtrain.trainer.distributed import World, join_world, local_tensor, unwrapped
 from medtrain.trainer.loop import prepare
 from medtrain.trainer.lora import fill_adapters
 from medtrain.trainer.model import build_model
@@ -50,6 +50,8 @@ COPIES, WHOLE = {"parallel.replicate": 2}, {"parallel.reshard_after_forward": Fa
 BF16, FULL = {"precision.compute": "bfloat16"}, {"model.activation_checkpointing": "full"}
 TIED, FEW_WORDS, RANK = {"model.init.tie_word_embeddings": True}, {"model.init.vocab_size": 512}, {"lora.rank": 8}
 WIDE = {"model.init.hidden_size": 1024, "model.init.intermediate_size": 2816}
+SMALL_WEIGHTS, EIGHT_BIT = {"precision.weights": "bf16"}, {"optim.state": "8bit"}
+FP8 = {"precision.fp8": "tensorwise", "precision.fp8_emulate": True}
 
 CASES: dict[str, Case] = {
     "CPT, float32, alone": (1, "cpt", {}),
@@ -80,6 +82,34 @@ CASES: dict[str, Case] = {
     ),
     "RPO, float32": (2, "rpo", {}),
     "RPO, bf16, alone, checkpointing": (1, "rpo", BF16 | FULL),
+    "CPT, bf16 weights, alone": (1, "cpt", BF16 | SMALL_WEIGHTS),
+    "CPT, bf16 weights, checkpointing": (2, "cpt", BF16 | FULL | SMALL_WEIGHTS),
+    "CPT, bf16 weights, checkpointing, one micro-batch": (
+        2,
+        "cpt",
+        BF16 | FULL | SMALL_WEIGHTS | {"optim.batch_tokens": 2 * LENGTH * DOCUMENTS},
+    ),
+    "CPT, 8-bit moments, float32, alone": (1, "cpt", EIGHT_BIT),
+    "CPT, 8-bit moments, bf16, 8 ranks": (8, "cpt", BF16 | EIGHT_BIT),
+    "CPT, bf16 weights, 8-bit moments, 8 ranks": (8, "cpt", BF16 | FULL | SMALL_WEIGHTS | EIGHT_BIT),
+    "RPO, bf16 weights, 8-bit moments, checkpointing": (2, "rpo", BF16 | FULL | SMALL_WEIGHTS | EIGHT_BIT),
+    "CPT, few words, wide layers, bf16 weights, 8-bit moments, 8 ranks": (
+        8,
+        "cpt",
+        FEW_WORDS | WIDE | BF16 | FULL | SMALL_WEIGHTS | EIGHT_BIT,
+    ),
+    "CPT, FP8 tensorwise (emulated), bf16, checkpointing": (2, "cpt", FEW_WORDS | BF16 | FULL | FP8),
+    "CPT, FP8 tensorwise (emulated), bf16": (2, "cpt", BF16 | FP8),
+    "CPT, FP8 rowwise (emulated), bf16, checkpointing": (
+        2,
+        "cpt",
+        FEW_WORDS | BF16 | FULL | FP8 | {"precision.fp8": "rowwise"},
+    ),
+    "CPT, FP8 all-gather (emulated), wide layers, bf16, checkpointing": (
+        2,
+        "cpt",
+        FEW_WORDS | WIDE | BF16 | FULL | FP8 | {"precision.fp8_all_gather": True},
+    ),
     "CPT, LoRA, float32, alone": (1, "cpt", RANK),
     "CPT, LoRA, bf16, checkpointing": (2, "cpt", RANK | BF16 | FULL),
     "RPO, QLoRA, bf16": (2, "rpo", RANK | {"lora.base": "nf4"} | BF16),
@@ -142,7 +172,8 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     prepared = prepare(config, world, Display(enabled=False))
     backend = prepared.paths["attention"]
     policy = build_model(config.model, prepared.hf_config, world, prepared.compute_dtype, backend=backend,
-                         adapters=prepared.adapters, parallel=config.parallel)  # fmt: skip
+                         adapters=prepared.adapters, fp8=prepared.fp8, parallel=config.parallel,
+                         weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32)  # fmt: skip
     init_weights(policy, 0)
     if prepared.adapters is not None:
         fill_adapters(policy, prepared.adapters, 0)
@@ -151,6 +182,11 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
         for pairs in objective.sources:  # any numbers will do for memory
             objective.reference[id(pairs)] = torch.zeros(pairs.num_pairs, 2, dtype=torch.float64)
     optimizer = make_optimizer(policy, config)
+    guard = None
+    if prepared.fp8 is not None:
+        from medtrain.trainer.fp8 import Guard  # torchao, for the cases that need it
+
+        guard = Guard(config.precision, policy, world)
     seen: list[Any] = []
 
     def micro_batches(step: int) -> None:
@@ -165,6 +201,8 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
         with record_function("plan: step"):
             _clip(policy, config.optim.grad_clip)
             optimizer.step()
+            if guard is not None:
+                guard.rescale()
             optimizer.zero_grad(set_to_none=True)
 
     micro_batches(0)
@@ -185,7 +223,7 @@ def _held(policy, optimizer) -> int:
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
     for tensor in tensors:
-        storage = local_tensor(tensor).untyped_storage()
+        storage = unwrapped(local_tensor(tensor)).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 

@@ -25,7 +25,7 @@ from medtrain.trainer.run_folder import commit as tree_commit
 from medtrain.trainer.run_folder import device_name, versions
 
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "accelerate")
-SHEETS = {"kernels": "kernel_tables", "train-rpo": "train_tables"}
+SHEETS = {"kernels": "kernel_tables", "train-rpo": "train_tables", "train-cpt": "train_cpt_tables"}
 
 
 def header(stage: str, device: torch.device, commit: str | None = None) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""Our RPO step beside TRL's DPOTrainer on the same weights, pairs and precision: time, memory, padding and loss.
+"""Our step beside its peers on the same weights, rows and precision: time, memory, padding and loss.
 
-medtrain bench train --stage rpo [--model tiny|1.5b|7b] [--quick] [--out DIR]
+medtrain bench train --stage rpo [--model tiny|1.5b|7b] [--quick] [--out DIR]             beside TRL's DPOTrainer
+medtrain bench train --stage cpt [--model tiny|0.5b|1.5b|7b] [--quick] [--out DIR]        beside Hugging Face's Trainer
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -27,23 +29,41 @@ import medtrain
 from medtrain.benchmarks import report
 from medtrain.benchmarks.measure import times_of
 from medtrain.benchmarks.train_arms import Arm, Measured, steps_to_run
-from medtrain.benchmarks.train_inputs import MODELS, Inputs, Model, Work, config, make_inputs, most_tokens
+from medtrain.benchmarks.train_inputs import (
+    CPT_MODELS,
+    MODELS,
+    Inputs,
+    Model,
+    Work,
+    config,
+    make_inputs,
+    most_tokens,
+    token_ids,
+)
 from medtrain.trainer.config import Config
 from medtrain.trainer.data.pairs import load_pairs
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
 from medtrain.trainer.lora import plan_adapters
 from medtrain.trainer.model import num_parameters, parameter_shapes
+from medtrain.trainer.precision import LEAST_CAPABILITY
 from medtrain.trainer.step import FlopsPerToken, peak_flops
 from medtrain.trainer.tokenizer import read_tokenizer
 
-STAGE = "train-rpo"
 OURS = Arm("medtrain", note="one micro-batch a step, each layer recomputed in the backward")
 SEPARATE = Arm("medtrain", "separate prompts", "as medtrain, but a prompt is computed anew for each completion",
                share_prompts=False)  # fmt: skip
 TRL = Arm("trl", note="one padded micro-batch a step, gradient checkpointing, transformers' own layers")
 TRL_LIGER = Arm("trl", "Liger layers", "as trl, its layers Liger's", liger=True)
-ARMS = {
+KEPT = Arm("medtrain", "no recomputing", "all activations are kept", checkpointing=False)
+FP8 = Arm("medtrain", "FP8 tensorwise", "as medtrain, its linear layers in FP8 by torchao", fp8="tensorwise")
+ROWWISE = Arm("medtrain", "FP8 rowwise", "as medtrain, its linear layers in FP8 by torchao", fp8="rowwise")
+TRAINER = Arm(
+    "trainer", note="one packed row a step, documents apart, gradient checkpointing, transformers' own layers"
+)
+TRAINER_LIGER = Arm("trainer", "Liger", "as trainer, with use_liger_kernel: layers and fused cross-entropy", liger=True)
+TITAN = Arm("torchtitan")
+RPO_ARMS = {
     "small": (OURS, SEPARATE, TRL),
     "quick": (OURS, TRL, TRL_LIGER),
     "full": (
@@ -59,6 +79,26 @@ ARMS = {
             liger=True),
     ),
 }  # fmt: skip
+CPT_ARMS = {
+    "small": (OURS, KEPT, FP8, ROWWISE, TRAINER, TITAN),
+    "quick": (OURS, TRAINER_LIGER, FP8, ROWWISE, TITAN),
+    "full": (
+        OURS,
+        KEPT,
+        FP8,
+        Arm("medtrain", "FP8 tensorwise, no recomputing", FP8.note, fp8="tensorwise", checkpointing=False),
+        ROWWISE,
+        TRAINER,
+        TRAINER_LIGER,
+        Arm("trainer", "Liger, no recomputing", TRAINER_LIGER.note, liger=True, checkpointing=False),
+        Arm("trainer", "Liger, no recomputing, documents not apart", "as before, but a document attends to those before it in "
+            "the row: another loss, and what SDPA needs no mask for", liger=True, checkpointing=False, apart=False),
+        TITAN,
+    ),
+}  # fmt: skip
+ARMS = {"rpo": RPO_ARMS, "cpt": CPT_ARMS}
+OF_STAGE = {"rpo": MODELS, "cpt": CPT_MODELS}
+ON_GPU = {"rpo": ("1.5b", "7b"), "cpt": ("0.5b", "1.5b", "7b")}
 # Of each form: steps that are not counted, steps that are, seconds after which no row is begun, and most of one row.
 STEPS = {"small": (2, 6), "quick": (3, 6), "full": (3, 12)}
 BEGIN_SECONDS = {"small": math.inf, "quick": 300.0, "full": math.inf}
@@ -66,24 +106,26 @@ ROW_SECONDS = 900.0
 FIRST_STEPS = 5  # whose losses are compared
 
 
-def choose(name: str | None, device: torch.device) -> tuple[Model, ...]:
+def choose(name: str | None, device: torch.device, stage: str = "rpo") -> tuple[Model, ...]:
     """The models of ``--model``; without it, tiny on a CPU and the others on a GPU.
 
     Raises:
         InputError: an unknown one, or one that needs a GPU where there is none.
     """
+    models = OF_STAGE[stage]
     if name is None:
-        return (MODELS["tiny"],) if device.type == "cpu" else (MODELS["1.5b"], MODELS["7b"])
-    if name not in MODELS:
-        raise bad_input("unknown model", field="--model", found=name, expected=" | ".join(MODELS))
+        return (models["tiny"],) if device.type == "cpu" else tuple(models[name] for name in ON_GPU[stage])
+    if name not in models:
+        raise bad_input("unknown model", field="--model", found=name, expected=" | ".join(models))
     if device.type == "cpu" and name != "tiny":
         raise bad_input("needs a GPU, and there is none", field="--model", found=name, expected="tiny")
-    return (MODELS[name],)
+    return (models[name],)
 
 
 def run_train(
     out: str | Path,
     *,
+    stage: str = "rpo",
     models: tuple[Model, ...] | None = None,
     quick: bool = False,
     commit: str | None = None,
@@ -91,9 +133,10 @@ def run_train(
     device: torch.device | None = None,
     echo: Callable[[str], None] = print,
 ) -> tuple[dict[str, Any], Path]:
-    """Run the benchmark; write ``OUT/train-rpo-DEVICE-DATE.json`` and, beside it, its table as Markdown.
+    """Run the benchmark; write ``OUT/train-STAGE-DEVICE-DATE.json`` and, beside it, its table as Markdown.
 
     Args:
+        stage: ``rpo`` or ``cpt``.
         out: folder, made if need be. Files there are never overwritten: a second run of a day gets a number.
         models: instead of the usual ones of the device.
         quick: on CUDA, fewer rows and steps, and no row begun after ``BEGIN_SECONDS``; the CPU has one form.
@@ -110,9 +153,9 @@ def run_train(
     form = "small" if device.type == "cpu" else "quick" if quick else "full"
     warm_up, counted = STEPS[form]
     deadline = time.monotonic() + BEGIN_SECONDS[form]
-    result = report.header(STAGE, device, commit) | {"form": form, "rows": []}
-    path = report.free_path(out, STAGE, device)
-    for model in models or choose(None, device):
+    result = report.header(f"train-{stage}", device, commit) | {"form": form, "rows": []}
+    path = report.free_path(out, f"train-{stage}", device)
+    for model in models or choose(None, device, stage):
         echo(f"{model.name}, {model.how}, {model.precision} on {result['device']}")
         with tempfile.TemporaryDirectory(prefix="medtrain-bench-") as folder:
             steps = warm_up + counted
@@ -121,9 +164,11 @@ def run_train(
                 gc.collect()  # what the weights were drawn in: the rows' processes need it
                 torch.cuda.empty_cache()
             about = _about(model, inputs, work[:steps], device)
-            for arm in ARMS[form] if arms is None else arms:
-                found: Measured | str = "left out: the time of the quick form was up"
-                if time.monotonic() < deadline:
+            for arm in ARMS[stage][form] if arms is None else arms:
+                found: Measured | str | None = _unfit(arm, device)
+                if found is None and time.monotonic() >= deadline:
+                    found = "left out: the time of the quick form was up"
+                if found is None:
                     found = _run_arm(arm, model, inputs, steps, device, Path(folder))
                 result["rows"].append(_row(arm, model, about, found, warm_up))
                 label = f"{arm.impl} {arm.variant}".strip()
@@ -132,6 +177,24 @@ def run_train(
                 write_json(path, result)
                 path.with_suffix(".md").write_text(report.markdown(result), encoding="utf-8")
     return result, path
+
+
+def _unfit(arm: Arm, device: torch.device) -> str | None:
+    """Why this row cannot be measured here, whatever the model."""
+    if arm.impl == "torchtitan":
+        if importlib.util.find_spec("torchtitan") is None:
+            return "not installed: torchtitan"
+        return (
+            "left out: its Trainer is built from a configuration of its own that changes between releases, and takes no rows "
+            "of ours. Compare by its own command: torchrun --nproc-per-node 1 -m torchtitan.train on the same sizes, with "
+            "tokens/s and mfu from its log"
+        )
+    if arm.fp8 is not None:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+            return "left out: this device has no FP8, and emulated it is slow by design"
+        if importlib.util.find_spec("torchao") is None:
+            return "left out: torchao is not installed"
+    return None
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
@@ -183,15 +246,21 @@ def _about(model: Model, inputs: Inputs, work: list[Work], device: torch.device)
     flops = FlopsPerToken(hf_config, multiplied, plan_adapters(settings.lora, shapes))
     # The head is no work for the tokens of prompts; the loop's own mfu counts it for every token.
     head = (4 if model.lora_rank else 6) * hf_config.hidden_size * hf_config.vocab_size
-    pairs = load_pairs(settings.data.pairs[0], read_tokenizer(inputs.checkpoint), max_length=settings.data.max_length)
-    prompt, *sides = np.diff(pairs.offsets).reshape(-1, 3).T
+    if model.stage == "cpt":
+        texts = inputs.rows.read_text(encoding="utf-8").splitlines()
+        lengths = {"document": np.array([len(token_ids(json.loads(line)["text"])) + 1 for line in texts])}
+    else:
+        tokenizer = read_tokenizer(inputs.checkpoint)
+        pairs = load_pairs(settings.data.pairs[0], tokenizer, max_length=settings.data.max_length)
+        prompt, *sides = np.diff(pairs.offsets).reshape(-1, 3).T
+        lengths = {"prompt": prompt, "completion": np.concatenate(sides)}
     peak = peak_flops(device) if model.precision == "bfloat16" else None
     return {
         "parameters": total,
         "work": work,
         "flops": [flops(w.tokens, w.attended) - head * (w.tokens - w.head_tokens) for w in work],
         "peak": peak,
-        "lengths": {"prompt": _spread(prompt), "completion": _spread(np.concatenate(sides))},
+        "lengths": {name: _spread(found) for name, found in lengths.items()},
     }
 
 
@@ -205,14 +274,14 @@ def _row(arm: Arm, model: Model, about: dict[str, Any], found: Measured | str, w
         "impl": arm.impl,
         "variant": arm.variant,
         "model": model.name,
-        "precision": model.precision,
+        "precision": model.precision if arm.fp8 is None else f"fp8-{arm.fp8}",
         "trained": model.how,
         "parameters": about["parameters"],
         "lr": model.lr,
-        "pairs_a_step": model.pairs_a_step,
+        **({"pairs_a_step": model.pairs_a_step} if model.stage == "rpo" else {"tokens_a_step": model.tokens_a_step}),
         "lengths": about["lengths"],
         "activation_checkpointing": arm.checkpointing,
-        "same_pooling": arm.impl == "medtrain" or not arm.few,
+        "same_pooling": arm.impl == "medtrain" or not arm.few and arm.apart,
         "tokens_per_second": None,
         "pairs_per_second": None,
         "mfu": None,
@@ -240,7 +309,7 @@ def _row(arm: Arm, model: Model, about: dict[str, Any], found: Measured | str, w
     computed = np.array(found.computed[warm_up : len(found.ms)])
     return row | {
         "tokens_per_second": float(np.median(useful / seconds)),
-        "pairs_per_second": 1e3 * model.pairs_a_step / times.median,
+        "pairs_per_second": 1e3 * model.pairs_a_step / times.median if model.stage == "rpo" else None,
         "mfu": float(np.median(np.array(flops) / seconds)) / about["peak"] if about["peak"] else None,
         "max_memory_gib": None if found.peak_bytes is None else found.peak_bytes / 2**30,
         "step_extra_bytes": found.extra_bytes,
@@ -250,7 +319,7 @@ def _row(arm: Arm, model: Model, about: dict[str, Any], found: Measured | str, w
         "steps": times.rounds,
         "micro_batches_a_step": float(np.mean(found.micro_batches[warm_up : len(found.ms)])),
         "losses": found.losses[:FIRST_STEPS],
-        "margins": found.margins[:FIRST_STEPS],
+        "margins": found.margins[:FIRST_STEPS] or None,
         "paths": found.paths,
         "clocks": found.clocks,
     }

@@ -25,7 +25,8 @@ from medtrain.benchmarks.train_inputs import RPO, SEED, Inputs, Model, config, m
 @dataclass(frozen=True)
 class Arm:
     """One row to be: ``variant`` tells rows of one impl apart ("" is its default). ``few``: small micro-batches (of
-    ``Model.few_tokens`` or ``few_pairs``) instead of one a step; ``share_prompts``: ours; ``liger``: TRL with Liger's layers."""
+    ``Model.few_tokens`` or ``few_pairs``) instead of one a step; ``share_prompts``, ``fp8`` (a recipe): ours; ``liger``: TRL or
+    Trainer with Liger's layers; ``apart`` false: Trainer's documents attend to those before them in the row."""
 
     impl: str
     variant: str = ""
@@ -34,6 +35,8 @@ class Arm:
     few: bool = False
     share_prompts: bool = True
     liger: bool = False
+    fp8: str | None = None
+    apart: bool = True
 
 
 @dataclass
@@ -104,7 +107,7 @@ def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: tor
     total = steps_to_run(device, steps)
     budget = model.few_tokens if arm.few else most_tokens(model)
     settings = config(model, inputs, total, micro_batch_tokens=budget, checkpointing=arm.checkpointing,
-                      share_prompts=arm.share_prompts)  # fmt: skip
+                      share_prompts=arm.share_prompts, fp8=arm.fp8)  # fmt: skip
     display, optim, found = Display(enabled=False), settings.optim, Measured()
     with join_world(needs_group=model.precision != "float32", device_type=device.type) as world:
         prepared = prepare(settings, world, display)
@@ -114,15 +117,19 @@ def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: tor
             found.computed.append(sum(batch.input_ids.numel() for batch in batches))
             found.micro_batches.append(len(batches))
         with tempfile.TemporaryDirectory() as folder:
-            policy, optimizer, _ = start(settings, prepared, world, Path(folder), display)
+            policy, optimizer, guard = start(settings, prepared, world, Path(folder), display)
             meter = Meter(world.device, steps, found)
             meter.start()
             for step in range(total):
                 lr = optim.lr * lr_factor(optim, step, total)
-                this = optimizer_step(policy, objective, optimizer, step, world, lr=lr, grad_clip=optim.grad_clip)
+                this = optimizer_step(policy, objective, optimizer, step, world, lr=lr, grad_clip=optim.grad_clip,
+                                      guard=guard)  # fmt: skip
                 meter.step_done()
                 found.losses.append(this.metrics["loss"])
-                found.margins.append(this.metrics["rewards/margin"])
+                if model.stage == "rpo":
+                    found.margins.append(this.metrics["rewards/margin"])
+    if arm.fp8 is not None:
+        found.paths["fp8"] = arm.fp8
     return found
 
 
@@ -134,11 +141,10 @@ def run_trl(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.de
     """
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     from datasets import Dataset, disable_progress_bars
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM
     from transformers.utils import is_flash_attn_2_available
     from trl import DPOConfig, DPOTrainer
 
-    from medtrain.trainer.config import OptimConfig
     from medtrain.trainer.tokenizer import read_tokenizer
 
     disable_progress_bars()
@@ -149,31 +155,16 @@ def run_trl(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.de
     attention = "flash_attention_2" if on_cuda and low and is_flash_attn_2_available() else "sdpa"
     found.paths = {"attention": attention, "layers": "liger" if arm.liger else "transformers"}
 
-    class Recorder(DPOTrainer):
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
+    class Recorder(_recorder(DPOTrainer, found)):
         def training_step(self, model, inputs, *args):
-            step = self.state.global_step
-            if len(found.losses) == step:
-                for sums in (found.losses, found.margins, found.computed, found.micro_batches):
-                    sums.append(0)
-            found.computed[step] += inputs["input_ids"].numel()
-            found.micro_batches[step] += 1
             loss = super().training_step(model, inputs, *args)
-            found.losses[step] += loss.detach()  # a tensor until the end: reading it here would wait for the device
-            found.margins[step] += self._metrics["train"]["rewards/margins"][-1] * pairs_at_once / pairs_a_step
+            if len(found.margins) == self.state.global_step:
+                found.margins.append(0)
+            found.margins[-1] += self._metrics["train"]["rewards/margins"][-1] * pairs_at_once / pairs_a_step
             return loss
 
-    class Timer(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            meter.start()
-
-        def on_step_end(self, *_, **__):
-            meter.step_done()
-
-    ours, pairs_a_step = OptimConfig(), model.pairs_a_step
-    lines = inputs.pairs.read_text(encoding="utf-8").splitlines()
+    pairs_a_step = model.pairs_a_step
+    lines = inputs.rows.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(lines[i]) for items in inputs.order for i in items]
     # What is trained has float32 masters and computes in the precision by autocast; a frozen base lies in it.
     hf_model = AutoModelForCausalLM.from_pretrained(
@@ -190,21 +181,17 @@ def run_trl(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.de
         peft["peft_config"].inference_mode = False
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
-            output_dir=folder, seed=SEED, max_steps=total, per_device_train_batch_size=pairs_at_once,
-            gradient_accumulation_steps=pairs_a_step // pairs_at_once, gradient_checkpointing=arm.checkpointing,
-            bf16=low, use_cpu=not on_cuda, use_liger_kernel=arm.liger,
+            **_trainer_settings(arm, model, folder, total, device), per_device_train_batch_size=pairs_at_once,
+            gradient_accumulation_steps=pairs_a_step // pairs_at_once,
             loss_type=[RPO["loss"], "sft"], loss_weights=[1.0, RPO["alpha"]], beta=RPO["beta"], max_length=None,
-            precompute_ref_log_probs=True, learning_rate=model.lr, lr_scheduler_type="constant",
-            optim="adamw_torch_fused", adam_beta1=ours.beta1, adam_beta2=ours.beta2, adam_epsilon=ours.eps,
-            weight_decay=0.0, max_grad_norm=ours.grad_clip, logging_strategy="no", save_strategy="no", report_to="none",
-            disable_tqdm=True, dataloader_pin_memory=on_cuda,
+            precompute_ref_log_probs=True,
         )  # fmt: skip
         trainer = Recorder(
             model=hf_model,
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=read_tokenizer(inputs.checkpoint),
-            callbacks=[Timer()],
+            callbacks=[_timer(meter)],
             **peft,
         )
         for row, seen in zip(rows, trainer.train_dataset, strict=True):
@@ -222,13 +209,96 @@ def run_trl(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.de
     return found
 
 
-RUNS = {"medtrain": run_medtrain, "trl": run_trl}
+def run_trainer(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.device) -> Measured:
+    """Hugging Face's Trainer on the same documents in the same steps, one packed row each (DataCollatorWithFlattening)."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
+    from transformers.utils import is_flash_attn_2_available
+
+    found, total = Measured(), steps_to_run(device, steps)
+    meter, low = Meter(device, steps, found), model.precision == "bfloat16"
+    flash = device.type == "cuda" and low and is_flash_attn_2_available()
+    attention = "flash_attention_2" if flash else "sdpa"
+    found.paths = {"attention": attention, "layers": "liger" if arm.liger else "transformers"}
+    lines = inputs.rows.read_text(encoding="utf-8").splitlines()
+    eos = [0]
+    rows = [[{"input_ids": token_ids(json.loads(lines[i])["text"]) + eos} for i in items] for items in inputs.order]
+    flatten = DataCollatorWithFlattening(return_position_ids=arm.apart, return_flash_attn_kwargs=flash and arm.apart)
+    # Float32 masters, computed in the precision by autocast.
+    hf_model = AutoModelForCausalLM.from_pretrained(
+        inputs.checkpoint, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            **_trainer_settings(arm, model, folder, total, device),
+            per_device_train_batch_size=1,
+            remove_unused_columns=False,
+        )
+        trainer = _recorder(Trainer, found)(
+            model=hf_model, args=args, train_dataset=rows, data_collator=lambda batch: flatten(batch[0]),
+            callbacks=[_timer(meter)],
+        )  # fmt: skip
+        trainer.train()
+    found.losses = [float(loss) for loss in found.losses]
+    return found
+
+
+def _trainer_settings(arm: Arm, model: Model, folder: str, steps: int, device: torch.device) -> dict[str, Any]:
+    """Settings of Hugging Face's Trainer and TRL's that make its step ours."""
+    from medtrain.trainer.config import OptimConfig
+
+    ours = OptimConfig()
+    return {
+        "output_dir": folder, "seed": SEED, "max_steps": steps, "gradient_checkpointing": arm.checkpointing,
+        "bf16": model.precision == "bfloat16", "use_cpu": device.type == "cpu", "use_liger_kernel": arm.liger,
+        "learning_rate": model.lr, "lr_scheduler_type": "constant", "optim": "adamw_torch_fused",
+        "adam_beta1": ours.beta1, "adam_beta2": ours.beta2, "adam_epsilon": ours.eps, "weight_decay": 0.0,
+        "max_grad_norm": ours.grad_clip, "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "dataloader_pin_memory": device.type == "cuda",
+    }  # fmt: skip
+
+
+def _recorder(trainer: type, found: Measured) -> type:
+    """A Trainer that takes its rows as they stand and notes what each step computes and loses."""
+
+    class Recorder(trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def training_step(self, model, inputs, *args):
+            step = self.state.global_step
+            if len(found.losses) == step:
+                for sums in (found.losses, found.computed, found.micro_batches):
+                    sums.append(0)
+            found.computed[step] += inputs["input_ids"].numel()
+            found.micro_batches[step] += 1
+            loss = super().training_step(model, inputs, *args)
+            found.losses[step] += loss.detach()  # a tensor until the end: reading it here would wait for the device
+            return loss
+
+    return Recorder
+
+
+def _timer(meter: Meter):
+    from transformers import TrainerCallback
+
+    class Timer(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            meter.start()
+
+        def on_step_end(self, *_, **__):
+            meter.step_done()
+
+    return Timer()
+
+
+RUNS = {"medtrain": run_medtrain, "trl": run_trl, "trainer": run_trainer}
 
 
 def main(job: str, result: str) -> None:
     """Run what the job file says; the result holds ``Measured``, or the ``reason`` why there is none."""
     about: dict[str, Any] = json.loads(Path(job).read_text(encoding="utf-8"))
-    paths = {name: about["inputs"][name] and Path(about["inputs"][name]) for name in ("checkpoint", "pairs", "adapter")}
+    paths = {name: about["inputs"][name] and Path(about["inputs"][name]) for name in ("checkpoint", "rows", "adapter")}
     inputs = Inputs(**paths, order=about["inputs"]["order"])
     arm, model = Arm(**about["arm"]), Model(**about["model"])
     try:

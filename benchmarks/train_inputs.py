@@ -1,8 +1,8 @@
-"""What both trainers of the training benchmark are given: a random checkpoint, pairs of random tokens, and their order.
+"""What all trainers of the training benchmark are given: a random checkpoint, pairs or texts of random tokens, their order.
 
 Nothing is downloaded. Everything is a function of the seed and is written once, as the files any run would read: a Hugging
-Face folder with a word-level tokenizer (``w17`` is token 17), preference pairs in JSON Lines, and where adapters are trained
-a PEFT folder, so that both sides begin with the same ones.
+Face folder with a word-level tokenizer (``w17`` is token 17), preference pairs or texts in JSON Lines, and where adapters are
+trained a PEFT folder, so that both sides begin with the same ones.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from medtrain.trainer.config import Config, config_from_dict
-from medtrain.trainer.data.batch import pair_batch
+from medtrain.trainer.data.batch import cpt_batch, pair_batch
 from medtrain.trainer.data.pairs import PairSet
+from medtrain.trainer.data.windows import Windows
 from medtrain.trainer.distributed import World
-from medtrain.trainer.objectives import Rpo
+from medtrain.trainer.objectives import Cpt, Rpo
 from medtrain.trainer.tokenizer import read_tokenizer
 
 SEED = 0
@@ -35,8 +36,8 @@ RPO = {"beta": 0.1, "alpha": 1.0, "loss": "sigmoid", "nll_norm": "token"}
 @dataclass(frozen=True)
 class Model:
     """One size: ``sizes`` as in a HF config.json, how it is trained, and the tokens (least, median, most) of prompts and
-    completions. ``lora_rank`` 0 trains all weights. ``few_tokens`` and ``few_pairs`` bound a micro-batch of our and of TRL's
-    rows without activation checkpointing."""
+    completions (RPO) or documents (CPT). ``lora_rank`` 0 trains all weights. ``few_tokens`` and ``few_pairs`` bound a
+    micro-batch of our and of TRL's rows without activation checkpointing; CPT has one of about ``tokens_a_step`` a step."""
 
     name: str
     sizes: dict[str, Any]
@@ -48,6 +49,9 @@ class Model:
     completion: tuple[int, int, int] = (150, 420, 900)
     few_tokens: int = 8192
     few_pairs: int = 2
+    stage: str = "rpo"
+    document: tuple[int, int, int] = (100, 900, 4095)
+    tokens_a_step: int = 8192
 
     @property
     def how(self) -> str:
@@ -73,13 +77,25 @@ MODELS = {
     }, lr=1e-4, lora_rank=16, few_tokens=4096, few_pairs=1),
 }  # fmt: skip
 
+# All weights. Of 7B 8 layers, whose float32 masters, gradients and moments take 47 GB.
+CPT_MODELS = {
+    "tiny": Model("tiny", MODELS["tiny"].sizes, lr=2e-3, precision="float32", stage="cpt", document=(10, 40, 120),
+                  tokens_a_step=512),
+    "0.5b": Model("0.5b", _QWEN | {
+        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "intermediate_size": 4864, "vocab_size": 151_936, "tie_word_embeddings": True,
+    }, lr=1e-5, stage="cpt", tokens_a_step=16_384),
+    "1.5b": Model("1.5b", MODELS["1.5b"].sizes, lr=1e-5, stage="cpt"),
+    "7b": Model("7b, 8 of 28 layers", MODELS["7b"].sizes | {"num_hidden_layers": 8}, lr=1e-5, stage="cpt"),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """Folders and files of one model's benchmark, and which pairs each step takes."""
+    """Folders and files of one model's benchmark, and which lines of ``rows`` (pairs, or texts) each step takes."""
 
     checkpoint: Path
-    pairs: Path
+    rows: Path
     adapter: Path | None
     order: list[list[int]] = field(default_factory=list)
 
@@ -87,8 +103,8 @@ class Inputs:
 @dataclass(frozen=True)
 class Work:
     """What a step has to do, whoever does it. ``tokens``: the fewest positions anyone could compute: each distinct prompt
-    once, and of every completion all but its last token, from which nothing is predicted. ``head_tokens``: completion
-    tokens. ``attended``: of a micro-batch of all of them, as the training loop counts attention's work."""
+    once, and of every completion or document all but its last token, from which nothing is predicted. ``head_tokens``: those
+    that are predicted. ``attended``: of a micro-batch of all of them, as the training loop counts attention's work."""
 
     pairs: int
     tokens: int
@@ -104,43 +120,63 @@ def config(
     micro_batch_tokens: int,
     checkpointing: bool,
     share_prompts: bool = True,
+    fp8: str | None = None,
 ) -> Config:
-    """Our settings. ``run.out`` is where a run would go: the benchmark keeps its reference there."""
-    longest = model.prompt[2] + model.completion[2] + 1
-    return config_from_dict("rpo", {
+    """Our settings. ``run.out`` is where a run would go: the benchmark keeps its reference there. ``fp8``: a recipe."""
+    rows, optim = [{"path": str(inputs.rows)}], OPTIM | {"lr": model.lr, "steps": steps}
+    precision: dict[str, Any] = {"compute": model.precision}
+    if fp8 is not None:
+        precision |= {"fp8": fp8, "fp8_check_every": 0}
+    tree = {
         "model": {"path": str(inputs.checkpoint), "activation_checkpointing": "full" if checkpointing else "none"},
-        "data": {"pairs": [{"path": str(inputs.pairs)}], "max_length": longest,
-                 "share_prompts": share_prompts},
-        "optim": OPTIM | {"lr": model.lr, "steps": steps, "batch_pairs": model.pairs_a_step,
-                          "micro_batch_tokens": micro_batch_tokens},
-        "rpo": RPO,
+        "optim": optim | {"micro_batch_tokens": micro_batch_tokens},
         "lora": {"path": str(inputs.adapter)} if inputs.adapter else {},
-        "precision": {"compute": model.precision},
+        "precision": precision,
         "run": {"out": str(inputs.checkpoint.parent / "run"), "seed": SEED},
-    })  # fmt: skip
+    }
+    if model.stage == "cpt":
+        tree["data"] = {"sources": rows, "seq_len": model.document[2], "cache": str(inputs.checkpoint.parent / "cache")}
+        tree["optim"] |= {"batch_tokens": model.tokens_a_step}
+    else:
+        longest = model.prompt[2] + model.completion[2] + 1
+        tree["data"] = {"pairs": rows, "max_length": longest, "share_prompts": share_prompts}
+        tree["optim"] |= {"batch_pairs": model.pairs_a_step}
+        tree["rpo"] = RPO
+    return config_from_dict(model.stage, tree)
 
 
 def most_tokens(model: Model) -> int:
     """A micro-batch budget that any step fits at once."""
+    if model.stage == "cpt":  # its items are those that begin within tokens_a_step
+        return model.tokens_a_step + model.document[2]
     return 2 * model.pairs_a_step * (model.prompt[2] + model.completion[2] + 1)
 
 
 def make_inputs(model: Model, folder: Path, steps: int, device: torch.device) -> tuple[Inputs, list[Work]]:
     """Write everything under ``folder``; the random weights are drawn on ``device``. Work is of each of the ``steps``."""
-    inputs = Inputs(folder / "model", folder / "pairs.jsonl", folder / "adapter" if model.lora_rank else None)
+    inputs = Inputs(folder / "model", folder / "rows.jsonl", folder / "adapter" if model.lora_rank else None)
     _write_tokenizer(model.sizes["vocab_size"], inputs.checkpoint)
     _write_model(model, inputs, device)
-    _write_pairs(model, inputs.pairs, steps * model.pairs_a_step)
+    if model.stage == "cpt":
+        _write_texts(model, inputs.rows, steps * model.tokens_a_step)
+    else:
+        _write_pairs(model, inputs.rows, steps * model.pairs_a_step)
     settings = config(model, inputs, steps, micro_batch_tokens=most_tokens(model), checkpointing=True)
     world = World(0, 1, torch.device("cpu"), None)
-    objective = Rpo(settings, read_tokenizer(inputs.checkpoint), world, lambda line: None)
+    objective = (Cpt if model.stage == "cpt" else Rpo)(
+        settings, read_tokenizer(inputs.checkpoint), world, lambda line: None
+    )
     order = [objective.order.step(step).item_ids.tolist() for step in range(steps)]
-    inputs = Inputs(inputs.checkpoint, inputs.pairs, inputs.adapter, order)
+    inputs = Inputs(inputs.checkpoint, inputs.rows, inputs.adapter, order)
     return inputs, [work(objective.sources[0], items) for items in order]
 
 
-def work(pairs: PairSet, items: list[int]) -> Work:
-    """The work of a step that takes the pairs ``items``."""
+def work(rows: PairSet | Windows, items: list[int]) -> Work:
+    """The work of a step that takes the pairs, or the windows, ``items``."""
+    if isinstance(rows, Windows):
+        batch = cpt_batch([rows], [(0, i) for i in items])
+        return Work(0, batch.num_counted, batch.num_counted, batch.attended)
+    pairs = rows
     batch = pair_batch([pairs], [(0, i) for i in items], share=True)
     head_tokens = sum(len(pairs.chosen(i)) + len(pairs.rejected(i)) for i in items)
     return Work(len(items), batch.input_ids.numel(), head_tokens, batch.attended)
@@ -179,10 +215,7 @@ def _write_pairs(model: Model, path: Path, num_pairs: int) -> None:
     rng = np.random.default_rng(SEED)
 
     def text(lengths: tuple[int, int, int]) -> str:
-        least, median, most = lengths
-        length = int(np.clip(rng.lognormal(np.log(median), 0.45), least, most))
-        # A blank before each word, the first too: TRL tokenizes prompt and completion as one text.
-        return "".join(f" w{i}" for i in rng.integers(len(SPECIAL), model.sizes["vocab_size"], length))
+        return _text(rng, lengths, model.sizes["vocab_size"])
 
     rows: list[str] = []
     while len(rows) < num_pairs:
@@ -191,3 +224,24 @@ def _write_pairs(model: Model, path: Path, num_pairs: int) -> None:
             row = {"prompt": prompt, "chosen": text(model.completion), "rejected": text(model.completion)}
             rows.append(json.dumps(row))
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _write_texts(model: Model, path: Path, num_tokens: int) -> None:
+    """Documents that together have more than ``num_tokens``; some words are far commoner than others, which can be learned
+    within a few steps, so that losses tell updates apart."""
+    rng, rows, least = np.random.default_rng(SEED), [], num_tokens + model.document[2]
+    while least > 0:
+        rows.append(text := _text(rng, model.document, model.sizes["vocab_size"], skew=4))
+        least -= text.count(" ")
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+
+
+def _text(rng: np.random.Generator, lengths: tuple[int, int, int], vocab_size: int, skew: int = 1) -> str:
+    least, median, most = lengths
+    length = int(np.clip(rng.lognormal(np.log(median), 0.45), least, most))
+    if skew == 1:
+        words = rng.integers(len(SPECIAL), vocab_size, length)
+    else:
+        words = len(SPECIAL) + ((vocab_size - len(SPECIAL)) * rng.random(length) ** skew).astype(np.int64)
+    # A blank before each word, the first too: TRL tokenizes prompt and completion as one text.
+    return "".join(f" w{i}" for i in words)

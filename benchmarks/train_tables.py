@@ -48,20 +48,20 @@ def about(rows: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Per model and precision: (title, lines of ``COLUMNS``) of the rows that ran."""
-    for key in _models(rows):
-        here = [row for row in rows if _key(row) == key and not row["reason"]]
+    for key in groups_of(rows):
+        here = [row for row in rows if key_of(row) == key and not row["reason"]]
         if not here:
             continue
-        unit = next((row["pairs_per_second"] for row in here if _name(row) == "medtrain"), None)
+        unit = next((row["pairs_per_second"] for row in here if name_of(row) == "medtrain"), None)
         lengths = here[0]["lengths"]
         texts = (f"{what}s {n['min']}-{n['max']} tokens, median {n['median']}" for what, n in lengths.items())
-        title = f"{_title(key)}, {here[0]['pairs_a_step']} pairs a step ({'; '.join(texts)})"
+        title = f"{title_of(key)}, {here[0]['pairs_a_step']} pairs a step ({'; '.join(texts)})"
         yield title, [_line(row, unit) for row in here]
 
 
 def missing(rows: list[dict]) -> list[str]:
     """One text for each row that did not run."""
-    return [f"{_name(row)} did not run: {row['reason']} ({_title(_key(row))})" for row in rows if row["reason"]]
+    return [f"{name_of(row)} did not run: {row['reason']} ({title_of(key_of(row))})" for row in rows if row["reason"]]
 
 
 def verdicts(rows: list[dict]) -> list[dict[str, Any]]:
@@ -71,9 +71,9 @@ def verdicts(rows: list[dict]) -> list[dict[str, Any]]:
     known; ``met`` is None, and ``measured`` says why, where a side was not measured.
     """
     found: list[dict[str, Any]] = []
-    for key in _models(rows):
-        here = [row for row in rows if _key(row) == key]
-        title = _title(key)
+    for key in groups_of(rows):
+        here = [row for row in rows if key_of(row) == key]
+        title = title_of(key)
         if key[0] in GOAL_MODELS:
             found += judge(f"{title}: at least twice TRL's pairs/s, fastest row of each",
                            lambda here=here: _fastest(here, "medtrain")["pairs_per_second"]
@@ -96,7 +96,7 @@ def _fastest(rows: list[dict], impl: str) -> dict:
 
 def _gib(row: dict) -> float:
     if row["max_memory_gib"] is None:
-        raise LookupError(f"{_name(row)} has no memory of a GPU")
+        raise LookupError(f"{name_of(row)} has no memory of a GPU")
     return row["max_memory_gib"]
 
 
@@ -104,7 +104,7 @@ def _loss_difference(rows: list[dict]) -> float:
     found = [row["loss_difference"] for row in rows if row["impl"] == "trl" and row["same_pooling"]]
     found = [difference for difference in found if difference is not None]
     if not found:
-        raise LookupError(_not_measured(rows, "trl" if any(_name(row) == "medtrain" for row in rows) else "medtrain"))
+        raise LookupError(_not_measured(rows, "trl" if any(name_of(row) == "medtrain" for row in rows) else "medtrain"))
     return max(found)
 
 
@@ -116,7 +116,7 @@ def _not_measured(rows: list[dict], impl: str) -> str:
 def _line(row: dict, unit: float | None) -> tuple[str, ...]:
     extra, losses = row["step_extra_bytes"], row["losses"]
     return (
-        _name(row),
+        name_of(row),
         form_number(row["pairs_per_second"], ".2f"),
         form_number(unit and row["pairs_per_second"] / unit, ".2f"),
         form_number(row["tokens_per_second"], ",.0f"),
@@ -132,18 +132,18 @@ def _line(row: dict, unit: float | None) -> tuple[str, ...]:
     )
 
 
-def _name(row: dict) -> str:
+def name_of(row: dict) -> str:
     return f"{row['impl']} {row['variant']}".strip()
 
 
-def _key(row: dict) -> tuple[str, str, str]:
+def key_of(row: dict) -> tuple[str, str, str]:
     return row["model"], row["precision"], row["trained"]
 
 
-def _title(key: tuple[str, str, str]) -> str:
+def title_of(key: tuple[str, str, str]) -> str:
     model, precision, trained = key
     return f"{model}, {trained}, {precision}"
 
 
-def _models(rows: list[dict]) -> list[tuple[str, str, str]]:
-    return list(dict.fromkeys(map(_key, rows)))
+def groups_of(rows: list[dict]) -> list[tuple[str, str, str]]:
+    return list(dict.fromkeys(map(key_of, rows)))

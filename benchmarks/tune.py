@@ -11,7 +11,7 @@ drift of the clock meets all alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -19,8 +19,8 @@ from medtrain.benchmarks.inputs import Inputs, make_inputs
 from medtrain.benchmarks.kernel_tables import shape_name
 from medtrain.benchmarks.kernels import Shape
 from medtrain.benchmarks.measure import Calls, time_rounds
-from medtrain.kernels.logps import chunked_logps
-from medtrain.kernels.logps_launch import ExpGemm, Launch, choose_launch, forced, supports_fused
+from medtrain.benchmarks.peers import medtrain, runs_fused
+from medtrain.kernels.logps_launch import ExpGemm, Launch, choose_launch
 
 MIB = 2**20
 # Of the blocks only those that compile for Hopper without spills (medtrain.benchmarks.kernel_resources).
@@ -56,10 +56,7 @@ def tune(
         inputs = make_inputs(*shape, torch.bfloat16, device)
         best = choose_launch(shape[1])
         inputs.require_grad(None)
-        fused = supports_fused(inputs.hidden, inputs.weight) and (
-            device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-        )
-        if fused:
+        if fused := runs_fused(inputs):
             best = _best([replace(best, gemm="fused", exp_gemm=one) for one in blocks], inputs, None, seconds, echo)
         inputs.require_grad("frozen")
         gemms = ("cublas", "fused") if fused else ("cublas",)
@@ -94,24 +91,13 @@ def _best(
 
 
 def _calls(launch: Launch, inputs: Inputs, keep_bytes: int | None) -> Calls:
-    trained, upstream = inputs.trained(), inputs.upstream.float()
     # Not asdict: it would turn the blocks into a dictionary too.
-    fields = {name: getattr(launch, name) for name in asdict(launch)}
-
-    def forward() -> torch.Tensor:
-        with forced(**fields):
-            return chunked_logps(inputs.hidden, inputs.weight, inputs.targets, keep_bytes=keep_bytes)
-
-    def backward(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with forced(**fields):
-            return torch.autograd.grad(output, trained, upstream)
-
-    return Calls(forward, backward if trained else None)
+    return medtrain(inputs, keep_bytes, **{field.name: getattr(launch, field.name) for field in fields(launch)}).calls
 
 
 def _text(launch: Launch, candidates: list[Launch]) -> str:
     """The fields in which the candidates differ."""
     differing = [
-        name for name in asdict(launch) if len({getattr(candidate, name) for candidate in candidates}) > 1
+        field.name for field in fields(launch) if len({getattr(candidate, field.name) for candidate in candidates}) > 1
     ] or ["gemm"]
     return ", ".join(f"{name}={getattr(launch, name)}" for name in differing)

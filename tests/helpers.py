@@ -63,7 +63,7 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 # What depends on speed and on how a step is packed.
 TIMING = (
-    "seconds", "tokens_per_second", "mfu", "max_memory_gib",
+    "seconds", "checkpoint_seconds", "exam/seconds", "tokens_per_second", "mfu", "max_memory_gib",
     "tokens_computed", "tokens_prompt", "tokens_padding", "tokens_saved", "tokens_completion", "useful_token_share",
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ def test_a_shipped_training_config_can_be_planned(path):
 
 def test_the_plans_in_comments_and_in_the_docs_are_todays():
     found = {path.stem: plans(path) for path in shipped()}
-    assert len(found) == 8
+    assert len(found) == 10
     for path in shipped():
         text = path.read_text(encoding="utf-8")
         assert comment(found[path.stem]) + f"# {END}" in text, (
@@ -36,6 +36,15 @@ def test_the_plans_in_comments_and_in_the_docs_are_todays():
         )
     doc = CONFIGS.parent / "docs" / "plan.md"
     assert table(found) in doc.read_text(encoding="utf-8"), "run python -m medtrain.benchmarks.plan_table"
+
+
+@pytest.mark.parametrize("stage", ["cpt", "rpo"])
+def test_72b_trains_on_one_node_of_8_with_room_to_spare(stage):
+    config = load_config(None, CONFIGS / f"qwen2.5-72b-{stage}-1node.yaml")
+    assert not config.lora.on
+    plan = plan_config(config, world_size=8, gpu_memory_gib=76)
+    assert plan["fits"] and plan["model"]["trained"] == 72_706_203_648
+    assert plan["largest_micro_batch_tokens"] >= plan["least_micro_batch_tokens"]
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])

@@ -13,6 +13,7 @@ import click
 
 from medtrain import __version__
 from medtrain.trainer.errors import InputError
+from medtrain.trainer.exam import cli as exam
 
 
 class _Group(click.Group):
@@ -84,62 +85,8 @@ def rpo(config: str, overrides: tuple[str, ...]) -> None:
     _train("rpo", config, overrides)
 
 
-@main.command()
-@CONFIG
-@OVERRIDES
-def pairs(config: str, overrides: tuple[str, ...]) -> None:
-    """Sample reasoning on questions, grade it, and write preference pairs, as CONFIG.yaml says."""
-    from medtrain.trainer.config import load_pairs_config
-    from medtrain.trainer.exam.pairs import run_pairs
-    from medtrain.trainer.exam.prompts import PromptStyle
-
-    settings = load_pairs_config(config, overrides)
-    summary = run_pairs(
-        settings.model,
-        settings.questions,
-        settings.out,
-        strategy=settings.strategy,
-        num_paths=settings.num_paths,
-        max_per_question=settings.max_per_question,
-        temperature=settings.temperature,
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-        engine=settings.engine,
-        style=PromptStyle(chat=settings.chat),
-        demonstrations=settings.demonstrations,
-    )
-    _print_json(summary)
-
-
-@main.command("eval")
-@click.option("--model", required=True, type=click.Path(), help="A Hugging Face folder.")
-@click.option("--exam", required=True, type=click.Path(), help="Questions, JSON Lines.")
-@click.option("--out", required=True, type=click.Path(), help="Where exam.json and the outputs go.")
-@click.option("--mode", type=click.Choice(["answer", "explain", "both"]), default="both", show_default=True)
-@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
-@click.option("--demonstrations", type=click.Path(), help="Worked examples for a few-shot prompt, JSON Lines.")
-@click.option("--chat", is_flag=True, help="Use the checkpoint's chat template (instruct models).")
-@click.option("--images", is_flag=True, help="Ask what needs an image too; such questions are left out otherwise.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many questions.")
-def evaluate(**options) -> None:
-    """Sit an exam, for the answer alone and with explanation; prints and writes exam.json."""
-    from medtrain.trainer.exam.evaluate import run_eval
-
-    _print_json(run_eval(**options, echo=lambda line: click.echo(line, err=True)))
-
-
-@main.command()
-@click.option("--exam", required=True, type=click.Path(), help="Questions, JSON Lines.")
-@click.option(
-    "--predictions", required=True, type=click.Path(), help="Rows {problem_id, prediction} or {problem_id, output}."
-)
-@click.option("--details", type=click.Path(), help="Write one object a question here.")
-def score(exam: str, predictions: str, details: str | None) -> None:
-    """Score predictions by the official rule; prints JSON."""
-    from medtrain.trainer.exam.scoring import run_score
-
-    _print_json(run_score(exam, predictions, details))
+for command in (exam.pairs, exam.evaluate, exam.score, exam.compare):
+    main.add_command(command)
 
 
 @main.command()
@@ -173,6 +120,19 @@ def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path())
+@click.option(
+    "--exam", "evals", multiple=True, type=click.Path(), metavar="DIR",
+    help="A folder of `medtrain eval` whose results to show; may be given more than once.",
+)  # fmt: skip
+def report(run: str, evals: tuple[str, ...]) -> None:
+    """Write RUN/report.html again: curves, exam, explanations before and after, ledger and settings of a run."""
+    from medtrain.trainer.report import write_report
+
+    click.echo(write_report(run, evals=evals))
+
+
+@main.command()
 @CONFIG
 @OVERRIDES
 @click.option(
@@ -197,17 +157,27 @@ def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     help="Of one GPU; a card of 80 GB has about 79.",
 )  # fmt: skip
 @click.option("--sizes", metavar="NAME_OR_FILE", help="The model's sizes: one of configs/models, or a config.json.")
+@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Expected share of the peak, for tokens/s.")
+@click.option(
+    "--peak-tflops",
+    type=click.FloatRange(min=1),
+    default=989.0,
+    show_default=True,
+    help="Dense bf16 of one GPU (an H100's).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
-    config: str, overrides: tuple[str, ...], world_size: int, gpu_memory_gib: float, sizes: str | None, as_json: bool
-) -> None:
+    config: str, overrides: tuple[str, ...], world_size: int, gpu_memory_gib: float, sizes: str | None, mfu: float | None,
+    peak_tflops: float, as_json: bool,
+) -> None:  # fmt: skip
     """Memory a rank by formula, without GPU, weights or data, and what to change; exit status 1 where it does not fit."""
     from medtrain.trainer.config import load_config
     from medtrain.trainer.plan_report import as_text, plan_config
 
     result = plan_config(
-        load_config(None, config, overrides), world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes
-    )
+        load_config(None, config, overrides), world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes,
+        mfu=mfu, peak_tflops=peak_tflops,
+    )  # fmt: skip
     if as_json:
         _print_json(result)
     else:
@@ -243,20 +213,22 @@ def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, 
 
 
 @bench.command("train")
-@click.option("--stage", type=click.Choice(["rpo"]), default="rpo", show_default=True)
-@click.option("--model", metavar="tiny|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU.")
+@click.option("--stage", type=click.Choice(["cpt", "rpo"]), default="rpo", show_default=True)
+@click.option(
+    "--model", metavar="tiny|0.5b|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU."
+)
 @click.option("--quick", is_flag=True, help="On a GPU: fewer rows and steps, nothing begun after 300 seconds.")
 @click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
 @click.option("--commit", help="Recorded where the source tree is not a git checkout.")
 def bench_train(stage: str, model: str | None, quick: bool, out: str, commit: str | None) -> None:
-    """Speed, memory, padding and loss of our RPO step beside TRL's DPOTrainer, on the same random weights and pairs."""
+    """Speed, memory, padding and loss of our step on random weights: RPO beside TRL, CPT beside Hugging Face's Trainer."""
     import torch
 
     from medtrain.benchmarks.train import choose, failures, run_train
 
-    models = choose(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    models = choose(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), stage)
     result, path = run_train(
-        out, models=models, quick=quick, commit=commit, echo=lambda line: click.echo(line, err=True)
+        out, stage=stage, models=models, quick=quick, commit=commit, echo=lambda line: click.echo(line, err=True)
     )
     _show_benchmark(result, path, failures(result["rows"]), "step")
 

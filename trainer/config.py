@@ -37,6 +37,8 @@ class ModelConfig:
     kernels: Literal["auto", "torch", "liger"] = "auto"
     keep_bytes: int | None = None  # budget of the head op for kept exponentials (0: keep nothing); default: 1 GiB
     export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the compute precision
+    # before the first step, `path` against what was loaded: every tensor's bits, and Hugging Face's forward where it fits
+    proof: Literal["auto", "tensors", "none"] = "auto"  # tensors: no forward
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class DataConfig:
     )
     share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; same result
     # (without it a pair takes its prompt twice out of optim.micro_batch_tokens)
+    exam: str | None = None  # exam questions, JSON Lines: sat before, during and after training (eval.exam_*)
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
+    workers: int | None = None  # CPT: processes that tokenise large sources; default: one a CPU of the node
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,20 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 0  # optimizer steps between held-out evaluations; 0: before the first and after the last step only
+    exam_every: int = 0  # likewise for data.exam, which is sat for the answer alone and with explanation
+    exam_questions: int = 100  # the first so many of those without an image
+    exam_max_new_tokens: int = 1024  # of an answer with explanation
+    exam_max_answer_tokens: int = 32  # of an answer alone
+    exam_prompt: str | None = None  # a prompt style: a name of configs/prompts or a YAML file; default: Japanese, plain
+    exam_chat: bool = False  # use the tokenizer's chat template
+    exam_demonstrations: str | None = None  # worked examples for a few-shot prompt, JSON Lines
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 500  # optimizer steps; one is always written at the end
     keep: int = 2  # the newest so many are kept
+    async_save: bool = True  # copy to host memory and write from there while training goes on; else write at once
 
 
 @dataclass(frozen=True)
@@ -168,9 +180,11 @@ class Config:
         other = {
             "cpt": ("data.pairs", "data.max_length", "data.overlong", "data.unusable", "data.share_prompts",
                     "optim.batch_pairs", "rpo."),
-            "rpo": ("data.sources", "data.seq_len", "optim.batch_tokens"),
+            "rpo": ("data.sources", "data.seq_len", "data.workers", "optim.batch_tokens"),
         }[self.stage]  # fmt: skip
         names = {name for name in self.given if name.startswith(other)}
+        if self.model.init is not None:
+            names |= self.given & {"model.proof"}
         if self.optim.schedule != "wsd" and "optim.decay_steps" in self.given:
             names.add("optim.decay_steps")
         if self.optim.schedule == "constant" and "optim.min_lr_ratio" in self.given:
@@ -187,16 +201,25 @@ class PairsConfig:
     """``medtrain pairs``: questions with answers -> sampled and graded reasoning -> preference pairs."""
 
     model: str  # a Hugging Face folder
-    questions: str  # exam questions, JSON Lines; `explanation` where the strategy needs it
+    questions: str  # exam questions, JSON Lines or CSV; `explanation` where the strategy needs it
     out: str  # the pairs, JSON Lines
     strategy: Literal["explanation", "sampled", "both"] = "both"  # ground truth | right path over the wrong path
     num_paths: int = 8  # sampled a question
     max_per_question: int = 8
+    balance_length: bool = (
+        True  # of what the cap leaves to choose from, pairs whose chosen sides are not the longer ones
+    )
     temperature: float = 1.0
     max_new_tokens: int = 1024
     engine: Literal["hf", "vllm"] = "hf"
+    batch_tokens: int = 65_536  # hf: tokens at once, prompts and new ones
+    prompt: str | None = None  # default, english, official or demo (configs/prompts), or a YAML file
     chat: bool = False  # use the checkpoint's chat template
     demonstrations: str | None = None  # worked examples for a few-shot prompt
+    mapping: str | None = None  # YAML: which fields hold what, for questions of an own form
+    unlisted_is_wrong: bool = (
+        False  # with answers that are texts of choices: one that names no choice is wrong, not unread
+    )
     seed: int = 0
 
 
@@ -209,6 +232,7 @@ FREE_SETTINGS = (
     "model.compile",
     "model.kernels",
     "model.export_dtype",
+    "model.proof",
     "model.tokenizer",
     "lora.merge",
     "precision.compute",  # what it comes to on this machine is compared instead
@@ -219,10 +243,16 @@ FREE_SETTINGS = (
     "parallel.reshard_after_forward",
     "parallel.prefetch",
     "data.cache",
+    "data.exam",  # its content is compared, and so is that of the demonstrations
+    "data.workers",
     "data.share_prompts",
     "eval.every",
+    "eval.exam_every",
+    "eval.exam_demonstrations",
+    "eval.exam_prompt",  # its content counts, not where it stands
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.async_save",
     "run.out",
 )
 
@@ -248,7 +278,7 @@ def load_config(stage: Stage | None, path: str | Path | None, overrides: typing.
 def load_pairs_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> PairsConfig:
     """As :func:`load_config`, for ``medtrain pairs``."""
     config = build(PairsConfig, read_tree(path, overrides), "", path, set())
-    for name in ("num_paths", "max_per_question", "max_new_tokens"):
+    for name in ("num_paths", "max_per_question", "max_new_tokens", "batch_tokens"):
         if getattr(config, name) < 1:
             raise bad_input("out of range", file=path, field=name, found=getattr(config, name), expected="1 or more")
     if config.temperature <= 0:

@@ -57,6 +57,7 @@ def check_settings(config: Config, file) -> None:
         least = optim.warmup_steps + optim.decay_steps
         require(least <= optim.steps, "optim.decay_steps", optim.decay_steps, "warm-up and decay within optim.steps")
     require(data.seq_len >= 2, "data.seq_len", data.seq_len, "2 or more")
+    require(data.workers is None or data.workers >= 1, "data.workers", data.workers, "1 or more")
     require(data.max_length >= 3, "data.max_length", data.max_length, "3 or more")
     for i, source in enumerate([*data.sources, *data.pairs]):
         require(source.weight is None or source.weight > 0, f"data.*.{i}.weight", source.weight, "more than 0")
@@ -70,6 +71,14 @@ def check_settings(config: Config, file) -> None:
     _check_precision(config, file)
     _check_speed(config, file)
     require(config.eval.every >= 0, "eval.every", config.eval.every, "0 or more")
+    for name in ("exam_questions", "exam_max_new_tokens", "exam_max_answer_tokens"):
+        require(getattr(config.eval, name) >= 1, f"eval.{name}", getattr(config.eval, name), "1 or more")
+    require(config.eval.exam_every >= 0, "eval.exam_every", config.eval.exam_every, "0 or more")
+    for f in dataclasses.fields(config.eval):
+        value = getattr(config.eval, f.name)
+        if data.exam is None and f.name.startswith("exam_") and value != getattr(type(config.eval)(), f.name):
+            raise bad_input("has no effect without an exam", file=file, field=f"eval.{f.name}", found=value,
+                            expected="data.exam, a file of questions")  # fmt: skip
     require(config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "1 or more")
     require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "1 or more")
 

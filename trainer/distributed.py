@@ -23,6 +23,8 @@ from medtrain.trainer.errors import InputError, bad_input
 
 T = TypeVar("T")
 
+TIMEOUT = timedelta(hours=2)  # of collectives; long, since rank 0 tokenises and hashes files while the others wait
+
 
 @dataclass(frozen=True)
 class World:
@@ -71,6 +73,14 @@ class World:
             raise InputError(box[1])
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, in the order of the ranks, on every rank; for small things that can be pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
 
 def local_part(param: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
     """This rank's storage of a parameter, and which part of the whole tensor it holds."""
@@ -102,6 +112,11 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
                               stride=tensor.stride())  # fmt: skip
 
 
+def local_size() -> int:
+    """How many ranks torchrun has started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextmanager
 def join_world(*, needs_group: bool = False, device_type: str | None = None, replicate: int = 1) -> Iterator[World]:
     """Join torchrun's process group if there is one, and leave it in good order.
@@ -126,8 +141,7 @@ def join_world(*, needs_group: bool = False, device_type: str | None = None, rep
     in_group = launched or needs_group or already_in_group
     if in_group:
         if not already_in_group:
-            # Long, since rank 0 tokenises and hashes files while the others wait.
-            options = {"timeout": timedelta(hours=2)}
+            options = {"timeout": TIMEOUT}
             backend = "nccl" if device.type == "cuda" else "gloo"
             if device.type == "cuda":
                 options["device_id"] = device

@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PARTIAL = ".partial"  # the ending of whatever is not yet, or no longer, what its name says
 
@@ -26,6 +29,22 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """:func:`write_bytes` of indented JSON."""
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, for what several processes may write at once: each beside ``path`` under a name of its own. At
+    the end it reaches the disk and takes its place; after an exception it is gone."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def replace_folder(partial: Path, out: Path) -> None:

@@ -24,10 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from medtrain.kernels.logps import reset_clamped_rows, select_path
 from medtrain.trainer.attention import select_backend
-from medtrain.trainer.checkpoint import load_checkpoint, save_checkpoint
+from medtrain.trainer.checkpoint import Saver, load_checkpoint
 from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.during import Exam, read_exam, sit_exam
 from medtrain.trainer.export import export_dtype
 from medtrain.trainer.files import write_json
 from medtrain.trainer.liger import select_layers
@@ -43,7 +44,9 @@ from medtrain.trainer.model import (
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
 from medtrain.trainer.optimizer import check_state, make_optimizer
 from medtrain.trainer.precision import Fp8, plan_fp8
-from medtrain.trainer.progress import Display, heldout_line, summary
+from medtrain.trainer.progress import Display, evaluation_lines, summary
+from medtrain.trainer.proof import describe, prove
+from medtrain.trainer.report import try_to_write_report
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
@@ -75,6 +78,7 @@ class Prepared:
     checkpoint: Checkpoint | None
     adapters: Adapters | None
     objective: Objective
+    exam: Exam | None
     steps: int
     compute_dtype: torch.dtype
     fp8: Fp8 | None
@@ -97,8 +101,9 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         return _run(config, prepared, world, display)
 
 
-def prepare(config: Config, world: World, display: Display) -> Prepared:
-    """Read and check settings, tokenizer, weights' headers and data; writes nothing but the token cache."""
+def prepare(config: Config, world: World, display: Display, *, verify: bool = False) -> Prepared:
+    """Read and check settings, tokenizer, weights' headers and data; writes nothing but the token cache. ``verify``: all
+    of the raw input and of the token cache is read, also where sizes and times say that nothing has changed."""
     for name in config.unused():
         display.say(f"note: {name} has no effect here")
     if world.size == 1:
@@ -122,7 +127,13 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
     if getattr(config.data, name) > limit:
         raise bad_input("longer than the model's positions", field=f"data.{name}", found=getattr(config.data, name),
                         expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
-    objective = (Cpt if config.stage == "cpt" else Rpo)(config, tokenizer, world, display.say)
+    exam = world.from_main(lambda: read_exam(config, tokenizer, hf_config))
+    if config.stage == "cpt":
+        objective: Objective = Cpt(config, tokenizer, world, display.say, verify=verify)
+    else:
+        objective = Rpo(config, tokenizer, world, display.say)
+    if exam is not None:
+        objective.digests["data.exam"] = exam.digest
     if checkpoint is not None:
         digest = world.from_main(checkpoint.digest)
     else:
@@ -144,7 +155,8 @@ def prepare(config: Config, world: World, display: Display) -> Prepared:
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
-    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, steps, compute_dtype, fp8, paths)
+    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, exam, steps, compute_dtype, fp8,
+                    paths)  # fmt: skip
 
 
 def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
@@ -175,7 +187,11 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         display.say(adapters.describe(total))
     if prepared.fp8 is not None:
         display.say(prepared.fp8.describe())
-    policy, optimizer, guard = start(config, prepared, world, folder.reference, display)
+    if prepared.exam is not None:
+        display.say(prepared.exam.describe())
+    policy, optimizer, guard, proof = start(config, prepared, world, folder.reference, display, prove_it=last is None)
+    if proof is not None and world.is_main:
+        folder.add_to_start({"proof": proof})
     # Held-out numbers are those of the model that is exported.
     exactly = guard.without_fp8 if guard is not None else nullcontext
 
@@ -198,26 +214,41 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             if warning := objective.watch(row):
                 display.say(warning)
 
-    def evaluate_now(step: int) -> bool:
-        if not objective.heldout:
-            return False
-        return step in (0, steps) or bool(config.eval.every and step % config.eval.every == 0)
+    def evaluate(step: int) -> dict[str, Any]:
+        """What is due at this step of the held-out numbers and the exam."""
 
-    def save(step: int) -> None:
+        def due(every: int) -> bool:
+            return step in (0, steps) or bool(every and step % every == 0)
+
+        found: dict[str, Any] = {}
+        with exactly():
+            if objective.heldout and due(config.eval.every):
+                found |= objective.evaluate(policy, world)
+            if prepared.exam is not None and due(config.eval.exam_every):
+                found |= sit_exam(
+                    policy, prepared.tokenizer, prepared.exam, world, folder.exam(step), config.model.path
+                )
+        return found
+
+    def tell(row: dict[str, Any]) -> None:
+        for line in evaluation_lines(row):
+            display.say(line)
+
+    def report(stopped: str = "") -> None:
         if world.is_main:
-            folder.sync_metrics()
-        save_checkpoint(folder.checkpoints, step, policy, optimizer, state, world, keep=config.checkpoint.keep)
+            try_to_write_report(folder.root, display.say, stopped=stopped)
 
     row: dict[str, Any] = {}
-    if done == 0 and evaluate_now(0):
-        with exactly():
-            row = {"step": 0} | objective.evaluate(policy, world)
+    if done == 0 and (found := evaluate(0)):
+        row = {"step": 0} | found
         record(row)
-        display.say(heldout_line(row))
+        tell(row)
+        report()
 
     flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
     began, spent = time.monotonic(), 0.0
+    saver = Saver(folder.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
     display.start(done, steps)
     try:
         with _stop_signal() as stop:
@@ -226,7 +257,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 lr = config.optim.lr * lr_factor(config.optim, step, steps)
                 this = optimizer_step(
                     policy, objective, optimizer, step, world, lr=lr, grad_clip=config.optim.grad_clip, guard=guard,
-                    say=display.say, asked=lambda: stop.asked,
+                    say=display.say, asked=lambda: stop.asked or saver.failed,
                     advice=f"the last checkpoint stands in {folder.checkpoints}",
                 )  # fmt: skip
                 n = this.denominators
@@ -239,42 +270,55 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                        **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
                        "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
-                if evaluate_now(step + 1):
-                    with exactly():
-                        row |= objective.evaluate(policy, world)
+                found = evaluate(step + 1)
+                row |= found
+                save_now = this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps
+                if save_now:
+                    row["checkpoint_seconds"] = saver.begin(step + 1, policy, optimizer, state)
                 record(row)
                 spent += seconds
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
-                if evaluate_now(step + 1):
-                    display.say(heldout_line(row))
-                if this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps:
-                    save(step + 1)
+                tell(row)
+                if save_now:
+                    if world.is_main:
+                        folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
+                    saver.commit()
+                if save_now or found:
+                    report()
                 if this.asked and step + 1 < steps:
+                    saver.finish()
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
+                    report("by a signal; the same command goes on from here")
                     return TrainResult(folder.root, folder.results(config)[-1], row, interrupted=True)
+        saver.finish()
+    except RuntimeError as error:
+        report(str(error))
+        raise
     finally:
         display.stop()
+        saver.close(display.say)
         if board is not None:
             board.close()
 
     # Rank 0 looks for all, lest ranks take different ways.
-    due = folder.results(config) if done < steps else world.from_main(lambda: folder.missing_results(config))
-    if folder.adapter in due:
+    missing = folder.results(config) if done < steps else world.from_main(lambda: folder.missing_results(config))
+    if folder.adapter in missing:
         export_adapters(policy, adapters, folder.adapter, world, base=config.model.path)
-    if folder.model in due:
+    if folder.model in missing:
         dtype = export_dtype(config, prepared.compute_dtype)
         export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path,
                      adapters=adapters)  # fmt: skip
+    report()
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.results(config)[-1], row or folder.rows()[-1])
 
 
 def start(
-    config: Config, prepared: Prepared, world: World, reference: Path, display: Display
-) -> tuple[PolicyModel, torch.optim.Optimizer, Guard | None]:
+    config: Config, prepared: Prepared, world: World, reference: Path, display: Display, *, prove_it: bool
+) -> tuple[PolicyModel, torch.optim.Optimizer, Guard | None, dict | None]:
     """The policy with its starting weights, what its objective must know of them (kept under ``reference``), the
-    optimizer, and the guard of an FP8 run: what stands before step 0."""
+    optimizer, the guard of an FP8 run, and the proof of what was loaded where there is one: what stands before step 0."""
     torch.manual_seed(config.run.seed)
     reset_clamped_rows()
     torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
@@ -301,9 +345,13 @@ def start(
         from medtrain.trainer.fp8 import Guard  # torchao, for those who ask for it
 
         guard = Guard(config.precision, policy, world)
+    proof = None
     with guard.without_fp8() if guard is not None else nullcontext():  # the reference is of the model that is exported
+        if prove_it and prepared.checkpoint is not None and config.model.proof != "none":
+            proof = prove(policy, prepared.checkpoint, prepared.adapters, world, forward=config.model.proof == "auto")
+            display.say(describe(proof))
         prepared.objective.prepare(policy, world, reference, display.say)
-    return policy, make_optimizer(policy, config), guard
+    return policy, make_optimizer(policy, config), guard, proof
 
 
 def check(config: Config, samples: int = 0) -> str:
@@ -316,7 +364,7 @@ def check(config: Config, samples: int = 0) -> str:
     _quiet_libraries()
     # Copies of the model are left out: what many ranks will train is often checked on one.
     with join_world() as world:
-        prepared = prepare(config, world, Display(enabled=world.is_main))
+        prepared = prepare(config, world, Display(enabled=world.is_main), verify=True)
         RunFolder(config.run.out).check(config.settings(), prepared.objective.digests)
         hf_config = prepared.hf_config
         total, _ = num_parameters(prepared.shapes)
@@ -334,6 +382,8 @@ def check(config: Config, samples: int = 0) -> str:
             lines.insert(2, "fp8:    " + prepared.fp8.describe())
         if prepared.adapters is not None:
             lines.insert(2, "lora:   " + prepared.adapters.describe(total))
+        if prepared.exam is not None:
+            lines.insert(-1, prepared.exam.describe().replace("exam:", "exam:  "))
         if samples:
             lines += ["", decoded_samples(prepared.objective, prepared.tokenizer, samples)]
         return "\n".join(lines)

@@ -35,7 +35,7 @@ SUPPORTED_TYPES = ("qwen2", "qwen3", "llama", "mistral")
 
 
 class PolicyModel(nn.Module):
-    """A causal LM that returns the log-probabilities of given next tokens and never a logit.
+    """A causal LM that returns the log-probabilities of given next tokens, and logits for generation alone.
 
     Its parameters carry the names of the Hugging Face model (``model.*``, ``lm_head.weight``). Backbone and head run
     inside this one forward, because FSDP gathers parameters at the forward of its root.
@@ -64,12 +64,16 @@ class PolicyModel(nn.Module):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def forward(self, batch) -> torch.Tensor:
+    def forward(self, batch=None, *, padded: dict[str, Any] | None = None) -> torch.Tensor:
         """Log-probabilities (nats, float32 [N]) of ``batch.targets`` at positions ``batch.counted``.
 
         Args:
             batch: a :class:`~medtrain.trainer.data.batch.MicroBatch` on the model's device.
+            padded: instead, what transformers' ``generate`` hands a backbone: rows padded on the left, and their KV cache.
+                Gives the logits [rows, 1, V] of the last position (medtrain.trainer.exam.during).
         """
+        if padded is not None:
+            return self.lm_head(self.model(**padded).last_hidden_state[:, -1:], None)
         layout = attention.packed_layout(batch, self.backend)
         output = self.model(
             input_ids=batch.input_ids.unsqueeze(0),

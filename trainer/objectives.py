@@ -38,7 +38,8 @@ from medtrain.trainer.data.sharing import TokenCounts, plan_pairs
 from medtrain.trainer.data.sources import name_sources
 from medtrain.trainer.data.tokens import tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
-from medtrain.trainer.distributed import World
+from medtrain.trainer.data.workers import Progress, default_workers
+from medtrain.trainer.distributed import World, local_size
 from medtrain.trainer.lora import without_adapters
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.pair_stats import LikelihoodAlarm, num_sums, pair_metrics, pair_sums
@@ -64,23 +65,26 @@ class Cpt:
     stage = "cpt"
     num_sums = 1
 
-    def __init__(self, config: Config, tokenizer, world: World, say: Say):
+    def __init__(self, config: Config, tokenizer, world: World, say: Say, *, verify: bool = False):
+        """``verify``: read input and token cache whole, and trust no file for its size and times."""
+        workers = config.data.workers or default_workers(local_size())
         cache = Path(config.data.cache or os.environ.get("MEDTRAIN_CACHE") or Path.home() / ".cache" / "medtrain")
         self.capacity = config.optim.micro_batch_tokens
 
         def load(sources, what: str = "") -> list[Windows]:
             found = []
             for source in name_sources(sources):
-                report = _now_and_then(lambda rows, name=source.name: say(f"{name}: {rows:,} documents tokenised"))
+                report = _now_and_then(lambda progress, name=source.name: say(f"{name}: {progress}"))
+                options = {"workers": workers, "progress": report}
                 key = world.from_main(
-                    lambda source=source, report=report: (
-                        tokenize_source(source, tokenizer, cache / "tokens", progress=report).digest
+                    lambda source=source, options=options: (
+                        tokenize_source(source, tokenizer, cache / "tokens", verify=verify, **options).digest
                     )
                 )
-                tokenized = tokenize_source(source, tokenizer, cache / "tokens", key=key)
+                tokenized = tokenize_source(source, tokenizer, cache / "tokens", key=key, **options)
                 found.append(make_windows(tokenized, config.data.seq_len))
-                say(f"{what}{source.name}: {tokenized.num_docs:,} documents, {len(tokenized.tokens):,} tokens")
-                _tell_unknown(tokenized.tokens, tokenizer, source.name, say)
+                say(f"{what}{source.name}: {tokenized.num_docs:,} documents, {tokenized.num_tokens:,} tokens")
+                _tell_unknown(tokenized.head(10_000_000), tokenizer, source.name, say)
             return found
 
         self.sources = load(config.data.sources)
@@ -274,8 +278,7 @@ def _tell_unknown(tokens: np.ndarray, tokenizer, name: str, say: Say) -> None:
     # Where <unk> is also the end or padding token (GPT-2's way), it stands for itself.
     if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         return
-    # The first ten million tell enough, and reading all of a large cache would take long.
-    sample = tokens[:10_000_000]
+    sample = tokens[:10_000_000]  # they tell enough
     share = float(np.mean(sample == unknown)) if len(sample) else 0.0
     if share > 0.001:
         say(
@@ -283,11 +286,11 @@ def _tell_unknown(tokens: np.ndarray, tokenizer, name: str, say: Say) -> None:
         )
 
 
-def _now_and_then(report: Callable[[int], None], seconds: float = 10.0) -> Callable[[int], None]:
+def _now_and_then(report: Callable[[Progress], None], seconds: float = 10.0) -> Callable[[Progress], None]:
     """``report``, but not within ``seconds`` of the start or of the last time."""
     last = time.monotonic()
 
-    def maybe(done: int) -> None:
+    def maybe(done: Progress) -> None:
         nonlocal last
         if time.monotonic() - last >= seconds:
             last = time.monotonic()

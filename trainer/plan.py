@@ -9,7 +9,7 @@ hands out; CUDA's own memory and fragmentation are an allowance that is said apa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,10 +18,10 @@ from medtrain.kernels.logps_memory import LogpsMemory, logps_memory
 from medtrain.trainer.config import Config
 from medtrain.trainer.lora import Adapters, linear_shapes, plan_adapters
 from medtrain.trainer.model import parameter_shapes
+from medtrain.trainer.plan_precision import MASTER, Fp8Products, fp8_names, moment_bytes, update_bytes, weight_item
 from medtrain.trainer.quant import packed_shape
 
 GIB = 2**30
-MASTER = 4  # bytes of a trained weight, of its gradient and of each of Adam's two moments: float32 (trainer/model.py, loop.py)
 
 # Not measured by us: CUDA context, NCCL's and cuBLAS's own buffers; and what the caching allocator cannot use, since it
 # keeps a pool for each stream (compute, gather, reduce) and blocks of unlike sizes.
@@ -32,12 +32,15 @@ FRAGMENTATION = 0.05
 @dataclass(frozen=True)
 class Unit:
     """One FSDP unit on one rank, bytes. ``stored``: its share of the weights; ``whole``: gathered in the compute
-    precision; ``gradient``: its share of the gradients; ``trained``: number of its trained weights, all ranks together."""
+    precision; ``gradient``: its share of the gradients; ``trained``: number of its trained weights, all ranks together;
+    ``moments``: Adam's, of its share; ``update``: the most for a moment while its share is updated."""
 
     stored: int
     whole: int
     gradient: int
     trained: int
+    moments: int
+    update: int
 
 
 @dataclass(frozen=True)
@@ -120,18 +123,22 @@ def planned_step(config: Config, world_size: int) -> Step:
     return Step(tokens, tokens, tokens, accumulates=num > 1)
 
 
-def units(model: Model, world_size: int, compute: torch.dtype, sharded: bool) -> tuple[Unit, Unit, Unit]:
+def units(
+    config: Config, model: Model, machine: Machine, compute: torch.dtype, sharded: bool
+) -> tuple[Unit, Unit, Unit]:
     """(a decoder layer, the head, the root with the rest), as trainer/model.py cuts them. A tied head's unit has the
     embedding, which is then not in the root."""
-    c, adapters = compute.itemsize, model.adapters
+    c, adapters, world_size = compute.itemsize, model.adapters, machine.world_size
     linears = linear_shapes(model.shapes)
+    in_fp8 = fp8_names(config, model.shapes) if config.precision.fp8_all_gather else frozenset()
 
     def unit(names: list[str]) -> Unit:
-        stored = whole = gradient = trained = 0
+        stored = whole = gradient = trained = moments = update = 0
         for name in names:
             shape = model.shapes[name]
             # (shape, bytes stored, bytes gathered, trained?) of the weight and of the adapters beside it.
-            tensors = [(shape, MASTER if adapters is None else c, c, adapters is None)]
+            gathered = 1 if name in in_fp8 else c
+            tensors = [(shape, weight_item(config) if adapters is None else c, gathered, adapters is None)]
             if adapters is not None and name in linears:
                 if adapters.base == "nf4":  # trainer/quant.py: 0.5625 bytes a weight
                     tensors = [(packed_shape(*shape, compute), c, c, False)]
@@ -146,9 +153,12 @@ def units(model: Model, world_size: int, compute: torch.dtype, sharded: bool) ->
                 share = rows * math.prod(size[1:])
                 stored += share * stored_item
                 whole += share * world_size * gathered_item if sharded else 0
-                gradient += share * MASTER if is_trained else 0
-                trained += share * world_size if is_trained else 0
-        return Unit(stored, whole, gradient, trained)
+                if is_trained:
+                    gradient += share * stored_item
+                    trained += share * world_size
+                    moments += moment_bytes(config, (rows, *size[1:]))
+                    update = max(update, update_bytes(config, (rows, *size[1:]), stored_item, machine.device))
+        return Unit(stored, whole, gradient, trained, moments, update)
 
     layer = [name for name in model.shapes if name.startswith("model.layers.0.")]
     embedding, norm, head = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -172,7 +182,9 @@ class LayerActivations:
     end_backward: int
 
 
-def layer_activations(model: Model, step: Step, compute: torch.dtype, device: str) -> LayerActivations:
+def layer_activations(
+    settings: Config, model: Model, step: Step, compute: torch.dtype, device: str
+) -> LayerActivations:
     """From the forward of transformers' Qwen2DecoderLayer (Llama's and Mistral's are the same), tensor by tensor."""
     config, adapters, c = model.hf_config, model.adapters, compute.itemsize
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
@@ -219,7 +231,28 @@ def layer_activations(model: Model, step: Step, compute: torch.dtype, device: st
         # dequantize(): two float32 copies and the result of the largest matrix.
         widened = max(math.prod(shape) for shape in linear_shapes(model.shapes).values()) * (4 + 4 + c)
         forward, mlp_backward = forward + widened, mlp_backward + widened
+    if settings.precision.fp8 != "none":
+        forward_fp8, backward_fp8 = mlp_in_fp8(settings, t, hidden, inner, c)
+        forward, mlp_backward = max(forward, forward_fp8), max(mlp_backward, backward_fp8)
     return LayerActivations(saved, product, selected, forward, mlp_backward, end_backward)
+
+
+def mlp_in_fp8(settings: Config, t: int, hidden: int, inner: int, c: int) -> tuple[int, int]:
+    """``forward`` and ``mlp_backward`` of a layer whose products are in FP8: the MLP's are its largest."""
+    products = Fp8Products(c, settings.precision.fp8_all_gather, settings.precision.fp8_emulate)
+    narrow, wide, weight = t * hidden, t * inner, hidden * inner
+    up, down = (narrow, weight, wide), (wide, weight, narrow)
+    forward = max(
+        (2 * narrow + wide) * c + products.forward(*up),  # silu(gate) is there when up comes
+        (2 * narrow + wide) * c + products.forward(*down),
+    )
+    backward = max(
+        # Gradient of the residual and the product, which down_proj kept; its dW is counted among the gradients.
+        (narrow + wide) * c + products.backward(*down) - weight * c,
+        (narrow + 2 * wide) * c + products.backward(*up),
+        (2 * narrow + wide) * c + weight * c + products.backward(*up),  # gate's, beside up's dW
+    )
+    return forward, backward
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -229,24 +262,26 @@ def head_dim(config: PreTrainedConfig) -> int:
 def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[Moment]:
     """What a rank holds at each moment of a step that could be the largest, once the optimizer has its states."""
     compute = compute_dtype(config, machine.device)
-    c, sharded = compute.itemsize, machine.has_mesh(compute)
-    num_shards = machine.world_size // config.parallel.replicate
-    layer, head, root = units(model, num_shards, compute, sharded)
+    c, num_shards = compute.itemsize, machine.world_size // config.parallel.replicate
+    sharded = machine.has_mesh(compute) or config.precision.fp8_all_gather
+    layer, head, root = units(config, model, replace(machine, world_size=num_shards), compute, sharded)
     num_layers, hidden = model.hf_config.num_hidden_layers, model.hf_config.hidden_size
     tied = "lm_head.weight" not in model.shapes
     t, n = step.tokens, step.counted
 
     weights = num_layers * layer.stored + head.stored + root.stored
     all_gradients = num_layers * layer.gradient + head.gradient + root.gradient
-    # AdamW: two moments a trained weight, made in the first step; fused, so that the step itself takes nothing.
-    optimizer = 2 * all_gradients
+    # AdamW: two moments a trained weight, made in the first step.
+    optimizer = num_layers * layer.moments + head.moments + root.moments
     gradients_so_far = all_gradients if step.accumulates else 0
 
     def buffers(unit: Unit) -> tuple[int, int, int]:
         """(its all-gather's flat buffer, its reduce-scatter's input, that one's output): torch's _fsdp_collectives.py. On one
         rank nothing is gathered: the cast is the copy; what is reduced is copied all the same."""
-        gather = unit.whole if num_shards > 1 else 0
-        return (gather, unit.trained * MASTER, unit.gradient) if sharded else (0, 0, 0)
+        gather, out = unit.whole if num_shards > 1 else 0, unit.trained // num_shards * MASTER
+        if unit.gradient < out:  # rounded to the weight's dtype while the float32 sums are there
+            out += unit.gradient
+        return (gather, unit.trained * MASTER, out) if sharded else (0, 0, 0)
 
     def of_unit(unit: Unit) -> int:
         # Whole gradients in the compute precision; without a mesh they are the gradients themselves, or added to them.
@@ -257,7 +292,7 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
     # FSDP2 keeps the root gathered from forward to backward; a tied head's unit is gathered while the embedding is used.
     root_whole, tied_whole = root.whole, head.whole if tied else 0
 
-    layer_acts = layer_activations(model, step, compute, machine.device)
+    layer_acts = layer_activations(config, model, step, compute, machine.device)
     checkpointed = config.model.activation_checkpointing != "none"
     selected = layer_acts.selected if config.model.activation_checkpointing == "selective" else 0
     kept_a_layer = t * hidden * c + selected if checkpointed else layer_acts.saved + layer_acts.product
@@ -373,7 +408,7 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
             reduce_buffers=last_reduce + last_out + (all_gradients - last.gradient if added_to else 0),
             gradients_of_a_unit=of_unit(last), activations=small,
         ))  # fmt: skip
-    found.append(moment("optimizer step", all_gradients))
+    found.append(moment("optimizer step", all_gradients, temporaries=max(layer.update, head.update, root.update)))
     return found
 
 

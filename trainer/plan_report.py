@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from medtrain.trainer.config import Config, ModelConfig
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.model import load_model_config, load_tokenizer
+from medtrain.trainer.model import load_model_config, load_tokenizer, num_parameters
 from medtrain.trainer.plan import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -25,9 +25,11 @@ from medtrain.trainer.plan import (
     planned_step,
     read_model,
 )
+from medtrain.trainer.step import PEAK_FLOPS, FlopsPerToken
 
 # Beside this folder's parent, in a checkout as in an installed package.
 MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
+H100_TFLOPS = PEAK_FLOPS["H100"] / 1e12
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
@@ -108,6 +110,11 @@ def _changed(config: Config, **changes: Any) -> Config:
     return config
 
 
+def _without_small(config: Config) -> Config:
+    """Without what is not to be had with adapters (config_checks.py)."""
+    return _changed(config, precision__weights="fp32", precision__fp8="none", precision__fp8_all_gather=False)
+
+
 def longest_item(config: Config) -> int:
     """Tokens that a micro-batch must hold at least: a window, or the longest pair that ``data.max_length`` allows (both sides
     of it; a shared prompt makes it less)."""
@@ -160,42 +167,96 @@ def alternatives(plan: Plan, limit: int) -> list[dict[str, Any]]:
         if attempt(f"{world_size} ranks", config, world_size):
             break
     if not config.lora.on:
-        attempt("lora.rank=16", _changed(config, lora__rank=16))
+        small = {}
+        if config.optim.state == "fp32":
+            small["optim.state"] = "8bit"
+        if config.precision.weights == "fp32" and config.precision.compute != "float32":
+            small["precision.weights"] = "bf16"
+        for name, value in small.items():
+            attempt(f"{name}={value}", _changed(config, **{name.replace(".", "__"): value}))
+        changes = {name.replace(".", "__"): value for name, value in small.items()}
+        both = " ".join(f"{name}={value}" for name, value in small.items())
+        fitted = len(small) == 2 and attempt(both, _changed(config, **changes))
+        if small and saving != config and not fitted:
+            attempt(f"{both}, with all of the savings above", _changed(saving, **changes))
+        attempt("lora.rank=16", _changed(_without_small(config), lora__rank=16))
     if config.lora.base != "nf4":
         rank = {} if config.lora.on else {"lora__rank": 16}
+        config = _without_small(config)
         names = " ".join([*("lora.rank=16" for _ in rank), "lora.base=nf4"])
         attempt(names, _changed(config, **rank, lora__base="nf4"))
     return found
 
 
-def measured_rates(config: Config, precision: str) -> list[dict[str, Any]]:
-    """Rows of our own training benchmarks for this stage, model and precision, each with its ``file``."""
-    rows = []
-    name = Path(config.model.path or "").name.lower()
+def measured_rates(config: Config, model: Model, precision: str) -> list[dict[str, Any]]:
+    """Rows of our own training benchmarks for this stage and precision, and for a model of this size trained in this way:
+    tokens/s of one device, each with its ``file``."""
+    return [
+        {"tokens_per_second": row["tokens_per_second"], "file": file}
+        for file, row in _measured(config, precision)
+        if row["parameters"] == model.num_parameters and row["trained"] == _trained(config)
+    ]
+
+
+def expected_speed(
+    config: Config, model: Model, machine: Machine, precision: str, mfu: float | None, peak_tflops: float
+) -> dict[str, Any] | None:
+    """Tokens/s of all ranks together at a share ``mfu`` of ``peak_tflops`` (dense bf16, a rank): the one given, else the one of
+    the largest model that was measured for this stage, precision and way of training; None without either.
+
+    FLOPs as the training loop counts them (step.FlopsPerToken), documents as long as ``data.seq_len`` or ``data.max_length``.
+    """
+    source = "given"
+    if mfu is None:
+        rows = [
+            (file, row)
+            for file, row in _measured(config, precision)
+            if row["mfu"] and row["trained"] == _trained(config)
+        ]
+        if not rows:
+            return None
+        file, row = max(rows, key=lambda each: each[1]["parameters"])
+        mfu, source = row["mfu"], f"{file}, {row['model']} on one device"
+    length = config.data.seq_len if config.stage == "cpt" else config.data.max_length
+    _, multiplied = num_parameters(model.shapes)
+    flops = FlopsPerToken(model.hf_config, multiplied, model.adapters)(1, length)
+    rate = mfu * peak_tflops * 1e12 * machine.world_size / flops
+    return {"tokens_per_second": rate, "mfu": mfu, "peak_tflops": peak_tflops, "from": source}
+
+
+def _measured(config: Config, precision: str) -> list[tuple[str, dict[str, Any]]]:
+    found = []
     for file in sorted(RESULTS.glob(f"train-{config.stage}-*.json")):
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
-            if row["impl"] == "medtrain" and str(row["model"]).lower() == name and row["precision"] == precision:
-                rows.append({"tokens_per_second": row["tokens_per_second"], "file": file.name})
-    return rows
+            if row["impl"] == "medtrain" and row["precision"] == precision and row["tokens_per_second"]:
+                found.append((file.name, row))
+    return found
+
+
+def _trained(config: Config) -> str:
+    """As the training benchmark's rows say it."""
+    return f"LoRA rank {config.lora.rank}" if config.lora.on else "all weights"
 
 
 def _refuse_unplanned(config: Config) -> None:
     """No number is better than one that leaves out what a setting is there to change."""
-    for field, found, planned in (
-        ("model.compile", config.model.compile, False),
-        ("precision.fp8", config.precision.fp8, "none"),
-        ("precision.weights", config.precision.weights, "fp32"),
-        ("optim.state", config.optim.state, "fp32"),
-    ):
-        if found != planned:
-            raise bad_input("medtrain plan has no formula for it yet", field=field, found=found, expected=planned)
+    if config.model.compile:
+        raise bad_input("medtrain plan has no formula for it yet", field="model.compile", found=True, expected="false")
 
 
-def plan_config(config: Config, *, world_size: int, gpu_memory_gib: float, sizes: str | None = None) -> dict[str, Any]:
-    """The whole plan as plain data, as ``medtrain plan --json`` prints it.
+def plan_config(
+    config: Config,
+    *,
+    world_size: int,
+    gpu_memory_gib: float,
+    sizes: str | None = None,
+    mfu: float | None = None,
+    peak_tflops: float = H100_TFLOPS,
+) -> dict[str, Any]:
+    """The whole plan as plain data, as ``medtrain plan --json`` prints it; ``mfu``, ``peak_tflops``: see :func:`expected_speed`.
 
     Raises:
-        InputError: sizes that cannot be found, settings that do not fit the model, or that have no formula yet.
+        InputError: sizes that cannot be found, settings that do not fit the model.
     """
     _refuse_unplanned(config)
     if world_size % config.parallel.replicate:
@@ -208,7 +269,8 @@ def plan_config(config: Config, *, world_size: int, gpu_memory_gib: float, sizes
     limit = int(gpu_memory_gib * GIB)
     step = planned_step(config, world_size)
     precision = str(compute_dtype(config, "cuda")).removeprefix("torch.")
-    rates = measured_rates(config, precision)
+    measured_as = precision if config.precision.fp8 == "none" else f"fp8-{config.precision.fp8}"
+    rates = measured_rates(config, model, measured_as)
     fits = plan.peak <= limit
     return {
         "stage": config.stage,
@@ -228,12 +290,14 @@ def plan_config(config: Config, *, world_size: int, gpu_memory_gib: float, sizes
         "least_micro_batch_tokens": longest_item(config),
         "alternatives": [] if fits else alternatives(plan, limit),
         "measured_rates": rates,
+        "expected_speed": expected_speed(config, model, machine, measured_as, mfu, peak_tflops),
         "assumptions": [
             f"allowance: {CONTEXT_BYTES / GIB:g} GiB for CUDA, NCCL, cuBLAS and {FRAGMENTATION:.0%} for fragmentation, assumed",
             "flash attention; a micro-batch as full as packing allows"
             + (", its prompts counted too" if config.stage == "rpo" else ""),
             *(["layers as torch's own; Liger's norms and SwiGLU keep less"] if config.model.kernels != "torch" else []),
-            "the parts' formulas were held against measurements on a CPU only (docs/plan.md)",
+            "the parts' formulas were held against measurements on a CPU only (docs/plan.md)"
+            + (", FP8's emulated" if config.precision.fp8 != "none" else ""),
         ],
     }  # fmt: skip
 
@@ -274,7 +338,15 @@ def as_text(result: dict[str, Any]) -> str:
             f"  {each['change']:<44}{each['peak_gib']:11.2f}   {'fits' if each['fits'] else 'does not fit'}"
             for each in result["alternatives"]
         ]
-    rates = [f"{rate['tokens_per_second']:,.0f} tokens/s ({rate['file']})" for rate in result["measured_rates"]]
+    speed = result["expected_speed"]
+    rates = [
+        f"{rate['tokens_per_second']:,.0f} tokens/s of one device ({rate['file']})" for rate in result["measured_rates"]
+    ]
     lines += ["", "speed: " + ("; ".join(rates) if rates else "no rate has been measured for this model and precision")]
+    if speed is not None:
+        lines.append(
+            f"expected: {speed['tokens_per_second']:,.0f} tokens/s of all ranks, at {speed['mfu']:.0%} of "
+            f"{speed['peak_tflops']:g} TFLOP/s a rank ({speed['from']})"
+        )
     lines += [f"note: {line}" for line in result["assumptions"]]
     return "\n".join(lines)

@@ -71,11 +71,21 @@ def describe(row: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def heldout_line(row: dict[str, Any]) -> str:
-    """The held-out numbers of one row of metrics.jsonl."""
+def evaluation_lines(row: dict[str, Any]) -> list[str]:
+    """The held-out numbers and the exam of one row of metrics.jsonl, a line each where they are there."""
+    lines = []
     shown = {k.removeprefix("heldout/"): v for k, v in row.items() if k.startswith("heldout/") and v is not None}
-    numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-    return f"held-out at step {row['step']}: {numbers}"
+    if shown:
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        lines.append(f"held-out at step {row['step']}: {numbers}")
+    if "exam/explanation_gap" in row:
+        answer, explain = (row[f"exam/{mode}/points_ratio"] for mode in ("answer", "explain"))
+        lines.append(
+            f"exam at step {row['step']}: answer {answer:.3f}  explain {explain:.3f}  gap {row['exam/explanation_gap']:+.3f}"
+            f"  ({row['exam/explain/truncated']} explanations cut off, {row['exam/explain/parse_failures']} without an answer, "
+            f"{duration(row['exam/seconds'])})"
+        )
+    return lines
 
 
 def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> str:
@@ -95,6 +105,10 @@ def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> st
         lines.append(
             "  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched))
         )
+    sat = [row for row in rows if "exam/explanation_gap" in row]
+    if sat:
+        names = ("exam/answer/points_ratio", "exam/explain/points_ratio", "exam/explanation_gap")
+        lines.append("  ".join(span(name, sat) for name in names))
     computed, saved = (sum(row[name] for row in trained) for name in ("tokens_computed", "tokens_saved"))
     lines.append(
         f"{trained[-1]['tokens_total']:,} tokens counted, {computed:,} computed"
@@ -107,6 +121,8 @@ def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> st
         )
     made = "   ".join(f"{path.name}: {path}" for path in reversed(folder.results(config)))
     lines.append(f"{made}   metrics: {folder.metrics}   ledger: {folder.ledger}")
+    if folder.report.is_file():
+        lines.append(f"report: {folder.report}")
     return "\n".join(lines)
 
 

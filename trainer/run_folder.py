@@ -47,6 +47,11 @@ class RunFolder:
         self.model = self.root / "model"
         self.adapter = self.root / "adapter"
         self.tensorboard = self.root / "tensorboard"
+        self.report = self.root / "report.html"
+
+    def exam(self, step: int) -> Path:
+        """The outputs of the exam that the policy sat after ``step`` steps."""
+        return self.root / "exam" / f"step-{step:08d}.jsonl"
 
     def check(self, settings: dict[str, Any], digests: dict[str, str]) -> None:
         """Refuse a folder that holds something else, before anything is written to it.
@@ -105,6 +110,12 @@ class RunFolder:
 
     def write_manifest(self, content: dict[str, Any]) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
+        write_json(self.manifest, content)
+
+    def add_to_start(self, about: dict[str, Any]) -> None:
+        """Add to what the manifest says of this start."""
+        content = json.loads(self.manifest.read_text(encoding="utf-8"))
+        content["starts"][-1] |= about
         write_json(self.manifest, content)
 
     def cut_metrics(self, step: int) -> None:

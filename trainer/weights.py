@@ -1,31 +1,35 @@
 """Weights in and out: safetensors straight into shards, random weights from a seed, and export to a HF folder.
 
-Each rank reads only its own rows of each tensor; export gathers one tensor at a time and writes files of bounded size,
-so no rank ever holds a whole large model.
+Each rank reads only its own rows of each tensor; export gathers one tensor at a time and writes it at once, so no rank ever
+holds more than its share and one tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medtrain.trainer.distributed import World, local_part, whole
-from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import PARTIAL, file_sha256, replace_folder, write_json
+from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.files import PARTIAL, file_sha256, replace_folder, sync_file, write_json
 from medtrain.trainer.lora import Adapters, adapter_pairs, is_adapter, is_packed, weight_name
 from medtrain.trainer.model import PolicyModel, parameter_shapes
 from medtrain.trainer.quant import dequantize, quantize
 
 MAX_FILE_BYTES = 5_000_000_000  # of an exported safetensors file, as transformers splits them
+BLOCK_BYTES = 64 * 2**20  # cast and written at once
+CHECKSUMS = "SHA256SUMS"  # beside exported weights, as the program sha256sum writes and checks them
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint:
@@ -52,7 +56,7 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         for path in self.files:
             try:
-                with safe_open(path, framework="pt") as file:
+                with safe_open(path, framework="np") as file:  # headers alone; "pt" would map the file writably
                     for name in file.keys():
                         self.where[name] = path
                         part = file.get_slice(name)
@@ -66,9 +70,20 @@ class Checkpoint:
                                 expected="as many bytes as its header says") from None  # fmt: skip
 
     def digest(self) -> str:
-        """sha256 over the files' contents (in name order)."""
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(file_sha256, self.files))
+        """sha256 over the files' contents (in name order).
+
+        Raises:
+            InputError: contents other than a ``SHA256SUMS`` beside them says.
+        """
+        digests = _sha256_of(self.files)
+        sums = self.folder / CHECKSUMS
+        if sums.is_file():
+            expected = {line[66:]: line[:64] for line in sums.read_text(encoding="utf-8").splitlines()}
+            for path, digest in zip(self.files, digests, strict=True):
+                if expected.get(path.name, digest) != digest:
+                    raise bad_input("damaged or changed", file=path, found=f"sha256 {digest}",
+                                    expected=f"{expected[path.name]}, as {sums} says; remove that file if it was changed on "
+                                    "purpose")  # fmt: skip
         return hashlib.sha256(
             "".join(f"{p.name}:{d}\n" for p, d in zip(self.files, digests, strict=True)).encode()
         ).hexdigest()
@@ -87,9 +102,14 @@ class Checkpoint:
             if self.shapes[name] != shape:
                 raise bad_input("wrong shape", file=self.where[name], field=name, found=list(self.shapes[name]),
                                 expected=str(list(shape)))  # fmt: skip
-            if self.dtypes[name] not in ("F64", "F32", "F16", "BF16"):
+            if self.dtypes[name] not in DTYPES:
                 raise bad_input("quantized weights cannot be trained", file=self.where[name], field=name,
                                 found=self.dtypes[name], expected="F32, F16 or BF16")  # fmt: skip
+
+
+def _sha256_of(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(file_sha256, paths))
 
 
 def _fill(local: torch.Tensor, values: torch.Tensor, name: str) -> None:
@@ -105,16 +125,16 @@ def load_weights(policy: PolicyModel, checkpoint: Checkpoint) -> None:
     """Copy this rank's part of every tensor from the files into the (sharded) parameters, cast or quantized as they are
     kept; adapters are left alone."""
     policy.reshard_all()
-    handles: dict[Path, object] = {}
+    in_file: dict[Path, list[tuple[str, torch.Tensor]]] = {}
     for name, param in policy.named_parameters():
-        local, part = local_part(param)
-        if local.numel() == 0 or is_adapter(name):
-            continue
-        hf_name = weight_name(name)
-        path = checkpoint.where[hf_name]
-        if path not in handles:
-            handles[path] = safe_open(path, framework="pt")
-        _fill(local, handles[path].get_slice(hf_name)[part[:1]], name)
+        if not is_adapter(name):
+            in_file.setdefault(checkpoint.where[weight_name(name)], []).append((name, param))
+    for path, named in in_file.items():  # one mapped at a time
+        with safe_open(path, framework="pt") as file:
+            for name, param in named:
+                local, part = local_part(param)
+                if local.numel() > 0:
+                    _fill(local, file.get_slice(weight_name(name))[part[:1]], name)
 
 
 @torch.no_grad()
@@ -158,8 +178,11 @@ def export_model(
     Adapters are merged into the base weights that they were trained on: NF4 ones are widened, not the original ones taken
     again, so that what is written is the model that was trained. Sums are made in float32 and rounded once.
 
-    The folder appears whole or not at all. ``source`` is the checkpoint the run began with: its generation settings are
-    kept.
+    The folder appears whole or not at all, with the sha256 of each weights file, which is read back and compared before.
+    ``source`` is the checkpoint the run began with: its generation settings are kept.
+
+    Raises:
+        RuntimeError: what was read back is not what was written.
     """
     policy.reshard_all()
     out = Path(out)
@@ -167,67 +190,124 @@ def export_model(
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    sizes, written = [0], []
-
-    def flush() -> None:
-        if world.is_main:
-            path = partial / f"part-{len(written):05d}.safetensors"
-            save_file(shards[-1], path, metadata={"format": "pt"})
-            written.append((path, list(shards[-1]), sizes[-1]))
-        shards[-1] = {}
-        sizes[-1] = 0
-
+    named = {weight_name(name): (name, p) for name, p in policy.named_parameters() if not is_adapter(name)}
     pairs = adapter_pairs(policy)
-    for name, param in policy.named_parameters():
-        if is_adapter(name):
-            continue
-        hf_name = weight_name(name)
+
+    def gather(hf_name: str) -> torch.Tensor:
+        name, param = named[hf_name]
         tensor = whole(param)
-        if is_packed(name):
+        a, b = (whole(p) for p in pairs[hf_name]) if hf_name in pairs else (None, None)
+        if world.is_main and is_packed(name):
             tensor = dequantize(tensor, torch.float32)
-        if hf_name in pairs:
-            a, b = pairs[hf_name]
-            tensor = tensor.float() + adapters.scaling * (whole(b) @ whole(a))
-        tensor = tensor.to(dtype)
-        num_bytes = tensor.numel() * tensor.element_size()
-        if sizes[-1] and sizes[-1] + num_bytes > MAX_FILE_BYTES:
-            flush()
-        sizes[-1] += num_bytes
+        if world.is_main and a is not None:
+            tensor = tensor.float() + adapters.scaling * (b @ a)
+        return tensor
+
+    shapes = parameter_shapes(policy.config)
+    files = _files_of({name: shapes[name] for name in named}, dtype)
+    digests = {}
+    for file, names in files.items():
         if world.is_main:
-            shards[-1][hf_name] = tensor.cpu().contiguous()
-    flush()
-    if world.is_main:
-        _name_files(partial, written)
+            digests[file] = _write_file(partial / file, {name: shapes[name] for name in names}, dtype, gather)
+        else:
+            for name in names:
+                gather(name)
+
+    def finish() -> str | None:
+        if len(files) > 1:
+            total = sum(math.prod(shapes[name]) for name in named) * dtype.itemsize
+            weight_map = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(partial / "model.safetensors.index.json", index)
+        if wrong := _wrong_file(partial, digests, {name: shapes[name] for name in named}):
+            return wrong
+        sums = "".join(f"{digest}  {file}\n" for file, digest in digests.items())
+        (partial / CHECKSUMS).write_text(sums, encoding="utf-8")
         hf_config = type(policy.config).from_dict(policy.config.to_dict())
         hf_config.architectures = [_architecture(policy)]
         hf_config.dtype = dtype
         hf_config.save_pretrained(partial)
-        write_json(partial / "generation_config.json", _generation_config(tokenizer, source))
+        write_json(partial / "generation_config.json", generation_config(tokenizer, source))
         tokenizer.save_pretrained(partial)
         replace_folder(partial, out)
-    world.barrier()
+        return None
+
+    if wrong := world.from_main(finish):
+        raise RuntimeError(f"{partial / wrong}: what was read back is not what was written; nothing was exported")
     return out
+
+
+def _files_of(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, list[str]]:
+    """File names, and the names of the tensors in each, in order; files of MAX_FILE_BYTES at most where tensors allow."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if groups[-1] and size + num_bytes > MAX_FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _write_file(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, gather: Callable[[str], torch.Tensor]
+) -> str:
+    """Write what ``gather`` returns for each name of ``shapes``, in that order, as a safetensors file; returns its sha256.
+
+    The safetensors library writes a file from tensors that are all in memory; here one is, and of its cast one block.
+    Format: 8 bytes with the header's length, the header (JSON, padded to 8 bytes), the tensors' bytes.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    stored = {kept: name for name, kept in DTYPES.items()}[dtype]
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+
+        def put(content) -> None:
+            file.write(content)
+            digest.update(content)
+
+        put(len(encoded).to_bytes(8, "little"))
+        put(encoded)
+        for name, shape in shapes.items():
+            per_block = max(1, BLOCK_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+            tensor = gather(name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: shape {tuple(tensor.shape)} in place of {shape}")
+            for first in range(0, shape[0], per_block):
+                put(tensor[first : first + per_block].to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+            del tensor  # before the next one is gathered
+    sync_file(path)
+    return digest.hexdigest()
+
+
+def _wrong_file(folder: Path, digests: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """The name of a file of ``folder`` that does not have the sha256 given, or not the tensors: by safetensors' own reading."""
+    found = _sha256_of([folder / file for file in digests])
+    for file, digest in zip(digests, found, strict=True):
+        if digests[file] != digest:
+            return file
+    try:
+        return None if Checkpoint(folder).shapes == shapes else "*.safetensors"
+    except InputError as error:
+        return str(error)
 
 
 def _architecture(policy: PolicyModel) -> str:
     return type(policy.model).__name__.removesuffix("Model") + "ForCausalLM"
 
 
-def _name_files(folder: Path, written: list[tuple[Path, list[str], int]]) -> None:
-    if len(written) == 1:
-        written[0][0].rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, (path, names, _) in enumerate(written):
-        final = f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
-        path.rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": sum(size for _, _, size in written)}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict:
+def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict:
+    """What an exported model's generation_config.json holds: that of ``source``, with the end token that is trained."""
     if source is not None and (Path(source) / "generation_config.json").is_file():
         # As plain JSON: transformers refuses to save many a published file once it has been changed.
         config = json.loads((Path(source) / "generation_config.json").read_text(encoding="utf-8"))

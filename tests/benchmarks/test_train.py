@@ -13,9 +13,10 @@ from transformers import AutoConfig
 
 from medtrain.benchmarks import train as bench
 from medtrain.benchmarks.report import markdown
-from medtrain.benchmarks.train import OURS, SEPARATE, TRL, failures, run_train
+from medtrain.benchmarks.train import FP8, OURS, SEPARATE, TITAN, TRAINER, TRL, failures, run_train
 from medtrain.benchmarks.train_arms import Arm, run_medtrain
-from medtrain.benchmarks.train_inputs import MODELS, config, make_inputs, most_tokens, token_ids, work
+from medtrain.benchmarks.train_cpt_tables import verdicts as verdicts_of_cpt
+from medtrain.benchmarks.train_inputs import CPT_MODELS, MODELS, config, make_inputs, most_tokens, token_ids, work
 from medtrain.benchmarks.train_tables import verdicts
 from medtrain.trainer.cli import main
 from medtrain.trainer.data.pairs import PairSet
@@ -25,6 +26,7 @@ from medtrain.trainer.model import num_parameters, parameter_shapes
 CPU = torch.device("cpu")
 TINY = MODELS["tiny"]
 LORA = replace(TINY, lora_rank=4, lr=1e-2)
+CPT = replace(CPT_MODELS["tiny"], lr=1e-2)
 CONTRACT = {
     "impl", "model", "precision", "tokens_per_second", "pairs_per_second", "mfu", "max_memory_gib", "useful_token_share",
 }  # fmt: skip
@@ -81,7 +83,8 @@ def test_tiny_form_end_to_end_without_the_peer(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "parts"), [
-    (["--stage", "cpt"], ["--stage", "'cpt' is not 'rpo'"]),
+    (["--stage", "sft"], ["--stage", "'sft' is not one of 'cpt', 'rpo'"]),
+    (["--stage", "cpt", "--model", "9b"], ["medtrain: ", "--model", "9b", "tiny | 0.5b | 1.5b | 7b"]),
     (["--model", "9b"], ["medtrain: ", "--model", "9b", "tiny | 1.5b | 7b"]),
     (["--model", "7b"], ["medtrain: ", "--model", "needs a GPU", "expected tiny"]),
     (["--out", __file__], ["medtrain: ", "--out", "not a folder"]),
@@ -152,13 +155,51 @@ def test_trl_has_the_same_losses(model, tmp_path):
     assert [verdict["met"] for verdict in verdicts(result["rows"])] == [True]
 
 
+def test_cpt_does_the_same_work_as_trainer_and_learns(tmp_path):
+    if importlib.util.find_spec("accelerate") is None:  # imported in the row's process alone
+        pytest.skip("Hugging Face's Trainer needs accelerate: pip install -e '.[bench]'")
+    together = replace(TRAINER, variant="documents not apart", apart=False)
+    result, path = run(tmp_path, CPT, stage="cpt", arms=(OURS, FP8, TRAINER, together, TITAN))
+    assert path.name.startswith("train-cpt-cpu-") and all(CONTRACT <= row.keys() for row in result["rows"])
+    ours, theirs, other = (find(result, *key) for key in (("medtrain",), ("trainer",), ("trainer", together.variant)))
+    assert ours["reason"] is theirs["reason"] is None
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-5) and len(theirs["losses"]) == 5
+    assert max(abs(a / b - 1) for a, b in zip(other["losses"], ours["losses"], strict=True)) > 1e-4
+    # Without updates every loss would be the first one.
+    assert abs(ours["losses"][0] - np.log(512)) < 0.1 < ours["losses"][0] - ours["losses"][-1]
+    assert ours["useful_token_share"] == 1 > theirs["useful_token_share"] > 0.9
+    assert ours["micro_batches_a_step"] == theirs["micro_batches_a_step"] == 1
+    assert ours["pairs_per_second"] is None and ours["tokens_per_second"] > 0
+    assert find(result, "medtrain", "FP8 tensorwise")["reason"].startswith("left out: this device has no FP8")
+    assert find(result, "torchtitan")["reason"] and failures(result["rows"]) == []
+    (verdict,) = verdicts_of_cpt(result["rows"])
+    assert verdict["met"]
+    text = path.with_suffix(".md").read_text()
+    assert text == markdown(result) and "6 x (parameters that multiply) x tokens" in text
+    worse = [row | {"loss_difference": 1e-3} if row["impl"] == "trainer" else row for row in result["rows"]]
+    assert [verdict["met"] for verdict in verdicts_of_cpt(worse)] == [False]
+
+
+def test_what_is_timed_of_cpt_is_what_trains(tmp_path):
+    inputs, works = make_inputs(CPT, tmp_path, 5, CPU)
+    found = run_medtrain(OURS, CPT, inputs, 4, CPU)
+    train(config(CPT, inputs, 5, micro_batch_tokens=most_tokens(CPT), checkpointing=True), quiet=True)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["loss"] for row in rows] == found.losses
+    lines = [token_ids(json.loads(line)["text"]) for line in inputs.rows.read_text().splitlines()]
+    for row, items, each in zip(rows, inputs.order, works, strict=True):
+        # Every word but the first is predicted, and the end token.
+        assert row["tokens"] == each.tokens == each.head_tokens == sum(len(lines[i]) for i in items)
+        assert each.attended == sum(len(lines[i]) ** 2 for i in items)
+
+
 def test_inputs_are_the_same_on_every_run_and_some_pairs_share_their_prompt(tmp_path):
     model = replace(TINY, pairs_a_step=64)
     first, second = (make_inputs(model, tmp_path / name, 3, CPU) for name in ("a", "b"))
-    assert first[0].pairs.read_bytes() == second[0].pairs.read_bytes() and first[1] == second[1]
+    assert first[0].rows.read_bytes() == second[0].rows.read_bytes() and first[1] == second[1]
     assert first[0].order == second[0].order
     assert sorted(i for items in first[0].order for i in items) == list(range(192))
-    rows = [json.loads(line) for line in first[0].pairs.read_text().splitlines()]
+    rows = [json.loads(line) for line in first[0].rows.read_text().splitlines()]
     prompts = [row["prompt"] for row in rows]
     alone = sum(prompts.count(prompt) == 1 for prompt in prompts)
     assert 0.3 < alone / len(prompts) < 0.7
@@ -215,7 +256,10 @@ def test_verdicts_follow_the_fastest_rows():
     assert ["curve" in verdict["goal"] for verdict in verdicts(made_up_rows("tiny"))] == [True]
 
 
-@pytest.mark.parametrize(("name", "count"), [("1.5b", 1_543_714_304), ("7b", 7_615_616_512)])
-def test_models_have_the_shapes_of_qwen(name, count):
-    shapes = parameter_shapes(AutoConfig.for_model(**MODELS[name].sizes))
+@pytest.mark.parametrize(("models", "name", "count"), [
+    (MODELS, "1.5b", 1_543_714_304), (MODELS, "7b", 7_615_616_512), (CPT_MODELS, "0.5b", 494_032_768),
+    (CPT_MODELS, "7b", 7_615_616_512 - 20 * 233_057_792),
+])  # fmt: skip
+def test_models_have_the_shapes_of_qwen(models, name, count):
+    shapes = parameter_shapes(AutoConfig.for_model(**models[name].sizes))
     assert num_parameters(shapes)[0] == count

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medtrain.trainer.data.order import GlobalOrder, source_shares
+from medtrain.trainer.data.order import GlobalOrder, sorting_permutation, source_shares
 from medtrain.trainer.errors import InputError
 
 item_lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12).map(np.array)
@@ -88,6 +88,26 @@ def test_the_order_is_the_same_in_every_version():
     """A resumed run must find its order again; these numbers may never change."""
     step = GlobalOrder([np.ones(8, np.int64)], [Fraction(1)], 8, 17).step(3)
     assert step.item_ids.tolist() == [4, 1, 7, 3, 5, 2, 0, 6]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 99), st.sampled_from([64, 12, 5]), st.booleans())
+def test_keys_sort_as_a_stable_argsort_says_also_where_their_high_bits_or_all_are_equal(n, seed, bits, high):
+    keys = np.random.default_rng(seed).integers(0, 2**bits - 1, n, dtype=np.uint64)
+    keys <<= np.uint64(64 - bits if high else 0)
+    assert np.array_equal(sorting_permutation(keys), np.argsort(keys, kind="stable"))
+
+
+def test_a_long_stream_starts_where_the_lengths_before_it_end():
+    """Several blocks of kept starts, against all starts at once."""
+    lengths = np.random.default_rng(0).integers(1, 50, 5000).astype(np.int32)
+    order = GlobalOrder([lengths], [Fraction(1)], 777, 5)
+    keys = np.random.PCG64(np.random.SeedSequence([5, 0, 0])).random_raw(5000)
+    permutation = np.argsort(keys, kind="stable")
+    starts = np.cumsum(lengths[permutation]) - lengths[permutation]
+    for step in range(int(lengths.sum()) // 777):
+        expected = permutation[(starts >= step * 777) & (starts < (step + 1) * 777)]
+        assert order.step(step).item_ids.tolist() == expected.tolist()
 
 
 def test_pairs_and_natural_shares_use_all_sources_up_together():

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medtrain.trainer.data.sources import Source, check_text, files_digest, name_sources, read_rows, source_files
+from medtrain.trainer.data.digests import files_digest
+from medtrain.trainer.data.sources import Source, check_text, name_sources, read_rows, source_files
 from medtrain.trainer.errors import InputError
 
 TEXTS = ["rash of the left arm", "発熱と咳", "a\nb"]

@@ -13,11 +13,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medtrain.trainer.data.batch import cpt_batch, windows_batch
+from medtrain.trainer.data.encode import tokenizer_digest
 from medtrain.trainer.data.ledger import cpt_ledger
 from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import pack
 from medtrain.trainer.data.sources import Source
-from medtrain.trainer.data.tokens import TokenizedSource, tokenize_source, tokenizer_digest
+from medtrain.trainer.data.tokens import TokenizedSource, tokenize_source
 from medtrain.trainer.data.windows import make_windows
 from medtrain.trainer.errors import InputError
 
@@ -54,10 +55,16 @@ class Counter:
 
 
 def in_memory(lengths, name="made-up"):
-    """A source whose documents have these lengths and whose tokens are all different."""
+    """A source whose documents have these lengths and whose tokens are all different, in parts of two documents with
+    empty parts between."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.arange(offsets[-1], dtype=np.uint32)
-    return TokenizedSource(name, None, "made-up.jsonl", tokens, offsets, np.full(len(lengths), 7), "")
+    parts = [part for end in offsets[2:-1:2] for part in (end, end)]
+    return TokenizedSource(name, None, "made-up.jsonl", np.split(tokens, parts), offsets, np.full(len(lengths), 7), "")
+
+
+def all_tokens(source):
+    return np.concatenate(source.parts).tolist()
 
 
 def test_a_document_is_its_tokens_and_eos_with_the_bytes_of_its_text(tmp_path):
@@ -68,18 +75,22 @@ def test_a_document_is_its_tokens_and_eos_with_the_bytes_of_its_text(tmp_path):
     for i, text in enumerate(texts):
         assert tokenized.document(i).tolist() == [*tokenizer(text, add_special_tokens=False)["input_ids"], 1]
     assert tokenized.num_bytes.tolist() == [len(text.encode()) for text in texts]
-    assert tokenized.offsets.dtype == np.int64 and tokenized.tokens.dtype == np.uint32
+    assert tokenized.offsets.dtype == np.int64 and tokenized.parts[0].dtype == np.uint32
 
 
 def test_tokens_are_memory_mapped_and_many_calls_give_what_one_gives(tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", [" ".join(WORDS[: 1 + i % 10]) for i in range(300)])
     one = tokenize_source(source, make_tokenizer(), tmp_path / "one")
-    monkeypatch.setattr("medtrain.trainer.data.tokens._CHARS_PER_CALL", 100)
+    monkeypatch.setattr("medtrain.trainer.data.workers._CHARS_PER_CALL", 100)
     seen, counter = [], Counter(make_tokenizer())
     many = tokenize_source(source, counter, tmp_path / "many", progress=seen.append)
-    assert counter.calls > 10 and seen == sorted(set(seen)) and seen[-1] == 300
-    for name in ("tokens", "offsets", "num_bytes"):
-        assert isinstance(getattr(many, name), np.memmap)
+    rows = [progress.rows for progress in seen]
+    assert counter.calls > 10 and rows == sorted(rows) and rows[-1] == 300
+    shares = [progress.bytes_done / progress.bytes_total for progress in seen]
+    assert shares == sorted(shares) and 0 < shares[0] < 0.1 and shares[-1] == 1
+    assert seen[-1].tokens == many.num_tokens and "300 documents tokenised, 100% of" in str(seen[-1])
+    assert all_tokens(one) == all_tokens(many)
+    for name in ("offsets", "num_bytes"):
         assert np.array_equal(getattr(one, name), getattr(many, name))
 
 
@@ -123,47 +134,45 @@ def test_a_truncation_setting_left_in_the_tokenizer_cuts_nothing(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenized = tokenize_source(write(tmp_path / "a.jsonl", [" ".join(WORDS)]), tokenizer, tmp_path / "cache")
-    assert len(tokenized.tokens) == len(WORDS) + 1
+    assert tokenized.num_tokens == len(WORDS) + 1
 
 
-@pytest.mark.parametrize("harm", ["cut short", "one bit", "no meta", "half meta", "no offsets", "empty folder"])
+@pytest.mark.parametrize("harm", ["cut short", "one bit", "no index", "half index", "no part", "empty folder"])
 def test_a_damaged_cache_is_never_used_and_is_made_anew(tmp_path, harm):
     source, cache = write(tmp_path / "a.jsonl", ["the fever of marn", "night"]), tmp_path / "cache"
-    before = tokenize_source(source, make_tokenizer(), cache)
-    expected = before.tokens.tolist()
-    folder = cache / before.digest
-    del before
+    expected = all_tokens(tokenize_source(source, make_tokenizer(), cache))
+    (index,) = cache.glob("*/index.json")
+    part = index.with_name("part-00000.bin")
     if harm == "cut short":
-        (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-4])
+        part.write_bytes(part.read_bytes()[:-4])
     elif harm == "one bit":
-        data = bytearray((folder / "tokens.bin").read_bytes())
+        data = bytearray(part.read_bytes())
         data[5] ^= 1
-        (folder / "tokens.bin").write_bytes(data)
-    elif harm == "half meta":
-        (folder / "meta.json").write_text((folder / "meta.json").read_text()[:40])
-    elif harm in ("no meta", "no offsets"):
-        (folder / {"no meta": "meta.json", "no offsets": "offsets.npy"}[harm]).unlink()
+        part.write_bytes(data)
+    elif harm == "half index":
+        index.write_text(index.read_text()[:40])
+    elif harm in ("no index", "no part"):
+        {"no index": index, "no part": part}[harm].unlink()
     else:
-        for file in folder.iterdir():
+        for file in index.parent.iterdir():
             file.unlink()
     counter = Counter(make_tokenizer())
-    assert tokenize_source(source, counter, cache).tokens.tolist() == expected
-    assert counter.calls == 1
-    assert tokenize_source(source, counter, cache).tokens.tolist() == expected
-    assert counter.calls == 1
+    assert all_tokens(tokenize_source(source, counter, cache)) == expected
+    assert counter.calls == (0 if harm.endswith("index") else 1)
+    again = Counter(make_tokenizer())
+    assert all_tokens(tokenize_source(source, again, cache)) == expected
+    assert again.calls == 0
 
 
-def test_an_interrupted_or_refused_tokenisation_leaves_no_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("medtrain.trainer.data.tokens._CHARS_PER_CALL", 10)
-    source, cache = write(tmp_path / "a.jsonl", ["the fever of marn"] * 5), tmp_path / "cache"
-    with pytest.raises(KeyboardInterrupt):
-        tokenize_source(source, Counter(make_tokenizer(), fail_at=3), cache)
-    assert [path for path in cache.iterdir() if path.is_dir()] == []
+def test_a_refused_tokenisation_leaves_no_cache(tmp_path):
+    cache = tmp_path / "cache"
     bad = write(tmp_path / "bad.jsonl", ["the fever of marn", " ", "day"])
     with pytest.raises(InputError, match=r"bad.jsonl: row 2: field 'text': empty text"):
         tokenize_source(bad, make_tokenizer(), cache)
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=r"none.jsonl: no rows"):
+        tokenize_source(Source(str(tmp_path / "none.jsonl")), make_tokenizer(), cache)
     assert [path for path in cache.iterdir() if path.is_dir()] == []
-    assert tokenize_source(source, make_tokenizer(), cache).num_docs == 5
 
 
 def _tokenize_slowly(path, cache, results):
@@ -171,7 +180,7 @@ def _tokenize_slowly(path, cache, results):
     tokenized = tokenize_source(
         Source(path), make_tokenizer(), cache, progress=lambda rows: (time.sleep(0.2), made.append(rows))
     )
-    results.put((tokenized.tokens.tolist(), len(made)))
+    results.put((all_tokens(tokenized), bool(made)))
 
 
 def test_of_processes_that_race_one_writes_and_all_read_the_same(tmp_path):
@@ -190,7 +199,7 @@ def test_of_processes_that_race_one_writes_and_all_read_the_same(tmp_path):
     assert sorted(made) == [0, 0, 1]
 
 
-def test_without_a_lock_the_later_writer_keeps_the_first_cache(tmp_path, monkeypatch):
+def test_without_a_lock_two_writers_make_the_same_cache(tmp_path, monkeypatch):
     """As on a file system that two machines share and that knows no locks."""
     from medtrain.trainer.data import tokens
 
@@ -199,15 +208,17 @@ def test_without_a_lock_the_later_writer_keeps_the_first_cache(tmp_path, monkeyp
     def no_lock(*_):
         raise OSError("not supported")
 
-    def other_machine(_rows):
-        monkeypatch.setattr(tokens, "_open_cache", open_cache)
-        first.append(tokenize_source(source, make_tokenizer(), cache))
+    def other_machine(_progress):
+        if not first:
+            first.append(None)
+            first[0] = tokenize_source(source, make_tokenizer(), cache)
 
     monkeypatch.setattr(tokens.fcntl, "flock", no_lock)
-    open_cache, first = tokens._open_cache, []
+    first = []
     late = tokenize_source(source, make_tokenizer(), cache, progress=other_machine)
-    assert late.tokens.tolist() == first[0].tokens.tolist()
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [late.digest]
+    assert all_tokens(late) == all_tokens(first[0]) and late.num_docs == 5
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    assert sorted(path.name for path in folder.iterdir()) == ["index.json", "part-00000.bin"]
 
 
 def test_tokenizers_without_eos_or_fast_backend_are_refused(tmp_path):
@@ -232,7 +243,7 @@ def test_windows_count_every_token_after_a_documents_first_exactly_once(doc_leng
         assert len(np.unique(np.searchsorted(source.offsets, window, side="right"))) == 1, "two documents in a window"
         targets += window[1:].tolist()
     firsts = set(source.offsets[:-1].tolist())
-    assert sorted(targets) == [t for t in range(len(source.tokens)) if t not in firsts]
+    assert sorted(targets) == [t for t in range(source.num_tokens) if t not in firsts]
     ledger = cpt_ledger([windows])
     entry = ledger["sources"]["made-up"]
     assert entry["counted"] == len(targets) == entry["kept"]["tokens"] - entry["kept"]["rows"]
@@ -300,7 +311,7 @@ def test_aozora_has_the_published_number_of_tokens(tmp_path):
     tokenized = tokenize_source(source, tokenizer, tmp_path)
     windows = make_windows(tokenized, 1024)
     assert tokenized.num_docs == 243
-    assert windows.lengths.sum() == len(tokenized.tokens) - 243 == 665_665
+    assert windows.lengths.sum() == tokenized.num_tokens - 243 == 665_665
 
 
 def test_a_known_key_opens_the_cache_without_the_source(tmp_path):
@@ -309,4 +320,4 @@ def test_a_known_key_opens_the_cache_without_the_source(tmp_path):
     first = tokenize_source(Source(str(path)), make_tokenizer(), tmp_path / "cache")
     path.unlink()
     again = tokenize_source(Source(str(path)), make_tokenizer(), tmp_path / "cache", key=first.digest)
-    assert again.tokens.tolist() == first.tokens.tolist() and again.digest == first.digest
+    assert all_tokens(again) == all_tokens(first) and again.digest == first.digest

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -78,6 +79,20 @@ def test_controls_start_from_cpt_and_differ_only_in_their_loss(finished):
     for control in ("cpt_sft", "cpt_dpo"):
         for section in ("model", "data", "optim"):
             assert settings[control][section] == settings["cpt_rpo"][section]
+
+
+def test_further_arms_are_added_to_a_finished_demo(finished, tmp_path):
+    out, table = finished
+    more = tmp_path / "out"
+    shutil.copytree(out, more)
+    longer = run_demo(more, seed=3, quiet=True, recipe=TINY, further=("cpt_ipo", "cpt_simpo"))
+    assert list(longer) == [*ARMS, "cpt_ipo", "cpt_simpo"]
+    assert {arm: longer[arm] for arm in ARMS} == table
+    settings = json.loads((more / "cpt_simpo" / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["rpo"]["loss"] == "simpo" and settings["rpo"]["alpha"] == 0
+    found = four_arms.result({3: longer}, {3: 1.0}, TINY)
+    assert {"cpt_rpo - cpt_ipo", "cpt_rpo - cpt_simpo"} <= set(found["contrasts"])
+    assert "CPT + SimPO" in four_arms.format_result(found)
 
 
 def test_a_finished_demo_is_not_trained_again(finished, monkeypatch):
@@ -166,4 +181,5 @@ def test_four_arms_averages_over_seeds_and_pairs_arms_by_seed(finished):
 def test_arms_of_the_table_are_those_of_the_run():
     from medtrain.trainer.demo.table import LABELS
 
-    assert tuple(LABELS) != () and set(LABELS) == set(run_module.ARMS)
+    assert list(LABELS) == [*run_module.ARMS, *run_module.FURTHER]
+    assert set(run_module.ARMS) == {"base", "cpt"} | set(run_module.PREFERENCES)

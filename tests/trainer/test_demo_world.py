@@ -1,5 +1,6 @@
 """The demo's world: the same seed gives the same texts, and the examination is about things no training question holds."""
 
+import dataclasses
 import json
 
 import pytest
@@ -50,7 +51,7 @@ def test_neighbours_share_a_chapter_and_differ_in_every_value(world):
 def test_no_exam_question_stands_in_a_training_text_and_no_tested_disease_in_a_paper(world):
     papers = pretraining_texts(world, CORPUS)
     textbook = textbook_texts(world, CORPUS)
-    exams = {kind: exam_rows(world, kind) for kind in KINDS[1:]}
+    exams = {kind: exam_rows(world, kind, CORPUS) for kind in KINDS[1:]}
     check_disjoint(world, [*papers.values(), textbook], exams)
     tested = set(world.diseases["test"]) | set(world.diseases["dev"])
     for source in ("answer", "explain"):
@@ -62,7 +63,7 @@ def test_no_exam_question_stands_in_a_training_text_and_no_tested_disease_in_a_p
 
 
 def test_check_disjoint_finds_a_leaked_question(world):
-    exams = {kind: exam_rows(world, kind) for kind in KINDS[1:]}
+    exams = {kind: exam_rows(world, kind, CORPUS) for kind in KINDS[1:]}
     leaked = exams["test"][3]
     paper = STYLE.question.format(text=leaked["problem_text"], choices="\na. アアミン") + "\n答え:アアミン"
     with pytest.raises(AssertionError, match="exam question"):
@@ -105,6 +106,31 @@ def test_exam_files_are_read_back_with_the_right_answer_and_explanation(tmp_path
             for mode in ("answer", "explain"):
                 completion = STYLE.completion(question, mode)
                 assert parse_output(completion, question, **STYLE.parse_settings(mode)).letters == question.answer
+
+
+def test_explanations_of_several_steps_are_true_and_end_with_the_fact_that_is_asked(world):
+    corpus = dataclasses.replace(CORPUS, steps=3, contrast=0.5)
+    contrasted = before = 0
+    rows = exam_rows(world, "train", corpus, repeats=8)
+    for row in rows:
+        disease = row["problem_text"][:2]
+        sentences = row["explanation"].split("。")[:-1]
+        told = []
+        for sentence in sentences:
+            (r,) = [i for i, relation in enumerate(RELATIONS) if relation.word in sentence]
+            assert world.facts[sentence[:2], r] in sentence
+            told.append((sentence[:2], r))
+        (asked,) = [i for i, relation in enumerate(RELATIONS) if relation.word in row["problem_text"]]
+        own, others = [fact for fact in told if fact[0] == disease], [fact for fact in told if fact[0] != disease]
+        assert len(set(own)) == 3 and own[-1] == (disease, asked)
+        for other, r in others:
+            assert r == asked and told.index((other, r)) >= 2
+            assert world.facts[other, r] in row["choices"] and other in world.neighbours(disease)
+        assert len(others) <= 1
+        contrasted += len(others)
+        before += bool(others) and told[-1] == own[-1]
+    assert 0.4 < contrasted / len(rows) < 0.6
+    assert 0.35 < before / contrasted < 0.65
 
 
 def test_up_to_three_wrong_options_are_right_for_a_neighbour(world):

@@ -111,6 +111,11 @@ READ = [
     ("答え: 青い薬、白い薬", "ac"),
     ("答え: c、白い薬が有効だからである。", "c"),
     ("答え: c (赤い薬は無効)", "c"),
+    ("正答はc、eの2つである。", "ce"),
+    ("答えは次のとおり。\n- c\n- e", "ce"),
+    ("<answer>c</answer>", "c"),
+    ("正しい選択肢は c です。", "c"),
+    ("答え: c\nただし、eも検討した。", "c"),
     # beside an explanation
     (f"{EXPLANATION}\n答え: c", "c"),
     (f"答え: c\n{EXPLANATION}", "c"),
@@ -156,6 +161,9 @@ READ = [
     ("答え: c\n### 問題 2\n答え: a", "c"),
     ("c\n\n問題: 次はどれか。\n答え: a", "c"),
     ("答え: c 問題: 次はどれか。 答え: a", "c"),
+    ("答え: c ユーザー: 次は？ 答え: a", "c"),
+    ("答え: c\n\n問2 次のうち正しいのはどれか。\na. あ\nb. い\n答え: b", "c"),
+    ("答え: c\n\n第2問 次はどれか。\n答え: b", "c"),
     ("問題: ルマ熱で最も適切なのはどれか。\n答え: c", "c"),
     ("答え: c\n\n問題: ルマ熱で最も適切なのはどれか。\n答え: a", "c"),
 ]
@@ -196,6 +204,12 @@ REFUSED = [
     "Answer: A patient came in.",
     "The answer is not b.",
     "incorrect answer: b",
+    "A: c",
+    "答え: a: c",
+    "正答はc、eの3つである。",
+    "答え: cだと思いますが、eかもしれません。",
+    "正解はcだと考えられるが、eの可能性もある。",
+    "考えた結果\n- c\n- e",
     "答え: d-ダイマー",
     "答え: b12",
     "答え: bad",
@@ -220,6 +234,54 @@ def test_reads_the_answer(output, letters):
     parsed = parse_output(output, FIVE)
     assert (tuple(letters or ()), bool(letters)) == (parsed.letters, parsed.failure is None), parsed
     assert parsed.read_from in output
+
+
+ENGLISH = Question(
+    "E1",
+    "A 45-year-old man has a fever. What is the most likely diagnosis?",
+    ("Malaria", "Influenza", "Dengue fever", "Typhoid fever", "Measles"),
+    ("c",),
+)
+
+
+@pytest.mark.parametrize(
+    ("output", "letters"),
+    [
+        ("Answer: C) Dengue fever", "c"),
+        ("**Answer: C. Dengue fever**", "c"),
+        ("The correct answer is C: Dengue fever because of the rash.", "c"),
+        ("The answer is Dengue fever.", "c"),
+        ("The best answer is option C.", "c"),
+        ("So the most likely diagnosis is Dengue fever.", "c"),
+        ("The answer is C, not B.", "c"),
+        ("The answer is B? No, the answer is C.", "c"),
+        ("I would answer C.", "c"),
+        ("The final answer is $\\boxed{C}$.", "c"),
+        ("Answer: Both A and C", "ac"),
+        ("Answer: A, B, C, D, E", "abcde"),
+        ("C) Dengue fever", "c"),
+        ("Answer: C\n\nExplanation: A is wrong. Answer A would be right in June.", "c"),
+        ("Answer: C\n\nQuestion: A woman coughs. Which?\nA. x\nB. y\nAnswer: B", "c"),
+        ("Answer: either A or C", None),
+        ("Answer: None of the above", None),
+        ("Answer: A fever", None),
+        ("The answer is a bit unclear.", None),
+        ("The answer is neither A nor B.", None),
+        ("The answer isn't C.", None),
+        ("The answer cannot be C.", None),
+        ("The most likely diagnosis is Malaria, but C is possible.", None),
+    ],
+)
+def test_reads_english_or_refuses_it(output, letters):
+    parsed = parse_output(output, ENGLISH)
+    assert ("".join(parsed.letters) or None) == letters, parsed
+    assert parsed.read_from in output
+
+
+def test_what_is_right_is_no_answer_where_the_question_asks_for_what_is_wrong():
+    asked = Question("W", "ルマ熱で誤っているのはどれか。", FIVE.choices, ("c",))
+    assert parse_output("正しい選択肢は c です。", asked).failure
+    assert parse_output("正しい選択肢は c です。", FIVE).letters == ("c",)
 
 
 @pytest.mark.parametrize("output", REFUSED)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from medtrain.trainer.demo.texts import STYLE
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.parse import parse_output
-from medtrain.trainer.exam.prompts import MODES, PromptStyle, Stop
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, Stop, load_style
 from medtrain.trainer.exam.questions import Question
 from medtrain.trainer.exam.scoring import grade_output
 
@@ -83,7 +84,10 @@ def test_a_bos_that_the_tokenizer_adds_by_itself_is_written_out():
     assert PLAIN.prompt(ONE, "answer", Bos()).startswith("<s>問題")
 
 
-@pytest.mark.parametrize("style", [PLAIN, PromptStyle(), PromptStyle(chat=True), WORLD])
+@pytest.mark.parametrize(
+    "style",
+    [PLAIN, PromptStyle(), PromptStyle(chat=True), WORLD, load_style("official"), load_style("official", chat=True)],
+)
 @pytest.mark.parametrize("question", [ONE, TWO, EITHER, NUMBER])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_ground_truth_completion_parses_as_right_and_survives_its_stop_rule(style, question, mode):
@@ -115,17 +119,69 @@ def test_an_output_ends_at_the_first_stop_or_after_its_answer(stop, text, expect
     assert stop.cut(text) == expected
 
 
-def test_wrong_styles_are_refused():
-    for settings in (
-        {"answer_as": "x"},
-        {"question": "{texts}"},
-        {"choice": "{letter}"},
-        {"answer_marker": ""},
-        {"a": 1},
+OFFICIAL = load_style("official")
+
+
+def test_the_official_prompt_is_that_of_the_official_scripts():
+    # As written out by create_input of scripts/generation/gpt3.py and chatgpt.py of IgakuQA, for these questions.
+    one = "問題: ルマ熱に効くのはどれか。\na: 青い薬\nb: 赤い薬\nc: 白い薬\n"
+    one += "必ずa,b,c,d,eの中からちょうど1個選んでください。\n答え:"
+    two = one.replace("ちょうど1個", "ちょうど2個")
+    assert OFFICIAL.prompt(TWO, "answer", None, [ONE]) == f"{one}\nb\n{two}"
+    chat = load_style("official", chat=True)
+    assert chat.prompt(TWO, "answer", Chat(), [ONE]) == (
+        f"<system>医師国家試験を解きます。<user>{one}<assistant>b<user>{two}<assistant>"
+    )
+    assert chat.prompt(ONE, "explain", Chat()).endswith("ちょうど1個選んでください。\n説明:<assistant>")
+    assert "個選んで" not in OFFICIAL.prompt(NUMBER, "answer", None)
+
+
+def test_only_the_official_prompt_tells_how_many_answers_are_right():
+    for name in ("default", "english", "demo", "official"):
+        style = load_style(name)
+        for mode in MODES:
+            prompts = {style.prompt(replace(q, problem_id="x"), mode, None) for q in (ONE, TWO)}
+            assert len(prompts) == (2 if name == "official" else 1), name
+
+
+def test_named_styles_are_files_and_the_default_and_the_demos_are_those_in_use():
+    assert load_style("default") == load_style(None) == PromptStyle()
+    assert load_style("demo") == STYLE
+    assert load_style("english", chat=True).chat and not load_style("english").chat
+    for mode in MODES:
+        completion = load_style("english").completion(ONE, mode)
+        parsed = parse_output(completion, ONE, **load_style("english").parse_settings(mode))
+        assert parsed.letters == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("answer_as: x", "answer_as"),
+        ("question: '{texts}'", "question"),
+        ("choice: '{letter}'", "choice"),
+        ("count_line: '{n}'", "count_line"),
+        ("answer_marker: ''", "answer_marker"),
+        ("answer_markers: x", "nearest known key, 'answer_marker'"),
+        ("stops: x", "stops"),
+        ("lead: 3", "lead"),
+        ("[1]", "not a config"),
+    ],
+)
+def test_a_wrong_style_file_is_refused_by_the_name_of_the_setting(tmp_path, text, message):
+    (tmp_path / "style.yaml").write_text(text)
+    with pytest.raises(InputError) as error:
+        load_style(tmp_path / "style.yaml")
+    assert message in str(error.value)
+
+
+def test_wrong_requests_are_refused(tmp_path):
+    (tmp_path / "style.yaml").write_text("stops: [x]\nlead: ''")
+    assert load_style(tmp_path / "style.yaml") == PromptStyle(stops=("x",), lead="")
+    with pytest.raises(
+        InputError, match="no such prompt style .found nowhere; expected default, demo, english, official"
     ):
-        with pytest.raises(InputError):
-            PromptStyle.from_dict(settings)
-    assert PromptStyle.from_dict({"stops": ["x"]}).stops == ("x",)
+        load_style("nowhere")
     with pytest.raises(InputError, match="needs an explanation"):
         PLAIN.completion(replace(ONE, explanation=None), "explain")
     with pytest.raises(InputError, match="unknown mode"):

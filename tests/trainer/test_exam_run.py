@@ -1,4 +1,4 @@
-"""Generation, evaluation and pair building with tiny models whose every next token is known."""
+"""Generation, choice log-probs and evaluation with tiny models whose every next token is known."""
 
 import json
 import sys
@@ -7,39 +7,17 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from exam_models import CHAIN, QUESTIONS, STYLE, chain_model, chain_tokenizer, write_exam
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam import evaluate as evaluation
+from medtrain.trainer.exam.choices import candidates, summarize_choices
 from medtrain.trainer.exam.evaluate import answer_exam, evaluate, model_digest, run_eval, summarize_rows
 from medtrain.trainer.exam.generate import HFEngine, Output, load_engine
-from medtrain.trainer.exam.pairs import ReasoningPath, build_pairs, run_pairs, sample_paths
-from medtrain.trainer.exam.prompts import PromptStyle, Stop
+from medtrain.trainer.exam.prompts import Stop
 from medtrain.trainer.exam.questions import Question
-
-# Each character is a token, and the model is a Markov chain over them: after "説明：" it explains and answers b or c.
-STYLE = PromptStyle(explain_marker="説明：", joint="。", instruction_answer="", instruction_explain="")
-CHAIN = {
-    "：": "理",
-    "理": "由",
-    "由": "。",
-    "。": "答",
-    "答": "え",
-    "え": ":",
-    ":": " ",
-    " ": "b",
-    "b": "\n",
-    "c": "\n",
-}
-CHAIN |= {"\n": "問", "問": "題", "題": "<eos>"}
-TEXT = "abcde.,。：:説明答え問題理由薬はどれか赤青白黄\n 12345xyz"
-QUESTIONS = [
-    Question("1", "薬はどれか。", ("赤", "青", "白"), ("b",), explanation="青は薬。", points=1),
-    Question("2", "薬は薬はどれか。", ("赤", "青", "白"), ("c",), explanation="白は薬。", points=3, kinki=("b",)),
-    Question("3", "薬は薬は薬はどれか。", ("赤", "青", "白"), ("a", "c"), points=1),
-]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,37 +30,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    characters = ["<eos>", "<unk>", *dict.fromkeys(TEXT)]
-    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-
-
-def chain_model(tokenizer, chain, either=None):
-    """A Qwen2 whose layers add nothing, so that head x embedding is the table of next tokens; ``either`` follows evenly."""
-    size = len(tokenizer)
-    config = Qwen2Config(
-        vocab_size=size,
-        hidden_size=64,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(size, 64))
-        model.lm_head.weight.zero_()
-        for token, following in chain.items():
-            for one in (following,) if token != either else (following, chr(ord(following) + 1)):
-                model.lm_head.weight[tokenizer.convert_tokens_to_ids(one), tokenizer.convert_tokens_to_ids(token)] = 3.0
-    return model.eval()
+    return chain_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +52,7 @@ def checkpoint(tmp_path, model, tokenizer):
 
 @pytest.fixture
 def exam(tmp_path):
-    path = tmp_path / "exam.jsonl"
-    rows = [
-        {
-            "problem_id": q.problem_id,
-            "problem_text": q.problem_text,
-            "choices": list(q.choices),
-            "text_only": True,
-            "answer": list(q.answer),
-            "points": q.points,
-            "kinki": list(q.kinki),
-            "explanation": q.explanation,
-        }
-        for q in QUESTIONS
-    ]
-    rows.append(rows[0] | {"problem_id": "4", "text_only": False})
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
+    return write_exam(tmp_path / "exam.jsonl")
 
 
 # Generation
@@ -294,6 +226,66 @@ def test_the_most_likely_answer_has_as_many_letters_as_the_exam_asks_for(tokeniz
         answer_exam(sure_of_c, tokenizer, questions, "explain", STYLE, method="choice_logp")
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("どれか。", 3), ("どれか。2つ選べ。", 3), ("３つ選べ", 1), ("二つを選べ", 3), ("Select TWO answers", 3),
+     ("2つの所見がある。どれか。", 3), ("すべて選べ。", 0), ("Select all that apply.", 0)],
+)  # fmt: skip
+def test_candidates_are_what_the_exams_text_asks_for(text, count):
+    found = candidates(replace(QUESTIONS[0], problem_text=text))
+    assert len(found) == count
+    if found:
+        assert {len(one) for one in found} == {
+            3 if count == 1 else 2 if "つ選" in text or "二" in text or "TWO" in text else 1
+        }
+
+
+def test_acc_takes_the_sum_and_acc_norm_the_sum_per_character():
+    style = replace(STYLE, answer_as="text")
+    question = Question("1", "どれか。", ("長い長い薬", "薬"), ("a",))
+    tables = [{"a": -3.0, "b": -1.0}, {"a": -9.0, "b": -1.0}]
+    assert summarize_choices([question] * 2, tables, style) == {"acc": 0.0, "acc_norm": 0.5}
+    assert summarize_choices([question] * 2, tables, STYLE) == {"acc": 0.0, "acc_norm": 0.0}  # letters: all one long
+    assert summarize_choices([question], [{}], style) == {"acc": 0.0, "acc_norm": 0.0}
+
+
+def test_choice_logps_are_written_and_a_killed_run_keeps_them(checkpoint, exam, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "_CHOICE_PORTION", 1)
+    settings = {"out": tmp_path / "out", "mode": "answer", "method": "choice_logp", "style": STYLE}
+
+    def kill_after_two(mode, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, exam, progress=kill_after_two, **settings)
+    result = evaluate(checkpoint, exam, **settings)["answer"]
+    assert (result["correct"], result["acc"], result["acc_norm"], result["truncated"]) == (1, 1 / 3, 1 / 3, 0)
+    rows = [json.loads(line) for line in (tmp_path / "out/outputs-answer.jsonl").read_text().splitlines()]
+    assert [set(row["choice_logps"]) for row in rows] == [{"a", "b", "c"}] * 3
+    assert all(max(row["choice_logps"].values()) == row["choice_logps"]["b"] <= 0 for row in rows)
+
+
+def test_logps_do_not_depend_on_how_many_rows_fit(unsure_model, tokenizer, monkeypatch):
+    from medtrain.trainer.exam import generate
+
+    prompts, completions = ["：", "薬はどれか：", "え:", "x"], ["理由。", "理", " b\n", " c"]
+    together = HFEngine(unsure_model, tokenizer).logps(prompts, completions)
+    monkeypatch.setattr(generate, "_LOGITS_AT_ONCE", 1)
+    assert HFEngine(unsure_model, tokenizer).logps(prompts, completions) == pytest.approx(together, abs=1e-5)
+
+
+def test_the_gap_has_an_interval_and_a_p_value(checkpoint, exam, tmp_path, model, tokenizer):
+    # "説明：" leads to b as ever; the answer alone is c.
+    chain_model(tokenizer, CHAIN | {" ": "c", "。": "b"}).save_pretrained(checkpoint)
+    result = evaluate(checkpoint, exam, out=tmp_path / "out", style=STYLE, max_new_tokens=40)
+    points = {mode: result[mode]["points"] for mode in ("answer", "explain")}
+    assert result["explanation_gap"] == pytest.approx((points["answer"] - points["explain"]) / 5)
+    assert result["explanation_gap_low"] <= result["explanation_gap"] <= result["explanation_gap_high"]
+    assert 0 < result["explanation_gap_p_value"] <= 1
+    assert result["answer"]["points_ratio_low"] <= result["answer"]["points_ratio"]
+
+
 def test_evaluate_writes_the_result_and_every_output(checkpoint, exam, tmp_path):
     seen = []
     result = evaluate(
@@ -428,154 +420,3 @@ def test_run_eval_asks_image_questions_only_when_told_to(checkpoint, exam, tmp_p
     result = run_eval(checkpoint, exam, tmp_path / "a", "answer", images=True, echo=said.append)
     assert (result["answer"]["questions"], result["skipped_image_questions"]) == (4, 0)
     assert said[-1] == "answer: 4/4"
-
-
-# Pairs
-
-
-def paths(*outputs, prompt="P"):
-    return [ReasoningPath(prompt, output) for output in outputs]
-
-
-RIGHT = [f" 理由{i}。答え: b" for i in range(3)]
-WRONG = [f" 理由{i}。答え: c" for i in range(4)]
-
-
-def test_the_ground_truth_is_preferred_over_each_wrong_path():
-    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="explanation", style=STYLE)
-    assert {row["chosen"] for row in rows} == {" 青は薬。。答え: b"}
-    assert sorted(row["rejected"] for row in rows) == WRONG
-    assert all((row["prompt"], row["question_id"], row["strategy"]) == ("P", "1", "explanation") for row in rows)
-    assert summary["pairs"] == {"explanation": 4} and summary["paths"]["right"] == 3
-
-
-def test_right_paths_are_preferred_over_wrong_ones_and_none_is_used_twice_too_early():
-    rows, _ = build_pairs(
-        QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=3, style=STYLE
-    )
-    assert len({row["chosen"] for row in rows}) == len({row["rejected"] for row in rows}) == 3
-    rows, summary = build_pairs(
-        QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=99, style=STYLE
-    )
-    pairs = [(row["chosen"], row["rejected"]) for row in rows]
-    assert len(set(pairs)) == len(pairs) == 12 and summary["left_out_by_cap"] == 0
-    assert {c for c, _ in pairs} == set(RIGHT) and {r for _, r in pairs} == set(WRONG)
-
-
-def test_both_strategies_share_the_cap():
-    for cap, kinds in ((4, (2, 2)), (5, (3, 2)), (1, (1, 0)), (99, (4, 12))):
-        rows, summary = build_pairs(
-            QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="both", max_per_question=cap, style=STYLE
-        )
-        made = [row["strategy"] for row in rows]
-        assert (made.count("explanation"), made.count("sampled")) == kinds
-        assert summary["left_out_by_cap"] == 16 - len(rows)
-    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*WRONG)}, strategy="both", max_per_question=4, style=STYLE)
-    assert [row["strategy"] for row in rows] == ["explanation"] * 4
-
-
-def test_pairs_follow_the_seed_and_the_question_alone():
-    both = {"1": paths(*RIGHT, *WRONG), "2": paths(*RIGHT, *WRONG)}
-    settings = {"strategy": "sampled", "max_per_question": 2, "style": STYLE}
-    runs = [build_pairs(QUESTIONS[:2], both, seed=seed, **settings)[0] for seed in (1, 1, 2)]
-    assert runs[0] == runs[1] != runs[2]
-    truths = [build_pairs(QUESTIONS[:1], both, seed=s, **settings | {"strategy": "explanation"})[0] for s in range(9)]
-    assert len({row["rejected"] for rows in truths for row in rows}) == len(WRONG)
-    alone, _ = build_pairs(QUESTIONS[1:2], both, seed=1, **settings)
-    assert alone == [row for row in runs[0] if row["question_id"] == "2"]
-
-
-def test_repeated_cut_off_and_unreadable_paths_make_no_pairs():
-    given = paths(WRONG[0], WRONG[0], WRONG[0] + "\n ", " わからない") + [ReasoningPath("P", WRONG[1], truncated=True)]
-    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, strategy="both", style=STYLE)
-    assert [row["rejected"] for row in rows] == [WRONG[0]]
-    assert summary["paths"] == {"right": 0, "wrong": 1, "unparsed": 1, "truncated": 1, "duplicate": 2}
-
-
-def test_an_answer_that_is_no_choice_is_wrong_only_where_that_is_asked_for_and_certain():
-    style = replace(STYLE, answer_as="text")
-    certain = [" 理由。答え: 黄", " 理由。答え: 問題薬"]
-    unclear = [
-        " 黄",  # no answer line
-        " 理由。答え:",
-        " 答え: 黄。答え: 黒",  # two answer lines
-        " 答え: 黄\nわからない",  # something after it
-        " 答え: 黄と白",  # a choice among others
-        " 答え: b または c",
-    ]
-    given = paths(*certain, *unclear, " 理由。答え: 白", " 理由。答え: 青") + [
-        ReasoningPath("P", " 答え: 黄", truncated=True)
-    ]
-    settings = {"strategy": "explanation", "style": style}
-    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings)
-    assert [row["rejected"] for row in rows] == [" 理由。答え: 白"] and summary["paths"]["wrong"] == 1
-    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings, unlisted_is_wrong=True)
-    assert sorted(row["rejected"] for row in rows) == sorted([*certain, " 理由。答え: 白"])
-    assert summary["paths"] == {"right": 1, "wrong": 3, "unparsed": len(unclear), "truncated": 1, "duplicate": 0}
-    with pytest.raises(InputError, match="unlisted_is_wrong"):
-        build_pairs(QUESTIONS[:1], {"1": given}, style=STYLE, unlisted_is_wrong=True)
-
-
-def test_the_summary_says_why_questions_gave_no_pairs():
-    q = [replace(QUESTIONS[0], problem_id=str(i), explanation=None if i > 2 else "青。") for i in range(6)]
-    given = {
-        "1": paths(*RIGHT),
-        "2": paths(" わからない"),
-        "3": paths(*WRONG),
-        "4": paths(*RIGHT, *WRONG),
-        "5": paths(*WRONG),
-    }
-    _, summary = build_pairs(q, given, strategy="both", style=STYLE)
-    assert summary["without_pairs"] == {
-        "no paths": 1,
-        "no wrong path": 1,
-        "no path with a readable answer": 1,
-        "no right path and no explanation": 2,
-    }
-    assert (summary["questions"], summary["questions_with_pairs"]) == (6, 1)
-    assert build_pairs(q[3:4], given, strategy="explanation", style=STYLE)[1]["without_pairs"] == {"no explanation": 1}
-    assert build_pairs(q[3:4], given, strategy="sampled", style=STYLE)[1]["without_pairs"] == {"no right path": 1}
-
-
-def test_wrong_requests_for_pairs_are_refused(model, tokenizer):
-    with pytest.raises(InputError, match="field 'strategy': unknown"):
-        build_pairs(QUESTIONS, {}, strategy="x")
-    with pytest.raises(InputError, match="max_per_question"):
-        build_pairs(QUESTIONS, {}, max_per_question=0)
-    with pytest.raises(InputError, match="different prompts"):
-        build_pairs(QUESTIONS[:1], {"1": [ReasoningPath("P", "a"), ReasoningPath("Q", "b")]})
-    with pytest.raises(InputError, match="temperature"):
-        sample_paths(HFEngine(model, tokenizer), QUESTIONS, num_paths=2, temperature=0)
-
-
-def test_pairs_continue_the_prompts_of_the_exam_token_for_token(unsure_model, tokenizer):
-    engine = HFEngine(unsure_model, tokenizer)
-    sampled = sample_paths(engine, QUESTIONS[:2], num_paths=12, temperature=0.3, seed=3, max_new_tokens=40, style=STYLE)
-    rows, summary = build_pairs(QUESTIONS[:2], sampled, strategy="both", style=STYLE)
-    assert summary["questions_with_pairs"] == 2 and set(summary["pairs"]) == {"explanation", "sampled"}
-    asked = {
-        r["problem_id"]: r["prompt"]
-        for r in answer_exam(unsure_model, tokenizer, QUESTIONS, "explain", STYLE, max_new_tokens=40)
-    }
-    for row in rows:
-        assert row["prompt"] == asked[row["question_id"]]
-        if row["strategy"] == "sampled":
-            # Trained as the model wrote it: every token of the path is one the model could have written there.
-            ids = tokenizer(row["prompt"]).input_ids + tokenizer(row["rejected"]).input_ids
-            with torch.no_grad():
-                logits = unsure_model(torch.tensor([ids])).logits[0]
-            start = len(tokenizer(row["prompt"]).input_ids)
-            assert all(logits[i - 1, ids[i]] >= logits[i - 1].max() - 1e-3 for i in range(start, len(ids)))
-
-
-def test_run_pairs_writes_the_file_and_counts_image_questions(tmp_path, exam, unsure_model, tokenizer):
-    unsure_model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    out = tmp_path / "new/pairs.jsonl"
-    settings = {"num_paths": 8, "temperature": 0.3, "max_new_tokens": 40, "style": STYLE}
-    summary = run_pairs(tmp_path / "model", exam, out, **settings)
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert sum(summary["pairs"].values()) == len(rows) > 0 and summary["skipped_image_questions"] == 1
-    with pytest.raises(InputError, match="no pair came about"):
-        run_pairs(tmp_path / "model", exam, tmp_path / "none.jsonl", **settings | {"max_new_tokens": 2})
-    assert not (tmp_path / "none.jsonl").exists()

@@ -70,7 +70,7 @@ def test_a_killed_run_started_again_repeats_every_bit(stage, at_step, request, t
 def test_a_checkpoint_half_written_is_never_taken_for_one(cpt_tree, tmp_path):
     run("cpt", cpt_tree, tmp_path / "whole")
     cpt_tree["checkpoint"] = {"every": 2, "keep": 5}
-    kill_in_a_child("cpt", cpt_tree, tmp_path / "killed", 5)
+    kill_in_a_child("cpt", cpt_tree, tmp_path / "killed", 6)
     last = tmp_path / "killed" / "checkpoints" / "step-00000004"
     last.rename(last.with_name(last.name + ".partial"))
     run("cpt", cpt_tree, tmp_path / "killed")
@@ -218,7 +218,7 @@ def test_a_removal_cut_short_leaves_no_checkpoint_that_looks_complete(cpt_tree, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="checkpoint of step 4 was not written: KeyboardInterrupt"):
         run("cpt", cpt_tree, tmp_path / "cut", checkpoint__every=2, checkpoint__keep=1)
     monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
     found = checkpoint.complete_checkpoints(tmp_path / "cut" / "checkpoints")

@@ -129,7 +129,7 @@ def _same_on_ranks(base, lora, tied_base):
             sharded, _ = policy_of(folder, lora, world)
             alone, _ = policy_of(folder, lora)
             assert torch.equal(sharded(windows_batch(documents())), alone(windows_batch(documents())))
-            sharded.reshard()
+            sharded.reshard_all()
             for (name, a), b in zip(sharded.named_parameters(), alone.parameters(), strict=True):
                 assert torch.equal(a.full_tensor().view(torch.uint8), b.data.view(torch.uint8)), name
 

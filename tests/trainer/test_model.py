@@ -1,12 +1,15 @@
 """The policy gives Hugging Face's own log-probabilities, and loads and exports Hugging Face's own weights."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 from helpers import SIZES, documents, hf_logps, run_on_ranks
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from medtrain.trainer import weights
 from medtrain.trainer.config import ModelConfig
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World, join_world
@@ -74,6 +77,54 @@ def test_export_in_several_files_loads_the_same(hf_folder, tmp_path, monkeypatch
     assert torch.equal(again.lm_head.weight, policy.lm_head.weight)
 
 
+def test_exported_weights_carry_their_sha256_and_are_refused_when_they_differ(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("medtrain.trainer.weights.MAX_FILE_BYTES", 4000)
+    monkeypatch.setattr("medtrain.trainer.weights.BLOCK_BYTES", 100)
+    folder = hf_folder()
+    policy, tokenizer = policy_of(ModelConfig(path=str(folder)))
+    load_weights(policy, Checkpoint(folder))
+    out = export_model(policy, tokenizer, tmp_path / "out", ALONE, dtype=torch.bfloat16)
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=out, capture_output=True, text=True
+    )
+    files = sorted(out.glob("*.safetensors"))
+    assert checked.returncode == 0 and checked.stdout.count(": OK") == len(files) > 2
+    digest = Checkpoint(out).digest()
+    loaded = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert all(torch.equal(loaded[name], p.bfloat16()) for name, p in policy.named_parameters())
+    content = bytearray(files[1].read_bytes())
+    content[-1] ^= 1
+    files[1].write_bytes(content)
+    with pytest.raises(InputError, match=rf"{files[1].name}: damaged or changed .*SHA256SUMS"):
+        Checkpoint(out).digest()
+    (out / "SHA256SUMS").unlink()
+    assert Checkpoint(out).digest() != digest
+
+
+def _spoiled_on_the_way(folder, out):
+    sync = weights.sync_file
+
+    def spoiling(path):
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+
+    weights.sync_file = spoiling
+    try:
+        with join_world() as world:
+            policy, tokenizer = policy_of(ModelConfig(path=str(folder)), world)
+            load_weights(policy, Checkpoint(folder))
+            with pytest.raises(RuntimeError, match=r"model\.safetensors: what was read back is not what was written"):
+                export_model(policy, tokenizer, out, world, dtype=torch.float32)
+    finally:
+        weights.sync_file = sync
+
+
+def test_an_export_that_reads_back_otherwise_leaves_no_folder(hf_folder, tmp_path):
+    run_on_ranks(2, tmp_path, _spoiled_on_the_way, hf_folder(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def _sharded_equals_whole(folder, out):
     with join_world() as world:
         policy, tokenizer = policy_of(ModelConfig(path=str(folder)), world)
@@ -117,12 +168,12 @@ def test_generation_settings_that_transformers_would_not_save_are_kept(hf_folder
 
 
 def test_quantized_weights_are_refused(hf_folder):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     folder = hf_folder()
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.float8_e4m3fn)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="'lm_head.weight': quantized"):
         Checkpoint(folder).check({"lm_head.weight": (24, 16)}, tied=False)
 

@@ -20,6 +20,8 @@ SMALL = {"model.init.hidden_size": 128, "model.init.intermediate_size": 352, "mo
 # Layers so wide beside their tokens that what FSDP gathers and reduces decides the peak.
 WIDE = {"model.init.hidden_size": 768, "model.init.intermediate_size": 2112, "model.init.vocab_size": 512}
 BF16, FULL = {"precision.compute": "bfloat16"}, {"model.activation_checkpointing": "full"}
+SIX_BYTES = {"precision.weights": "bf16", "optim.state": "8bit"}
+FP8 = {"precision.fp8": "tensorwise", "precision.fp8_emulate": True, "precision.fp8_all_gather": True}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,8 @@ def made_up(tmp_path_factory):
         (8, "cpt", {"model.init.tie_word_embeddings": True, "model.init.vocab_size": 2048}),
         (2, "rpo", BF16 | {"model.init.vocab_size": 1024}),
         (2, "cpt", BF16 | {"lora.rank": 8, "model.init.vocab_size": 512}),
+        (2, "cpt", BF16 | FULL | WIDE | SIX_BYTES),
+        (2, "cpt", BF16 | FULL | WIDE | FP8),
         (2, "cpt", BF16 | {"model.activation_checkpointing": "selective", "model.init.vocab_size": 512}),
         (4, "cpt", BF16 | FULL | WIDE | {"parallel.replicate": 2}),
         (2, "cpt", BF16 | FULL | WIDE | {"parallel.reshard_after_forward": False}),
@@ -48,11 +52,13 @@ def made_up(tmp_path_factory):
         "tied on 8 ranks",
         "rpo",
         "lora",
+        "6 bytes a parameter",
+        "fp8",
         "selective",
         "copies",
         "whole layers",
         "ahead",
-    ],
+    ],  # fmt: skip
 )
 def test_the_plan_is_near_what_a_real_step_allocates(case, made_up):
     ranks, stage, changes = case
@@ -82,9 +88,32 @@ def test_weights_gradients_and_moments_of_72b_are_16_bytes_a_parameter():
     assert held == pytest.approx(16 * plan.model.num_parameters / 8, rel=1e-6)
 
 
+def test_bf16_weights_and_8_bit_moments_are_6_bytes_a_parameter():
+    config = config_of(precision={"weights": "bf16"}, optim={"state": "8bit"})
+    parts = plan_of(config, 8).largest.parts
+    blocks = 72_706_203_648 // 128  # a float32 scale each, for both moments
+    held = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert held == pytest.approx((6 * 72_706_203_648 + 8 * blocks) / 8, rel=1e-4)
+    # Rows of 29,568 and 8,192 are whole blocks; norms and biases keep float32 moments.
+    assert held > (6 * 72_706_203_648 + 8 * blocks) / 8
+
+
+def test_fp8_gathers_half_the_bytes_and_casts_take_room():
+    config = config_of(path="qwen2.5-7b", model={"activation_checkpointing": "full"})
+    fp8 = replace(config, precision=replace(config.precision, fp8="tensorwise"))
+    gathered = replace(fp8, precision=replace(fp8.precision, fp8_all_gather=True))
+    model = read_model(config, model_sizes(config.model)[0])
+    plain, half = (units(each, model, Machine(8), torch.bfloat16, True)[0] for each in (fp8, gathered))
+    assert plain.whole / half.whole == pytest.approx(2, rel=1e-3) and plain.stored == half.stored
+    peaks = {name: plan_of(each, 8).peak for name, each in (("bf16", config), ("fp8", fp8), ("gathered", gathered))}
+    assert peaks["bf16"] < peaks["gathered"] < peaks["fp8"]
+
+
 def test_an_nf4_base_costs_nine_sixteenths_of_a_byte_a_weight():
     config = config_of(lora={"rank": 16, "base": "nf4"}, path="qwen2.5-7b")
-    layer, head, root = units(read_model(config, model_sizes(config.model)[0]), 1, torch.bfloat16, True)
+    layer, head, root = units(
+        config, read_model(config, model_sizes(config.model)[0]), Machine(1), torch.bfloat16, True
+    )
     linear = 3584 * 3584 * 2 + 3584 * 512 * 2 + 3 * 3584 * 18944
     adapters = 16 * (2 * 7168 + 2 * (3584 + 512) + 3 * (3584 + 18944))
     assert layer.stored == linear * 9 // 16 + 2 * (2 * 3584 + 3584 + 2 * 512) + 4 * adapters
@@ -115,6 +144,10 @@ def test_what_is_said_to_fit_fits_when_it_is_planned_by_itself():
     tried = {each["change"]: each for each in alternatives(plan, 79 * GIB)}
     assert not tried["optim.micro_batch_tokens=8192"]["fits"] and tried["32 ranks"]["fits"]
     alone = plan_of(config_of("rpo", model={"activation_checkpointing": "full"}, lora={"rank": 16}), 8)
+    small = plan_of(config_of("rpo", model={"activation_checkpointing": "full"}, optim={"state": "8bit"},
+                              precision={"weights": "bf16"}), 8)  # fmt: skip
+    assert tried["optim.state=8bit precision.weights=bf16"]["peak_gib"] == small.peak / GIB
+    assert not tried["optim.state=8bit"]["fits"] and not tried["precision.weights=bf16"]["fits"]
     assert tried["lora.rank=16"] == {"change": "lora.rank=16", "peak_gib": alone.peak / GIB, "fits": True}
 
 
@@ -154,18 +187,39 @@ def test_sizes_of_an_init_with_a_vocabulary_need_no_tokenizer():
 
 def test_speed_is_told_from_measured_rows_only(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_report, "RESULTS", tmp_path)
-    row = {"impl": "medtrain", "model": "Qwen2.5-72B", "precision": "bfloat16", "tokens_per_second": 123.0}
-    rows = [row, row | {"impl": "trl"}, row | {"precision": "float32"}, row | {"model": "Qwen2.5-7B"}]
-    assert plan_config(config_of(), world_size=64, gpu_memory_gib=79)["measured_rates"] == []
-    (tmp_path / "train-cpt-h100-2030-01-01.json").write_text(json.dumps({"rows": rows}))
-    found = plan_config(config_of(), world_size=64, gpu_memory_gib=79)["measured_rates"]
-    assert found == [{"tokens_per_second": 123.0, "file": "train-cpt-h100-2030-01-01.json"}]
+    row = {"impl": "medtrain", "model": "72b", "parameters": 72_706_203_648, "trained": "all weights",
+           "precision": "bfloat16", "tokens_per_second": 123.0, "mfu": 0.5}  # fmt: skip
+    others = [row | {"impl": "trl"}, row | {"precision": "float32"}, row | {"trained": "LoRA rank 16"}]
+    small = row | {"parameters": 7_615_616_512, "model": "7b", "tokens_per_second": 9.0, "mfu": 0.25}
+
+    def planned(**options):
+        found = plan_config(config_of(data={"seq_len": 1024}), world_size=64, gpu_memory_gib=79, **options)
+        return found["measured_rates"], found["expected_speed"]
+
+    assert planned() == ([], None)
+    file = tmp_path / "train-cpt-h100-2030-01-01.json"
+    file.write_text(json.dumps({"rows": [small, *others]}))
+    rates, expected = planned()
+    assert rates == [] and expected["mfu"] == 0.25 and expected["from"] == f"{file.name}, 7b on one device"
+    file.write_text(json.dumps({"rows": [row, small, *others]}))
+    assert planned()[0] == [{"tokens_per_second": 123.0, "file": file.name}]
+    assert planned()[1]["mfu"] == 0.5
+    # 6 a weight that multiplies, 6 * 80 layers * 8192 wide * the length of the document for attention.
+    flops = 6 * (72_706_203_648 - 152_064 * 8192) + 6 * 80 * 8192 * 1024
+    assert planned(mfu=0.4, peak_tflops=100.0)[1] == {
+        "tokens_per_second": pytest.approx(0.4 * 100e12 * 64 / flops), "mfu": 0.4, "peak_tflops": 100.0, "from": "given",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "setting", ["model.compile=true", "precision.fp8=rowwise", "precision.weights=bf16", "optim.state=8bit"]
-)
-def test_a_setting_without_a_formula_is_refused_rather_than_left_out(setting):
+def test_a_setting_without_a_formula_is_refused_rather_than_left_out():
     config = Path(__file__).resolve().parents[2] / "configs" / "qwen2.5-7b-cpt.yaml"
-    result = CliRunner().invoke(main, ["plan", str(config), setting, "--world-size", "8"])
-    assert result.exit_code == 2 and setting.split("=")[0] in result.output and "no formula" in result.output
+    result = CliRunner().invoke(main, ["plan", str(config), "model.compile=true", "--world-size", "8"])
+    assert result.exit_code == 2 and "model.compile" in result.output and "no formula" in result.output
+
+
+@pytest.mark.parametrize("setting", ["precision.fp8=rowwise", "precision.weights=bf16", "optim.state=8bit"])
+def test_every_setting_of_precision_changes_the_plan(setting):
+    config = str(Path(__file__).resolve().parents[2] / "configs" / "qwen2.5-7b-cpt.yaml")
+    plain, changed = (CliRunner().invoke(main, ["plan", config, *words, "--json"]) for words in ([], [setting]))
+    assert plain.exit_code == changed.exit_code == 0, changed.output
+    assert json.loads(plain.stdout)["peak_gib"] != json.loads(changed.stdout)["peak_gib"]

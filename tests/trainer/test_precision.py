@@ -109,16 +109,16 @@ def test_saved_on_three_ranks_eight_bit_moments_go_on_alone(tree, tmp_path):
 
 
 def kill_on_ranks(tree, out):
-    from medtrain.trainer import loop
+    from medtrain.trainer.checkpoint import Saver
 
-    save = loop.save_checkpoint
+    commit = Saver.commit
 
-    def saving(root, step, *args, **options):
-        save(root, step, *args, **options)
-        if step == 4:
+    def committing(self):
+        commit(self)
+        if self._pending[0] == 4:
             raise KeyboardInterrupt
 
-    loop.save_checkpoint = saving
+    Saver.commit = committing
     with pytest.raises(KeyboardInterrupt):
         run("cpt", tree, out)
 

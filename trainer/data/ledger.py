@@ -66,7 +66,7 @@ def _documents(windows: Windows) -> dict:
     num_windows = np.diff(windows.first)
     alone = int(np.sum(num_windows == 0))
     split = num_windows > 1
-    num_tokens = len(source.tokens)
+    num_tokens = source.num_tokens
     return {
         "path": source.path,
         "rows": source.num_docs,

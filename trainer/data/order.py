@@ -23,6 +23,8 @@ import numpy as np
 
 from medtrain.trainer.errors import bad_input
 
+_BLOCK = 1024  # items between two starts that are kept
+
 
 @dataclass(frozen=True)
 class StepItems:
@@ -111,17 +113,46 @@ class GlobalOrder:
         total = self.totals[i]
         parts = [np.empty(0, dtype=np.int64)]
         for epoch in range(begin // total, -(-end // total)):
-            permutation, starts = self._epochs[i](epoch)
-            low, high = np.searchsorted(starts, [begin - epoch * total, end - epoch * total])
-            parts.append(permutation[low:high].astype(np.int64))
+            low, high = (self._place(i, epoch, position - epoch * total) for position in (begin, end))
+            parts.append(self._epochs[i](epoch)[0][low:high].astype(np.int64))
         return np.concatenate(parts)
 
+    def _place(self, i: int, epoch: int, position: int) -> int:
+        """Return how many items of the epoch start before ``position``."""
+        permutation, block_starts = self._epochs[i](epoch)
+        block = int(np.searchsorted(block_starts, position)) - 1
+        if block < 0:
+            return 0
+        lengths = self.lengths[i][permutation[block * _BLOCK : (block + 1) * _BLOCK]].astype(np.int64)
+        starts = int(block_starts[block]) + np.cumsum(lengths) - lengths
+        return block * _BLOCK + int(np.searchsorted(starts, position))
+
     def _make_epoch(self, i: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        # Sorted raw draws: numpy keeps the raw stream of a bit generator the same in every version, but not what
-        # Generator.permutation makes of it, and a resumed run must find its order again.
+        """Return the permutation of an epoch and where each ``_BLOCK`` of its items starts: with the starts of all items
+        it would be three times as large."""
         keys = np.random.PCG64(np.random.SeedSequence([self.seed, i, epoch])).random_raw(len(self.lengths[i]))
-        permutation = np.argsort(keys, kind="stable").astype(np.int32 if len(keys) < 2**31 else np.int64)
-        lengths = self.lengths[i][permutation]
-        starts = np.cumsum(lengths, dtype=np.int64)
-        starts -= lengths
-        return permutation, starts
+        permutation = sorting_permutation(keys)
+        sums = np.add.reduceat(self.lengths[i][permutation], np.arange(0, len(keys), _BLOCK), dtype=np.int64)
+        return permutation, np.cumsum(sums) - sums
+
+
+def sorting_permutation(keys: np.ndarray) -> np.ndarray:
+    """Return ``argsort(keys, kind="stable")`` of uint64 keys, int32 where that suffices, in a fifth of the time.
+
+    Sorted raw draws are the permutation of an epoch: numpy keeps the raw stream of a bit generator the same in every
+    version, but not what Generator.permutation makes of it, and a resumed run must find its order again. Numbers sort
+    faster than they argsort, so each key's low bits give way to its index; the few keys that are then equal are put in
+    order by themselves.
+    """
+    bits = np.uint64(max(len(keys) - 1, 1).bit_length())
+    low = (np.uint64(1) << bits) - np.uint64(1)
+    mixed = keys & ~low
+    mixed |= np.arange(len(keys), dtype=np.uint32 if len(keys) < 2**32 else np.uint64)
+    mixed.sort()
+    permutation = (mixed & low).astype(np.int32 if len(keys) < 2**31 else np.int64)
+    mixed >>= bits
+    equal = np.flatnonzero(mixed[1:] == mixed[:-1])
+    for run in np.split(equal, np.flatnonzero(np.diff(equal) > 1) + 1) if len(equal) else ():
+        items = permutation[run[0] : run[-1] + 2]
+        items[:] = items[np.argsort(keys[items], kind="stable")]
+    return permutation

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from medtrain.trainer.data.encode import eos_id, tokenize_texts
 from medtrain.trainer.data.sources import Row, Source, check_text, kind_of, read_rows
-from medtrain.trainer.data.tokens import eos_id, tokenize_texts
 from medtrain.trainer.errors import InputError, bad_input
 
 OVERLONG = ("error", "drop", "cut_completion", "cut_prompt")

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import file_sha256
 
 _ROWS_PER_READ = 1024
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
@@ -101,14 +100,6 @@ def source_files(path: str | Path) -> list[Path]:
     return files
 
 
-def files_digest(files: Sequence[Path]) -> str:
-    """Return the sha256 (hex) of the kinds and bytes of the files, in order. Their names and times do not matter."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.suffix}:{file_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
 def read_rows(path: str | Path, fields: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of a source, each with at least ``fields``.
 
@@ -117,15 +108,67 @@ def read_rows(path: str | Path, fields: Sequence[str]) -> Iterator[Row]:
     """
     empty = True
     for file in source_files(path):
-        for row in _read_jsonl(file) if file.suffix == ".jsonl" else _read_arrow(file, fields):
+        for row in read_range(file, fields):
             empty = False
-            for field in fields:
-                if field not in row.fields:
-                    found = ", ".join(sorted(row.fields)) or "no fields"
-                    raise bad_input("missing", file=file, row=row.number, field=field, found=found)
             yield row
     if empty:
         raise bad_input("no rows", file=path)
+
+
+def read_range(
+    file: Path, fields: Sequence[str], begin: int = 0, end: int | None = None, *, lines_before: int = 0
+) -> Iterator[Row]:
+    """Yield the rows of a range of one file, as :func:`read_rows` does those of a source.
+
+    JSON Lines: the lines that begin in the bytes [begin, end); ``lines_before`` that range are added to their numbers.
+    Parquet: the row groups that begin in the rows [begin, end), counted from 0; Arrow: these rows.
+    """
+    rows = (
+        _read_jsonl(file, begin, end, lines_before)
+        if file.suffix == ".jsonl"
+        else _read_arrow(file, fields, begin, end)
+    )
+    for row in rows:
+        for field in fields:
+            if field not in row.fields:
+                found = ", ".join(sorted(row.fields)) or "no fields"
+                raise bad_input("missing", file=file, row=row.number, field=field, found=found)
+        yield row
+
+
+def lines_before(file: Path, begin: int) -> int:
+    """How many lines of a JSON Lines file begin before byte ``begin``."""
+    if begin == 0:
+        return 0
+    count, left, last = 0, begin, b""
+    with open(file, "rb") as handle:
+        while left and (chunk := handle.read(min(left, 2**20))):
+            count, left, last = count + chunk.count(b"\n"), left - len(chunk), chunk[-1:]
+    return count + (last != b"\n")
+
+
+def row_groups(file: Path, field: str) -> list[tuple[int, int]]:
+    """(rows, bytes of ``field`` before compression; of all columns where it is none) of each row group of a parquet
+    file. Raises InputError if it cannot be read."""
+    import pyarrow.parquet as pq
+
+    with _readable(file):
+        metadata = pq.ParquetFile(file).metadata
+        groups = []
+        for i in range(metadata.num_row_groups):
+            group = metadata.row_group(i)
+            columns = [group.column(k) for k in range(group.num_columns)]
+            size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+            groups.append((group.num_rows, size or group.total_byte_size))
+        return groups
+
+
+def arrow_rows(file: Path) -> int:
+    """The number of rows of an Arrow stream. Raises InputError if it cannot be read."""
+    import pyarrow as pa
+
+    with _readable(file):
+        return sum(batch.num_rows for batch in pa.ipc.open_stream(pa.memory_map(str(file))))
 
 
 def check_text(text: object, row: Row, field: str) -> str:
@@ -150,11 +193,20 @@ def kind_of(value: object) -> str:
     return _KINDS.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
-def _read_jsonl(file: Path) -> Iterator[Row]:
+def _read_jsonl(file: Path, begin: int, end: int | None, lines_before: int) -> Iterator[Row]:
     with open(file, "rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
+        place = begin
+        if begin > 0:
+            # From the byte before: a line that begins just here must not be taken for the rest of one.
+            handle.seek(begin - 1)
+            place += len(handle.readline()) - 1
+        for number, line in enumerate(handle, start=lines_before + 1):
+            if end is not None and place >= end:
+                return
+            if place == 0:
+                place, line = len(line), line.removeprefix(codecs.BOM_UTF8)
+            else:
+                place += len(line)
             if not line.strip():
                 continue
             try:
@@ -170,26 +222,49 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
             yield Row(file, number, fields)
 
 
-def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[Row]:
+def _read_arrow(file: Path, fields: Sequence[str], begin: int, end: int | None) -> Iterator[Row]:
     """Yield the columns ``fields`` of a parquet file, or of an Arrow stream as ``datasets`` writes it, row by row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        reader = pq.ParquetFile(file) if file.suffix == ".parquet" else pa.ipc.open_stream(pa.memory_map(str(file)))
-        schema = reader.schema_arrow if file.suffix == ".parquet" else reader.schema
+    with _readable(file):
+        parquet = file.suffix == ".parquet"
+        reader = pq.ParquetFile(file) if parquet else pa.ipc.open_stream(pa.memory_map(str(file)))
+        schema = reader.schema_arrow if parquet else reader.schema
         for field in fields:
             if field not in schema.names:
                 raise bad_input("missing", file=file, row=1, field=field, found=", ".join(schema.names))
-        batches = reader.iter_batches(_ROWS_PER_READ, columns=list(fields)) if file.suffix == ".parquet" else reader
-        number = 0
-        for batch in batches:
+        stop = math.inf if end is None else end
+        if parquet:
+            groups, number = [], 0
+            for i in range(reader.num_row_groups):
+                if begin <= number < stop:
+                    groups.append(i)
+                number += reader.metadata.row_group(i).num_rows
+            reader, number = reader.iter_batches(_ROWS_PER_READ, row_groups=groups, columns=list(fields)), begin
+        else:
+            number = 0
+        for batch in reader:
+            if not parquet:
+                if number >= stop:
+                    return
+                skipped = min(max(begin - number, 0), batch.num_rows)
+                number += skipped
+                batch = batch.slice(skipped, min(batch.num_rows - skipped, stop - number) if end is not None else None)
             batch = batch.select(list(fields))
             for start in range(0, batch.num_rows, _ROWS_PER_READ):
                 piece = batch.slice(start, _ROWS_PER_READ)
                 for row_fields in _to_rows(piece, file, number):
                     number += 1
                     yield Row(file, number, row_fields)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise bad_input(f"not a readable {file.suffix[1:]} file: {error}", file=file) from None
 

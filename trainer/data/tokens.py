@@ -1,96 +1,82 @@
 """Tokens of CPT documents: each source is tokenised once into a memory-mapped cache that is checked before every use.
 
 A document's tokens are ``tokenizer(text, add_special_tokens=False) + [eos]``. The cache of a source is a folder named
-by the sha256 of everything that decides the tokens: the bytes of its files, the tokenizer, the field, the format. It is
-written beside its place and renamed into it, so it is whole or not there; its own digests are checked on opening, so
-one that was damaged later is made anew. Processes of one machine wait for the one that writes.
+by the sha256 of everything that decides the tokens: the bytes of its files, the tokenizer, the field, the format. It
+holds them in parts (``parts.py``), made by several processes (``workers.py``): one that is missing, since the process
+was killed, or that was damaged later, is made anew, and the others stay. Processes of one machine wait for the one that
+writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
-import itertools
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from medtrain.trainer.data.sources import Source, check_text, files_digest, read_rows, source_files
-from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import file_sha256
+from medtrain.trainer.data.digests import files_digest
+from medtrain.trainer.data.encode import eos_id, tokenizer_digest
+from medtrain.trainer.data.parts import Part, is_whole, missing_parts, open_parts, write_index
+from medtrain.trainer.data.pieces import plan_parts
+from medtrain.trainer.data.sources import Source, source_files
+from medtrain.trainer.data.workers import Job, Report, default_workers, make_parts
+from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.files import PARTIAL
 
-_FORMAT = 1
-_FILES = ("tokens.bin", "offsets.npy", "bytes.npy")
-_CHARS_PER_CALL = 1_000_000  # bounds the memory of one tokenizer call; long enough to keep its threads busy
+_FORMAT = 1  # of what the tokens are
+_LAYOUT = 2  # of how they lie on the disk
 
 
 @dataclass(frozen=True)
 class TokenizedSource:
     """The documents of one source, memory-mapped.
 
-    ``tokens`` uint32 [num_tokens], eos after every document; document ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``,
-    ``offsets`` int64 [num_docs + 1]; ``num_bytes`` int64 [num_docs]: UTF-8 bytes of its text. ``digest``: sha256 of
-    what decided the tokens.
+    Its tokens, eos after every document, are ``parts`` one after the other, each uint32 [n]; no document lies in two.
+    Document ``i`` is tokens ``offsets[i]`` to ``offsets[i + 1]`` of them all, ``offsets`` int64 [num_docs + 1];
+    ``num_bytes`` uint32 [num_docs]: UTF-8 bytes of its text. ``digest``: sha256 of what decided the tokens.
     """
 
     name: str
     weight: float | None
     path: str
-    tokens: np.ndarray
+    parts: Sequence[np.ndarray]
     offsets: np.ndarray
     num_bytes: np.ndarray
     digest: str
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """Tokens before each part, int64 [num_parts + 1]."""
+        return np.cumsum([0, *map(len, self.parts)], dtype=np.int64)
 
     @property
     def num_docs(self) -> int:
         return len(self.num_bytes)
 
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
     def document(self, i: int) -> np.ndarray:
         """Return the tokens of document ``i``, uint32 [n], the last one eos."""
-        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+        return self.tokens(int(self.offsets[i]), int(self.offsets[i + 1]))
 
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens ``start`` to ``stop``, uint32, which must lie within one document."""
+        k = int(np.searchsorted(self._starts, start, side="right")) - 1
+        before = int(self._starts[k])
+        return self.parts[k][start - before : stop - before]
 
-def eos_id(tokenizer) -> int:
-    """Return the id that ends a document. Raises InputError if the tokenizer has no eos token."""
-    if tokenizer.eos_token_id is None:
-        raise bad_input("the tokenizer has no eos token", file=tokenizer.name_or_path or None, field="eos_token")
-    return int(tokenizer.eos_token_id)
-
-
-def tokenizer_digest(tokenizer) -> str:
-    """Return the sha256 (hex) of what decides a fast tokenizer's ids and its eos.
-
-    Left out are padding and truncation, which the tokenizer's calls set and reset. Raises InputError for one without
-    the fast backend: there is nothing to take the digest of.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        found, expected = type(tokenizer).__name__, "a fast one (tokenizer.json)"
-        raise bad_input(
-            "wrong kind of tokenizer", file=getattr(tokenizer, "name_or_path", None), found=found, expected=expected
-        )
-    state = backend.to_str()
-    # Before "added_tokens" stand the format's version, truncation and padding. Parsing megabytes to drop them is slow.
-    state = state[state.index('"added_tokens"') :]
-    rest = f"{eos_id(tokenizer)} {bool(getattr(tokenizer, 'split_special_tokens', False))} "
-    return hashlib.sha256((rest + state).encode()).hexdigest()
-
-
-def tokenize_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text, without special tokens, in one (threaded) call."""
-    return tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning above model_max_length: windows come later
-    )["input_ids"]
+    def head(self, n: int) -> np.ndarray:
+        """Return the first tokens, uint32, at most ``n`` and those of one part: a sample."""
+        return next(part[:n] for part in self.parts if len(part))
 
 
 def tokenize_source(
@@ -100,99 +86,98 @@ def tokenize_source(
     *,
     field: str = "text",
     key: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    workers: int | None = None,
+    verify: bool = False,
+    progress: Report | None = None,
 ) -> TokenizedSource:
     """Return the tokenised documents of ``source``, from the cache in ``cache_dir`` where it holds them.
 
     Any number of processes may call this at once. ``key`` is the ``digest`` that another process has just got for the
-    same source: where its cache is here too, nothing is hashed again. ``progress`` is called with the number of rows
-    tokenised so far. Raises InputError for bad rows (see ``sources.py``);
-    then no cache is left.
+    same source: where its cache is here too, the source is not looked at. ``workers``: processes that tokenise, by
+    default :func:`default_workers`; they change no bit. ``verify``: read the source and the whole cache, and trust no
+    file for its size and times. ``progress`` is called now and then while tokens are made. Raises InputError for bad
+    rows (see ``sources.py``); then no cache is left.
     """
+    cache_dir = Path(cache_dir)
     if key is not None:
-        cache = _open_cache(Path(cache_dir) / key, verify=False)
-        if cache is not None:
-            return _tokenized(source, cache, key)
-    digests = {"source": files_digest(source_files(source.path)), "tokenizer": tokenizer_digest(tokenizer)}
+        parts = _open(cache_folder(cache_dir, key))
+        if parts is not None:
+            return _tokenized(source, parts, key)
+    files = source_files(source.path)
+    digests = {
+        "source": files_digest(files, cache_dir / "raw-files.json", trust=not verify),
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
     settings = {"format": _FORMAT, "field": field, **digests}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    cache_dir = Path(cache_dir)
-    folder = cache_dir / key
-    cache = _open_cache(folder)
-    if cache is None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        # The lock only spares work: where it does not reach (another machine), each writes its own and one is kept.
-        with open(cache_dir / f"{key}.lock", "w") as lock:
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            cache = _open_cache(folder)
-            if cache is None:
-                _write_cache(folder, source, tokenizer, field, settings, progress)
-                cache = _open_cache(folder)
-    if cache is None:
+    folder = cache_folder(cache_dir, key)
+    parts = _open(folder, verify=verify)
+    if parts is None:
+        with _alone(folder) as alone:
+            parts = _open(folder, verify=verify)
+            if parts is None:
+                plan = plan_parts(files, field)
+                places = {file: i for i, file in enumerate(files)}
+                made_of = [
+                    _name(key, k, [(places[p.file], p.begin, p.end) for p in part]) for k, part in enumerate(plan)
+                ]
+                missing = missing_parts(folder, made_of, verify=verify)
+                if alone:
+                    for left in folder.glob("*" + PARTIAL):  # by processes that were killed
+                        left.unlink(missing_ok=True)
+                try:
+                    make_parts(
+                        Job(folder, plan, made_of, field, tokenizer), missing, workers or default_workers(), progress
+                    )
+                    about = {**settings, "layout": _LAYOUT, "eos_id": eos_id(tokenizer)}
+                    if write_index(folder, about, len(plan)) == 0:
+                        raise bad_input("no rows", file=source.path)
+                except InputError:
+                    shutil.rmtree(folder)
+                    raise
+                parts = _open(folder)
+    if parts is None:
         raise OSError(f"{folder}: what was just written there cannot be read back")
-    return _tokenized(source, cache, key)
+    return _tokenized(source, parts, key)
 
 
-def _tokenized(source: Source, cache: tuple[np.ndarray, np.ndarray, np.ndarray], key: str) -> TokenizedSource:
-    name = source.name or Path(source.path).resolve().stem
-    return TokenizedSource(name, source.weight, str(source.path), *cache, key)
+def cache_folder(cache_dir: Path, key: str) -> Path:
+    """Where the cache of a source with this digest lies."""
+    return cache_dir / f"{key}-v{_LAYOUT}"
 
 
-def _open_cache(folder: Path, *, verify: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return (tokens, offsets, num_bytes), memory-mapped, or None if a file has not its digest in meta.json."""
-    try:
-        expected = json.loads((folder / "meta.json").read_text("utf-8"))["sha256"]
-        if verify and any(file_sha256(folder / name) != expected[name] for name in _FILES):
-            return None
-        tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r")
-        return tokens, *(np.load(folder / name, mmap_mode="r") for name in _FILES[1:])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _name(key: str, number: int, pieces: list[tuple[int, int, int]]) -> bytes:
+    """What a part is made of, in 32 bytes."""
+    return hashlib.sha256(json.dumps([key, number, pieces]).encode()).digest()
 
 
-def _write_cache(folder: Path, source: Source, tokenizer, field: str, settings: dict, progress) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}-", dir=folder.parent))
-    try:
-        eos = eos_id(tokenizer)
-        lengths, num_bytes, num_docs = [np.zeros(1, np.int64)], [], 0
-        with open(temporary / "tokens.bin", "wb") as out:
-            for texts in _text_batches(source.path, field):
-                ids = tokenize_texts(tokenizer, texts)
-                for document in ids:
-                    document.append(eos)
-                lengths.append(np.array([len(document) for document in ids], dtype=np.int64))
-                num_bytes.append(np.array([len(text.encode("utf-8")) for text in texts], dtype=np.int64))
-                out.write(np.fromiter(itertools.chain.from_iterable(ids), "<u4", lengths[-1].sum()).tobytes())
-                num_docs += len(ids)
-                if progress is not None:
-                    progress(num_docs)
-        offsets = np.cumsum(np.concatenate(lengths))
-        np.save(temporary / "offsets.npy", offsets)
-        np.save(temporary / "bytes.npy", np.concatenate(num_bytes))
-        meta = {**settings, "num_docs": num_docs, "num_tokens": int(offsets[-1]), "eos_id": eos}
-        meta["sha256"] = {name: file_sha256(temporary / name) for name in _FILES}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
-        temporary.chmod(0o755)
-        if _open_cache(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Make the folder and let one process of this machine in at a time; whether that could be had.
+
+    It only spares work: where locks do not reach (another machine), each makes its own parts, and they are the same.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
         try:
-            temporary.rename(folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            alone = True
         except OSError:
-            if not folder.is_dir():  # else another machine's came first, and it is as good as this one
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            alone = False
+        folder.mkdir(exist_ok=True)
+        yield alone
 
 
-def _text_batches(path: str, field: str) -> Iterator[list[str]]:
-    texts: list[str] = []
-    chars = 0
-    for row in read_rows(path, [field]):
-        texts.append(check_text(row.fields[field], row, field))
-        chars += len(texts[-1])
-        if chars >= _CHARS_PER_CALL:
-            yield texts
-            texts, chars = [], 0
-    if texts:
-        yield texts
+def _open(folder: Path, *, verify: bool = False) -> list[Part] | None:
+    return open_parts(folder) if is_whole(folder, verify=verify) else None
+
+
+def _tokenized(source: Source, parts: list[Part], key: str) -> TokenizedSource:
+    documents = [part.documents for part in parts]
+    offsets = np.zeros(1 + sum(map(len, documents)), np.int64)
+    np.cumsum(np.concatenate([table[:, 0] for table in documents]), dtype=np.int64, out=offsets[1:])
+    name = source.name or Path(source.path).resolve().stem
+    num_bytes = np.concatenate([table[:, 1] for table in documents])
+    return TokenizedSource(
+        name, source.weight, str(source.path), [part.tokens for part in parts], offsets, num_bytes, key
+    )

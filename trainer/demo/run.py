@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,22 @@ from medtrain.trainer.demo.world import World, make_world
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
 
+# Every preference arm: the model it starts from, what differs from the recipe's RPO, and what it is.
+PREFERENCES = {
+    "cpt_rpo": ("cpt", {}, "cpt, then RPO on its pairs"),
+    "rpo": ("base", {}, "base, then RPO on its pairs: no textbook"),
+    "cpt_sft": ("cpt", {"loss": "sft"}, "control: the chosen side alone"),
+    "cpt_dpo": ("cpt", {"alpha": 0.0}, "control: DPO, no likelihood term"),
+}
+# On request, as published: no likelihood term. SimPO's beta and margin are of its paper's range (arXiv:2405.14734).
+FURTHER = {
+    "cpt_ipo": ("cpt", {"loss": "ipo", "alpha": 0.0}, "control: IPO"),
+    "cpt_simpo": (
+        "cpt",
+        {"loss": "simpo", "alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
+        "control: SimPO, no reference",
+    ),
+}
 ARMS = ("base", "cpt", "rpo", "cpt_rpo", "cpt_sft", "cpt_dpo")
 _NUM_THREADS = 1  # another number sums in another order, and a model this small ends elsewhere; nor is it much faster
 
@@ -45,11 +61,14 @@ class Demo:
         return self.out / "pairs" / f"{arm}.jsonl"
 
 
-def run_demo(out: Path | str, seed: int = 10, quiet: bool = False, recipe: Recipe = RECIPE) -> dict:
+def run_demo(
+    out: Path | str, seed: int = 10, quiet: bool = False, recipe: Recipe = RECIPE, further: Sequence[str] = ()
+) -> dict:
     """Run all stages that ``out`` does not hold yet; returns what ``OUT/table.json`` holds.
 
-    Prints the table and writes ``table.json``, ``table.png``, and one folder a model. Raises :class:`InputError` where
-    ``out`` holds something else than a demo of this seed and these settings.
+    ``further`` names arms of :data:`FURTHER` to train and examine beside the usual ones. Prints the table and writes
+    ``table.json``, ``table.png``, and one folder a model. Raises :class:`InputError` where ``out`` holds something else
+    than a demo of this seed and these settings.
     """
     import torch
 
@@ -71,21 +90,16 @@ def run_demo(out: Path | str, seed: int = 10, quiet: bool = False, recipe: Recip
         for start in ("cpt", "base"):
             with _stage(demo, "pairs", f"wrong reasoning sampled from {start}"):
                 make_pairs(demo, world, start)
-        preferences = {
-            "cpt_rpo": ("cpt", {}, "cpt, then RPO on its pairs"),
-            "rpo": ("base", {}, "base, then RPO on its pairs: no textbook"),
-            "cpt_sft": ("cpt", {"loss": "sft"}, "control: the chosen side alone"),
-            "cpt_dpo": ("cpt", {"alpha": 0.0}, "control: DPO, no likelihood term"),
-        }
-        for arm, (start, settings, what) in preferences.items():
+        for arm, (start, settings, what) in (PREFERENCES | {arm: FURTHER[arm] for arm in further}).items():
             with _stage(demo, arm, what):
                 prefer(demo, arm, start, **settings)
-        with _stage(demo, "exam", f"{len(ARMS)} models, with and without explanation"):
-            table = {arm: sit_exam(demo, arm, "test") for arm in ARMS}
+        arms = (*ARMS, *further)
+        with _stage(demo, "exam", f"{len(arms)} models, with and without explanation"):
+            table = {arm: sit_exam(demo, arm, "test") for arm in arms}
     finally:
         torch.set_num_threads(threads)
     write_json(demo.out / "table.json", table)
-    marks = {arm: marks_of(exam_rows(demo, arm, "test")) for arm in ARMS}
+    marks = {arm: marks_of(exam_rows(demo, arm, "test")) for arm in arms}
     draw_table(table, marks, demo.out / "table.png", title=f"medtrain demo, made-up medicine, seed {seed}")
     demo.say("\n" + format_table(table, marks))
     demo.say("\n" + conclusions(table, marks, num_parameters(demo.model("base"))))
@@ -127,14 +141,14 @@ def continue_pretraining(demo: Demo) -> None:
         "cpt",
         "cpt",
         model={"path": str(demo.model("base"))},
-        data={"sources": [textbook, *_sources(demo, shares)], "seq_len": 256},
+        data={"sources": [textbook, *_sources(demo, shares)], "seq_len": 256} | _exam(demo),
         optim={"lr": recipe.cpt_lr, "steps": recipe.cpt_steps, "batch_tokens": recipe.cpt_tokens}
         | {"warmup_steps": min(10, recipe.cpt_steps // 10), "weight_decay": 0.01},
     )
 
 
 def make_pairs(demo: Demo, world: World, start: str) -> None:
-    """Pairs of one model: its own wrong explanations about train diseases against the ground truth's.
+    """Pairs of one model about train diseases, by the recipe's strategy: its own wrong explanations are rejected.
 
     An answer that is none of the options is wrong here for certain, as answers are the options' own texts.
     A model may name any disease while it reasons; pairs that name one of another kind are left out and counted.
@@ -150,7 +164,7 @@ def make_pairs(demo: Demo, world: World, start: str) -> None:
         demo.model(start),
         demo.files.exam("train"),
         raw,
-        strategy="explanation",
+        strategy=demo.recipe.strategy,
         num_paths=demo.recipe.num_paths,
         seed=demo.seed,
         max_new_tokens=demo.recipe.max_new_tokens,
@@ -173,8 +187,8 @@ def prefer(demo: Demo, arm: str, start: str, **rpo: object) -> None:
         "rpo",
         arm,
         model={"path": str(demo.model(start))},
-        data={"pairs": [{"path": str(demo.pairs(start))}], "max_length": 256},
-        optim={"lr": recipe.rpo_lr, "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
+        data={"pairs": [{"path": str(demo.pairs(start))}], "max_length": 256} | _exam(demo),
+        optim={"lr": recipe.lr_of.get(arm, recipe.rpo_lr), "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
         | {"warmup_steps": min(6, recipe.rpo_steps // 10), "weight_decay": 0.0},
         rpo={"beta": recipe.beta, "alpha": recipe.alpha} | rpo,
     )
@@ -223,11 +237,27 @@ def _train(demo: Demo, stage: str, name: str, **sections: dict) -> None:
     sections["optim"] = sections["optim"] | {"micro_batch_tokens": 8192}
     tree = sections | {
         "precision": {"compute": "float32"},
+        "eval": _exam_settings(demo.recipe) if "exam" in sections["data"] else {},
         "checkpoint": {"every": 100_000},
         "run": {"out": str(demo.out / name), "seed": demo.seed},
     }
     if train(config_from_dict(stage, tree), quiet=True).interrupted:
         raise KeyboardInterrupt
+
+
+def _exam(demo: Demo) -> dict:
+    """The exam that is sat during training is about development diseases: the table's own has been seen by nothing."""
+    return {"exam": str(demo.files.exam("dev"))}
+
+
+def _exam_settings(recipe: Recipe) -> dict:
+    return {
+        "exam_every": 50,
+        "exam_questions": 100,
+        "exam_max_new_tokens": recipe.max_new_tokens,
+        "exam_max_answer_tokens": 4,
+        "exam_prompt": "demo",
+    }
 
 
 def _sources(demo: Demo, shares: dict[str, float]) -> list[dict]:

@@ -18,8 +18,10 @@ LABELS = {
     "cpt_rpo": "CPT + RPO",
     "cpt_sft": "CPT + SFT",
     "cpt_dpo": "CPT + DPO",
+    "cpt_ipo": "CPT + IPO",
+    "cpt_simpo": "CPT + SimPO",
 }
-CONTROLS = ("cpt_sft", "cpt_dpo")
+CONTROLS = ("cpt_sft", "cpt_dpo", "cpt_ipo", "cpt_simpo")
 _NUM_RESAMPLES = 2000
 
 # Of one arm: mode -> one 0 or 1 a question, in the order of the exam.
@@ -53,13 +55,12 @@ def format_table(table: dict, marks: dict[str, Marks]) -> str:
         "",
         f"{'':12}{'answer':>8}{'explain':>9}{'gap':>8}  {'':18}{'no answer read':>16}{'cut off':>9}",
     ]
-    for arm, label in LABELS.items():
+    for arm, row in table.items():
         if arm == CONTROLS[0]:
             lines.append("controls, trained on the same pairs as CPT + RPO:")
-        row = table[arm]
         low, high = gap_interval(marks[arm])
         lines.append(
-            f"{label:12}{row['answer']['points_ratio']:8.3f}{row['explain']['points_ratio']:9.3f}{row['gap']:+8.3f}"
+            f"{LABELS[arm]:12}{row['answer']['points_ratio']:8.3f}{row['explain']['points_ratio']:9.3f}{row['gap']:+8.3f}"
             f"  {f'[{low:+.3f}, {high:+.3f}]':18}{row['explain']['parse_failures']:16}{row['explain']['truncated']:9}"
         )
     return "\n".join(lines)
@@ -120,7 +121,7 @@ def draw_table(table: dict, marks: dict[str, Marks], path: Path, *, title: str) 
     """Write the picture of one run: two bars an arm, each with its 95 % interval over the questions."""
     bars = {
         arm: {mode: (table[arm][mode]["points_ratio"], *interval(marks[arm][mode])) for mode in ("answer", "explain")}
-        for arm in LABELS
+        for arm in table
     }
     questions = table["base"]["answer"]["questions"]
     draw_bars(
@@ -156,8 +157,8 @@ def draw_bars(bars: dict[str, dict[str, tuple[float, float, float]]], path: Path
     axes.set_xticks(
         places,
         [
-            "\n".join([label, *(["(control)"] if arm in CONTROLS else []), f"gap {gaps[arm]:+.2f}"])
-            for arm, label in LABELS.items()
+            "\n".join([LABELS[arm], *(["(control)"] if arm in CONTROLS else []), f"gap {gaps[arm]:+.2f}"])
+            for arm in bars
         ],
     )
     axes.set_ylim(0, 1.2)

@@ -65,6 +65,8 @@ class Corpus:
     listed: float = 0.5  # share of prose documents that begin with a list of words, as papers do
     comparing: float = 0.9  # share of the textbook's sentences that compare
     questions: int = 3  # questions a fact for making pairs
+    steps: int = 1  # facts of the disease that an explanation tells; the last of them is the one asked for
+    contrast: float = 0.0  # share of explanations that tell a wrong option's disease, too
 
 
 def say_plainly(world: World, fact: Fact, rng: random.Random, value: str | None = None) -> str:
@@ -80,17 +82,33 @@ def say_comparing(world: World, fact: Fact, rng: random.Random) -> str:
     )
 
 
-def exam_rows(world: World, kind: str, *, repeats: int = 1) -> list[dict]:
+def explanation(world: World, quiz: Quiz, corpus: Corpus, rng: random.Random) -> str:
+    """Why the right option is right: other facts of the disease, then the one asked for.
+
+    A share of ``corpus.contrast`` also say of a wrong option whose it is, before or after the fact asked for, as
+    explanations of real examinations do.
+    """
+    others = rng.sample([r for r in range(len(RELATIONS)) if r != quiz.relation], corpus.steps - 1)
+    before = [say_plainly(world, (quiz.disease, r), rng) for r in others]
+    end = [say_plainly(world, (quiz.disease, quiz.relation), rng)]
+    if corpus.contrast and rng.random() < corpus.contrast:
+        owners = [d for d in world.neighbours(quiz.disease) if world.facts[d, quiz.relation] in quiz.neighbours]
+        end.insert(rng.randrange(2), say_plainly(world, (rng.choice(owners), quiz.relation), rng))
+    return "".join(before + end)
+
+
+def exam_rows(world: World, kind: str, corpus: Corpus, *, repeats: int = 1) -> list[dict]:
     """The examination about all facts of one kind of disease, in the form of IgakuQA with explanations.
 
     ``repeats`` questions a fact differ in their options.
     """
     rng = world.rng(f"exam/{kind}")
     facts = [fact for fact in world.facts_of(kind) for _ in range(repeats)]
-    return [
-        quiz_on_fact(world, fact, rng).row(f"{kind}-{number:04d}", say_plainly(world, fact, rng))
-        for number, fact in enumerate(facts, start=1)
-    ]
+    rows = []
+    for number, fact in enumerate(facts, start=1):
+        quiz = quiz_on_fact(world, fact, rng)
+        rows.append(quiz.row(f"{kind}-{number:04d}", explanation(world, quiz, corpus, rng)))
+    return rows
 
 
 def paper(quiz: Quiz, mode: str, explanation: str) -> str:
@@ -127,8 +145,8 @@ def pretraining_texts(world: World, corpus: Corpus) -> dict[str, list[str]]:
         return paper(quiz_on_fact(world, rng.choice(general), rng), "answer", "")
 
     def explain(rng: random.Random) -> str:
-        fact = rng.choice(general)
-        return paper(quiz_on_fact(world, fact, rng), "explain", say_plainly(world, fact, rng))
+        quiz = quiz_on_fact(world, rng.choice(general), rng)
+        return paper(quiz, "explain", explanation(world, quiz, corpus, rng))
 
     def texts(make: Callable[[random.Random], str]) -> list[str]:
         rng = world.rng(make.__name__)
@@ -201,7 +219,9 @@ def write_world(world: World, corpus: Corpus, root: Path) -> WorldFiles:
     """Write all texts, examinations and the tokenizer under ``root``; checks their disjointness first."""
     files = WorldFiles(root)
     pretraining, textbook = pretraining_texts(world, corpus), textbook_texts(world, corpus)
-    exams = {kind: exam_rows(world, kind, repeats=corpus.questions if kind == "train" else 1) for kind in KINDS[1:]}
+    exams = {
+        kind: exam_rows(world, kind, corpus, repeats=corpus.questions if kind == "train" else 1) for kind in KINDS[1:]
+    }
     check_disjoint(world, [*pretraining.values(), textbook], exams)
     root.mkdir(parents=True, exist_ok=True)
     for source, texts in pretraining.items():

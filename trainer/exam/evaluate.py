@@ -7,25 +7,26 @@ run started again goes on from there.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import re
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.choices import score_choices, summarize_choices
 from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
+from medtrain.trainer.exam.intervals import bootstrap_interval, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
-from medtrain.trainer.exam.prompts import MODES, PromptStyle
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style
 from medtrain.trainer.exam.questions import Question, load_questions
+from medtrain.trainer.exam.records import claim, end_last_line, file_digest, model_digest, rows_of
 from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
-from medtrain.trainer.files import file_sha256
 
 METHODS = ("generate", "choice_logp")
 Progress = Callable[[str, int, int], None]
+# Questions whose choices are scored between two writings of rows.
+_CHOICE_PORTION = 64
 
 
 def answer_exam(
@@ -42,16 +43,23 @@ def answer_exam(
 ) -> list[dict]:
     """Let a model in memory sit an exam, greedily; one row a question, in their order (see :func:`exam_rows`).
 
-    ``method`` ``choice_logp`` (answer mode only) generates nothing: the answer with the highest log-prob is the output.
+    ``method`` ``choice_logp`` (answer mode only) generates nothing: the answer with the highest log-prob is the output
+    (:mod:`medtrain.trainer.exam.choices`).
     """
     engine = HFEngine(model, tokenizer, batch_tokens=batch_tokens)
     style = style or PromptStyle()
     prompts = [style.prompt(question, mode, tokenizer, demonstrations) for question in questions]
     if method == "choice_logp":
-        outputs = _most_likely_answers(engine, questions, prompts, mode, style)
-    else:
-        outputs = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=style.stop(mode))
+        _check_method(method, (mode,), "hf")
+        return _choice_rows(engine, questions, prompts, mode, style)
+    outputs = engine.generate(prompts, max_new_tokens=max_new_tokens, stop=style.stop(mode))
     return exam_rows(questions, prompts, outputs, mode, style)
+
+
+def _choice_rows(engine: HFEngine, questions, prompts, mode: str, style: PromptStyle) -> list[dict]:
+    outputs, logps = score_choices(engine, questions, prompts, style)
+    rows = exam_rows(questions, prompts, outputs, mode, style)
+    return [row | {"choice_logps": one} for row, one in zip(rows, logps, strict=True)]
 
 
 def exam_rows(
@@ -59,19 +67,22 @@ def exam_rows(
 ) -> list[dict]:
     """Parse and score outputs, one row each.
 
-    Fields: ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``read_from``, ``failure`` (why no
-    answer could be read, else null), ``truncated``.
+    Fields: ``problem_id``, ``prompt``, ``output``, ``parsed``, ``correct``, ``points`` of ``max_points``, ``read_from``,
+    ``failure`` (why no answer could be read, else null), ``truncated``.
     """
     rows = []
     for question, prompt, output in zip(questions, prompts, outputs, strict=True):
         parsed = parse_output(output.text, question, **style.parse_settings(mode))
+        correct = grade_output(question, parsed)
         rows.append(
             {
                 "problem_id": question.problem_id,
                 "prompt": prompt,
                 "output": output.text,
                 "parsed": parsed.value,
-                "correct": grade_output(question, parsed),
+                "correct": correct,
+                "points": question.points if correct else 0,
+                "max_points": question.points,
                 "read_from": parsed.read_from,
                 "failure": parsed.failure,
                 "truncated": output.truncated,
@@ -81,12 +92,18 @@ def exam_rows(
 
 
 def summarize_rows(questions: Sequence[Question], rows: Sequence[dict], mode: str, style: PromptStyle) -> dict:
-    """The figures of one mode in ``exam.json``: :func:`medtrain.trainer.exam.scoring.summarize` and ``truncated``."""
+    """The figures of one mode in ``exam.json``: :func:`medtrain.trainer.exam.scoring.summarize` and ``truncated``.
+
+    Where choices were scored by log-prob, also ``acc`` and ``acc_norm``.
+    """
     graded = []
     for question, row in zip(questions, rows, strict=True):
         parsed = parse_output(row["output"], question, **style.parse_settings(mode))
         graded.append(Graded(question, parsed, grade_output(question, parsed)))
-    return summarize(graded) | {"truncated": sum(row["truncated"] for row in rows)}
+    result = summarize(graded) | {"truncated": sum(row["truncated"] for row in rows)}
+    if rows and all("choice_logps" in row for row in rows):
+        result |= summarize_choices(questions, [row["choice_logps"] for row in rows], style)
+    return result
 
 
 def evaluate(
@@ -106,6 +123,7 @@ def evaluate(
     dtype: str = "auto",
     text_only: bool = True,
     limit: int | None = None,
+    mapping: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """Let the checkpoint in ``model_dir`` sit the exam in ``exam_path`` and write ``out``; returns ``exam.json``.
@@ -114,14 +132,15 @@ def evaluate(
     ``max_new_tokens`` bounds explain mode, ``max_answer_tokens`` answer mode. ``demonstrations`` is a JSONL file of
     worked questions, with explanations for explain mode. ``text_only`` leaves out questions that need an image, none of
     which is here; how many is said in ``skipped_image_questions``. ``limit`` takes the first so many of the rest.
-    ``progress(mode, done, total)`` is called as outputs come in. Raises :class:`InputError` for a user's mistake.
+    ``mapping`` is the YAML file for an exam of an own form (:func:`load_questions`). ``progress(mode, done, total)`` is
+    called as outputs come in. Raises :class:`InputError` for a user's mistake.
     """
     style = style or PromptStyle()
     modes = MODES if mode == "both" else (mode,)
     if not set(modes) <= set(MODES):
         raise bad_input("unknown", field="mode", found=mode, expected="answer, explain or both")
     _check_method(method, modes, engine)
-    everything = load_questions(exam_path)
+    everything = load_questions(exam_path, mapping=mapping)
     if limit is not None and limit < 1:
         raise bad_input("must be 1 or more", field="limit", found=limit)
     questions = [q for q in everything if q.text_only or not text_only][:limit]
@@ -136,8 +155,8 @@ def evaluate(
             style.completion(shot, "explain")
     identity = {
         "model": model_digest(model_dir),
-        "exam": _file_digest(exam_path),
-        "demonstrations": _file_digest(demonstrations) if demonstrations is not None else None,
+        "exam": file_digest(exam_path),
+        "demonstrations": file_digest(demonstrations),
         "style": json.loads(json.dumps(asdict(style))),
         "engine": engine,
         "method": method,
@@ -146,9 +165,10 @@ def evaluate(
         "max_answer_tokens": max_answer_tokens,
         "text_only": text_only,
         "limit": limit,
+        "mapping": file_digest(mapping),
     }
     out = Path(out)
-    _claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)})
+    claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)})
     loaded: list[HFEngine | VLLMEngine] = []
 
     def engine_when_needed() -> HFEngine | VLLMEngine:
@@ -166,6 +186,8 @@ def evaluate(
     result = {one: results[one] for one in MODES if one in results}
     both = len(result) == len(MODES)
     result["explanation_gap"] = result["answer"]["points_ratio"] - result["explain"]["points_ratio"] if both else None
+    if both:
+        result |= _gap_figures([list(rows_of(out / f"outputs-{one}.jsonl")) for one in MODES], questions)
     result["questions_in_exam"] = len(everything)
     result["skipped_image_questions"] = sum(not q.text_only for q in everything) if text_only else 0
     result["settings"] = identity
@@ -173,10 +195,20 @@ def evaluate(
     return result
 
 
+def _gap_figures(rows_of_modes: list[list[dict]], questions: Sequence[Question]) -> dict:
+    """95 % interval of the explanation gap, paired over the questions, and the exact p-value of there being none."""
+    correct = [{row["problem_id"]: row["correct"] for row in rows} for rows in rows_of_modes]
+    differences = [q.points * (correct[0][q.problem_id] - correct[1][q.problem_id]) for q in questions]
+    low, high = bootstrap_interval(differences, [question.points for question in questions])
+    return {
+        "explanation_gap_low": low, "explanation_gap_high": high, "explanation_gap_p_value": paired_p_value(differences),
+    }  # fmt: skip
+
+
 def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_tokens, out, progress) -> list[dict]:
     """Run one mode, going on from the rows that are there, write ``outputs-MODE.jsonl`` and return its rows."""
     final, partial = out / f"outputs-{mode}.jsonl", out / f"outputs-{mode}.partial.jsonl"
-    done = {row["problem_id"]: row for row in itertools.chain(_rows_of(final), _rows_of(partial))}
+    done = {row["problem_id"]: row for row in itertools.chain(rows_of(final), rows_of(partial))}
     todo = [question for question in questions if question.problem_id not in done]
 
     def report() -> None:
@@ -187,23 +219,31 @@ def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_toke
     if todo:
         engine = engine_when_needed()
         prompts = [style.prompt(question, mode, engine.tokenizer, shots) for question in todo]
-        _end_last_line(partial)
+        end_last_line(partial)
 
         def keep(indices: list[int], outputs: list[Output]) -> None:
-            rows = exam_rows([todo[i] for i in indices], [prompts[i] for i in indices], outputs, mode, style)
+            add(exam_rows([todo[i] for i in indices], [prompts[i] for i in indices], outputs, mode, style))
+
+        def add(rows: list[dict]) -> None:
             with open(partial, "a", encoding="utf-8") as file:
                 file.write(to_jsonl(rows))
             done.update((row["problem_id"], row) for row in rows)
             report()
 
         if method == "choice_logp":
-            keep(list(range(len(todo))), _most_likely_answers(engine, todo, prompts, mode, style))
+            for first in range(0, len(todo), _CHOICE_PORTION):
+                some = slice(first, first + _CHOICE_PORTION)
+                add(_choice_rows(engine, todo[some], prompts[some], mode, style))
         else:
             engine.generate(prompts, max_new_tokens=max_new_tokens, stop=style.stop(mode), on_outputs=keep)
     rows = [done[question.problem_id] for question in questions]
     outputs = [Output(row["output"], row["truncated"], 0) for row in rows]
     # Read again even where nothing was generated: the parser may have learnt since.
-    rows = exam_rows(questions, [row["prompt"] for row in rows], outputs, mode, style)
+    again = exam_rows(questions, [row["prompt"] for row in rows], outputs, mode, style)
+    rows = [
+        new | {name: old[name] for name in ("choice_logps",) if name in old}
+        for new, old in zip(again, rows, strict=True)
+    ]
     write_atomically(final, to_jsonl(rows))
     partial.unlink(missing_ok=True)
     return rows
@@ -213,112 +253,8 @@ def _check_method(method: str, modes: Sequence[str], engine: str) -> None:
     if method not in METHODS:
         raise bad_input("unknown", field="method", found=method, expected=" or ".join(METHODS))
     if method == "choice_logp" and (tuple(modes) != ("answer",) or engine != "hf"):
-        raise bad_input("choice_logp scores answers without an explanation", expected="mode answer and engine hf")
-
-
-def _most_likely_answers(
-    engine: HFEngine, questions: Sequence[Question], prompts: Sequence[str], mode: str, style: PromptStyle
-) -> list[Output]:
-    """Of all answers with as many letters as the exam's text asks for ("2つ選べ", else one), the most likely one.
-
-    A numeric question has no such list of answers: its output is empty, a parse failure.
-    """
-    _check_method("choice_logp", (mode,), "hf")
-    owner, candidates = [], []
-    for index, question in enumerate(questions):
-        asked = re.search(r"([2-9２-９])\s*つ", question.problem_text)
-        count = min(int(asked[1]) if asked else 1, max(1, len(question.choices)))
-        for letters in itertools.combinations(question.letters, count):
-            marker = f"{style.answer_marker}{style.lead}" if style.chat else style.lead
-            owner.append(index)
-            candidates.append(marker + style.answer(letters, question))
-    logps = engine.logps([prompts[i] for i in owner], candidates)
-    best: dict[int, tuple[float, str]] = {}
-    for index, logp, text in zip(owner, logps, candidates, strict=True):
-        if index not in best or logp > best[index][0]:
-            best[index] = (logp, text)
-    return [Output(best[i][1] if i in best else "", False, 0) for i in range(len(questions))]
-
-
-# The out folder
-
-
-def _claim(out: Path, identity: dict, paths: dict) -> None:
-    """Make ``out`` this run's folder, or find that it is; refuse it where it holds another run's results."""
-    run = out / "run.json"
-    has_results = (out / "exam.json").exists() or any(out.glob("outputs-*.jsonl"))
-    if has_results and not run.is_file():
-        raise bad_input("holds results without run.json, so whose they are is unknown", file=out)
-    if not has_results:
-        write_atomically(run, json.dumps({"identity": identity} | paths, ensure_ascii=False, indent=1) + "\n")
-        return
-    try:
-        before = json.loads(run.read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise bad_input("cannot be read as the record of a run", file=run, found=str(error)) from error
-    differing = [name for name in identity if before.get(name) != identity[name]]
-    if differing:
-        raise bad_input(
-            f"holds the results of another run: {', '.join(differing)} differ", file=out, expected="a new --out folder"
-        )
-
-
-def _rows_of(path: Path) -> Iterable[dict]:
-    """The whole rows of an outputs file; a last line that was cut off when a run was killed is left out."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"problem_id", "prompt", "output", "truncated"} <= set(row):
-            yield row
-
-
-def _end_last_line(path: Path) -> None:
-    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with open(path, "ab") as file:
-            file.write(b"\n")
-
-
-def _file_digest(path: str | Path) -> str:
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise bad_input("cannot be read", file=path, found=error.strerror or str(error)) from error
-
-
-def model_digest(model_dir: str | Path) -> str:
-    """Digest of a checkpoint folder: every small file whole; of each tensor its first, middle and last 64 KiB.
-
-    Training moves every tensor, so samples tell checkpoints apart, and 145 GB need not be read to go on with a run.
-    """
-    folder = Path(model_dir)
-    if not (folder / "config.json").is_file():
-        raise bad_input("no checkpoint", file=folder, expected="a folder with config.json, weights and a tokenizer")
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix not in (".json", ".jinja", ".safetensors", ".txt", ".model", ".bin"):
-            continue
-        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            if path.suffix != ".safetensors":
-                digest.update(file.read(64 << 20))
-                continue
-            length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
-            header = file.read(min(length, path.stat().st_size))
-            digest.update(header)
-            try:
-                tensors = json.loads(header)
-                spans = [tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise bad_input("not a safetensors file", file=path) from error
-            for begin, end in sorted(spans):
-                for at in sorted({begin, (begin + end) // 2, max(begin, end - 65_536)}):
-                    file.seek(8 + length + at)
-                    digest.update(file.read(min(65_536, end - at)))
-    return digest.hexdigest()
+        raise bad_input("choice_logp scores answers without an explanation", field="method", found=method,
+                        expected="mode answer and engine hf with it")  # fmt: skip
 
 
 def run_eval(
@@ -333,8 +269,15 @@ def run_eval(
     limit: int | None = None,
     images: bool = False,
     echo: Callable[[str], None] | None = None,
+    *,
+    prompt: str | Path | None = None,
+    method: str = "generate",
+    max_answer_tokens: int = 32,
+    batch_tokens: int = 65_536,
+    dtype: str = "auto",
+    mapping: str | Path | None = None,
 ) -> dict:
-    """``medtrain eval``: :func:`evaluate` with the usual style, reporting progress through ``echo``.
+    """``medtrain eval``: :func:`evaluate` with the prompt style of a name or file, reporting progress through ``echo``.
 
     ``chat`` uses the checkpoint's chat template (instruct models); ``images`` asks what needs an image too.
     """
@@ -349,10 +292,39 @@ def run_eval(
         out=out,
         mode=mode,
         engine=engine,
-        style=PromptStyle(chat=chat),
+        method=method,
+        style=load_style(prompt, chat=chat),
         demonstrations=demonstrations,
         max_new_tokens=max_new_tokens,
+        max_answer_tokens=max_answer_tokens,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
         text_only=not images,
         limit=limit,
+        mapping=mapping,
         progress=progress,
     )
+
+
+def as_text(result: dict) -> str:
+    """``exam.json`` as a few lines for the screen."""
+    lines = [f"{'':10}{'points':>14}{'share':>8}  {'95 %':16}{'right':>12}{'unread':>8}{'cut off':>9}{'forbidden':>11}"]
+    for mode in (mode for mode in MODES if mode in result):
+        row = result[mode]
+        interval = f"[{row['points_ratio_low']:.3f}, {row['points_ratio_high']:.3f}]"
+        points, right = f"{row['points']}/{row['max_points']}", f"{row['correct']}/{row['questions']}"
+        lines.append(
+            f"{mode:10}{points:>14}{row['points_ratio']:8.3f}  {interval:16}{right:>12}{row['parse_failures']:8}"
+            f"{row['truncated']:9}{row['forbidden_choices']:11}"
+        )
+        if "acc_norm" in row:
+            lines.append(f"{'':10}by choice log-prob: acc {row['acc']:.3f}, acc_norm {row['acc_norm']:.3f}")
+    if result["explanation_gap"] is not None:
+        lines.append(
+            f"explanation gap (answer - explain) {result['explanation_gap']:+.3f}  95 % "
+            f"[{result['explanation_gap_low']:+.3f}, {result['explanation_gap_high']:+.3f}]  "
+            f"p {result['explanation_gap_p_value']:.4f}"
+        )
+    if result["skipped_image_questions"]:
+        lines.append(f"left out: {result['skipped_image_questions']} questions that need an image")
+    return "\n".join(lines)

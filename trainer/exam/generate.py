@@ -7,7 +7,7 @@ say of each output whether it was truncated, that is, ended by the token limit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ ENGINES = ("hf", "vllm")
 # Stop rules need decoded text; looking every few steps costs little and generates at most this many tokens too many.
 _STEPS_BETWEEN_STOP_CHECKS = 8
 _VLLM_PORTION = 512
+_LOGITS_AT_ONCE = 2**28  # float32: 1 GiB
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,14 @@ class HFEngine:
         temperature: float = 0.0,
         seed: int = 0,
         on_outputs: OnOutputs | None = None,
-    ) -> list[Output]:
+        skip: Collection[int] = (),
+    ) -> list[Output | None]:
         """Generate one output a prompt, in the order of the prompts.
 
         ``temperature`` 0 is greedy. Sampling is the same again for the same prompts, seed and batch settings, and
-        leaves the global random state as it was. ``on_outputs(indices, outputs)`` is called after each batch. Raises
+        leaves the global random state as it was. ``on_outputs(indices, outputs)`` is called after each batch.
+        The outputs of prompts in ``skip`` are not needed: batches of nothing else are left out, and the others are what
+        they would be without ``skip``, so that a sampling that was killed goes on to the same end. Raises
         :class:`InputError` where a prompt does not fit the model's positions, or nothing could end an output.
         """
         if max_new_tokens < 1 or temperature < 0:
@@ -83,7 +87,10 @@ class HFEngine:
         self._check_ids(ids, max_new_tokens)
         outputs: list[Output | None] = [None] * len(ids)
         with self._generating(), torch.random.fork_rng(self._cuda_devices()):
+            skip = frozenset(skip)
             for number, batch in enumerate(self._batches(ids, max_new_tokens)):
+                if skip.issuperset(batch):
+                    continue
                 digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
                 torch.manual_seed(int.from_bytes(digest[:7], "big"))
                 made = self._generate_batch([ids[i] for i in batch], max_new_tokens, stop, temperature)
@@ -104,17 +111,24 @@ class HFEngine:
         sums = [0.0] * len(rows)
         with self._generating():
             for batch in self._batches(rows, 0):
-                input_ids, mask = self._left_padded([rows[i] for i in batch])
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)
-                kept = max(len(completion_ids[i]) for i in batch)
-                logits = self.model(
-                    input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1
-                ).logits
-                logps = logits[:, -kept - 1 : -1].float().log_softmax(-1)
-                logps = logps.gather(-1, input_ids[:, -kept:, None])[..., 0].cpu()
-                for row, index in enumerate(batch):
-                    sums[index] = float(logps[row, -len(completion_ids[index]) :].double().sum())
+                longest = max(len(completion_ids[i]) for i in batch)
+                few = max(1, _LOGITS_AT_ONCE // ((longest + 1) * self.model.config.get_text_config().vocab_size))
+                for first in range(0, len(batch), few):
+                    part = batch[first : first + few]
+                    kept = max(len(completion_ids[i]) for i in part)
+                    for index, logps in zip(part, self._last_logps([rows[i] for i in part], kept), strict=True):
+                        sums[index] = float(logps[-len(completion_ids[index]) :].double().sum())
         return sums
+
+    def _last_logps(self, rows: list[list[int]], kept: int) -> torch.Tensor:
+        """Log-probs [rows, kept] of the last ``kept`` tokens of each row, on the CPU."""
+        input_ids, mask = self._left_padded(rows)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1
+        ).logits[:, -kept - 1 : -1]
+        logits = logits.float()
+        return (logits.gather(-1, input_ids[:, -kept:, None])[..., 0] - logits.logsumexp(-1)).cpu()
 
     def _check_ids(self, ids: list[list[int]], max_new_tokens: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -250,16 +264,19 @@ class VLLMEngine:
         temperature: float = 0.0,
         seed: int = 0,
         on_outputs: OnOutputs | None = None,
-    ) -> list[Output]:
+        skip: Collection[int] = (),
+    ) -> list[Output | None]:
         """As :meth:`HFEngine.generate`; each prompt has its own seed, so that equal prompts give different samples."""
         from vllm import SamplingParams
 
         stop = stop or Stop()
         ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
-        outputs: list[Output] = []
+        outputs: list[Output | None] = [None] * len(ids)
+        skip = frozenset(skip)
+        asked = [i for i in range(len(ids)) if i not in skip]
         # Handed over in portions, so that a run that is killed has kept most of its outputs.
-        for first in range(0, len(ids), _VLLM_PORTION):
-            portion = range(first, min(first + _VLLM_PORTION, len(ids)))
+        for first in range(0, len(asked), _VLLM_PORTION):
+            portion = asked[first : first + _VLLM_PORTION]
             settings = [
                 SamplingParams(
                     temperature=temperature, max_tokens=max_new_tokens, stop=list(stop.strings) or None, seed=seed + i
@@ -271,9 +288,10 @@ class VLLMEngine:
                 text, stopped = stop.cut(request.outputs[0].text)
                 truncated = request.outputs[0].finish_reason == "length" and not stopped
                 made.append(Output(text, truncated, len(request.outputs[0].token_ids)))
-            outputs += made
+            for index, output in zip(portion, made, strict=True):
+                outputs[index] = output
             if on_outputs is not None:
-                on_outputs(list(portion), made)
+                on_outputs(portion, made)
         return outputs
 
 

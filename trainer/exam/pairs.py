@@ -9,60 +9,50 @@ exactly where generation begins, so that training scores what the model itself w
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.exam.generate import HFEngine, VLLMEngine, load_engine
-from medtrain.trainer.exam.parse import parse_output, squeeze
+from medtrain.trainer.exam.generate import load_engine
+from medtrain.trainer.exam.parse import parse_output
+from medtrain.trainer.exam.paths import (
+    KINDS,
+    GradedPath,
+    PathFile,
+    ReasoningPath,
+    grade_paths,
+    sample_into,
+    sample_paths,
+)
 from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question, load_questions
+from medtrain.trainer.exam.records import file_digest, model_digest
 from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
+from medtrain.trainer.tokenizer import read_tokenizer
+
+__all__ = ["STRATEGIES", "ReasoningPath", "build_pairs", "run_pairs", "sample_paths"]
 
 STRATEGIES = ("explanation", "sampled", "both")
 
 
 @dataclass(frozen=True)
-class ReasoningPath:
-    """One sampled reasoning path: the prompt, what the model wrote after it, and whether the token limit cut it off."""
+class _Pair:
+    """A possible pair of one question: the places of its paths (None: the ground truth) and their texts."""
 
-    prompt: str
-    output: str
-    truncated: bool = False
+    strategy: str
+    chosen: str
+    rejected: str
+    chosen_path: int | None
+    rejected_path: GradedPath
 
-
-def sample_paths(
-    engine: HFEngine | VLLMEngine,
-    questions: Sequence[Question],
-    *,
-    num_paths: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    max_new_tokens: int = 1024,
-    style: PromptStyle | None = None,
-    demonstrations: Sequence[Question] = (),
-) -> dict[str, list[ReasoningPath]]:
-    """Sample ``num_paths`` reasoning paths a question in explain mode: problem_id -> paths."""
-    if num_paths < 1 or temperature <= 0:
-        raise bad_input("sampling needs num_paths of 1 or more and a temperature above 0")
-    style = style or PromptStyle()
-    prompts = [style.prompt(question, "explain", engine.tokenizer, demonstrations) for question in questions]
-    outputs = engine.generate(
-        [prompt for prompt in prompts for _ in range(num_paths)],
-        max_new_tokens=max_new_tokens,
-        stop=style.stop("explain"),
-        temperature=temperature,
-        seed=seed,
-    )
-    paths: dict[str, list[ReasoningPath]] = {}
-    for index, output in enumerate(outputs):
-        question = questions[index // num_paths]
-        path = ReasoningPath(prompts[index // num_paths], output.text, output.truncated)
-        paths.setdefault(question.problem_id, []).append(path)
-    return paths
+    @property
+    def longer(self) -> float:
+        """Log of how many times as long, in characters, the chosen side is."""
+        return math.log(max(1, len(self.chosen)) / max(1, len(self.rejected)))
 
 
 def build_pairs(
@@ -71,146 +61,185 @@ def build_pairs(
     *,
     strategy: str = "both",
     max_per_question: int = 8,
+    balance_length: bool = False,
     seed: int = 0,
     style: PromptStyle | None = None,
     unlisted_is_wrong: bool = False,
 ) -> tuple[list[dict], dict]:
     """Grade paths and pair them up.
 
-    Returns rows ``{prompt, chosen, rejected, question_id, strategy}`` in the order of the questions, at most
+    Returns rows ``{prompt, chosen, rejected, question_id, strategy, provenance}`` in the order of the questions, at most
     ``max_per_question`` each (an even share of both kinds under ``both``, as far as there are enough), drawn by
     ``seed`` and question id alone; and a summary: ``pairs`` (by strategy), ``questions``, ``questions_with_pairs``,
-    ``without_pairs`` (reason -> questions), ``paths`` (right, wrong, unparsed, truncated, duplicate) and
-    ``left_out_by_cap``.
+    ``without_pairs`` (reason -> questions), ``paths`` (right, wrong, unparsed, truncated, duplicate),
+    ``left_out_by_cap``, ``duplicate_pairs`` (the same texts from another question) and ``lengths``.
+
+    ``balance_length``: of the pairs that the cap leaves to choose from, those are taken that keep the sum of
+    log(chosen length / rejected length) over all rows nearest to 0, so that length tells less which side is chosen.
+    Every path is still used before one is used twice. ``lengths`` (characters) compares the rows with those of the draw
+    alone; where the cap leaves no choice, the two are the same.
 
     A path that was cut off is neither chosen nor rejected, for training would put an eos where the model never ended.
     Nor is one whose answer cannot be read: that it is wrong would be a guess. Where the style has the text of a choice
     as the answer, ``unlisted_is_wrong`` counts it as wrong if it ends with one answer line and that names no choice at
     all: a model that answers another question than the one asked writes such paths, and they are worth preferring
-    against. The exam's own score does not depend on this.
+    against. The exam's own score does not depend on this. A ground truth that the parser does not read as the right
+    answer is not used.
     """
-    if strategy not in STRATEGIES:
-        raise bad_input("unknown", field="strategy", found=strategy, expected=", ".join(STRATEGIES))
-    if max_per_question < 1:
-        raise bad_input("must be 1 or more", field="max_per_question", found=max_per_question)
     style = style or PromptStyle()
-    if unlisted_is_wrong and style.answer_as != "text":
-        raise bad_input(
-            "needs answers that are texts of choices",
-            field="unlisted_is_wrong",
-            expected='a style with answer_as="text"',
-        )
+    _check(strategy, max_per_question, style, unlisted_is_wrong)
     rows: list[dict] = []
-    paths_seen, reasons, left_out, with_pairs = Counter(), Counter(), 0, 0
+    drawn: list[tuple[int, int]] = []
+    taken: list[_Pair] = []
+    seen: set[tuple[str, str, str]] = set()
+    paths_seen, reasons, left_out, with_pairs, repeated = Counter(), Counter(), 0, 0, 0
+    longer = 0.0
     for question in questions:
         paths = paths_by_question.get(question.problem_id, ())
-        graded = _grade_paths(question, paths, style, unlisted_is_wrong)
-        paths_seen.update({kind: len(members) for kind, members in graded.items()})
-        possible = _pair_up(question, graded, strategy, seed, style)
+        graded = grade_paths(question, paths, style, unlisted_is_wrong)
+        paths_seen.update(path.kind for path in graded)
+        truth = _ground_truth(question, style) if strategy != "sampled" else None
+        possible = _pair_up(question, graded, truth, strategy, seed)
         made = _capped(*possible, max_per_question)
         if not made:
-            reasons[_why_none(question, paths, graded, strategy)] += 1
+            reasons[_why_none(question, graded, truth, strategy)] += 1
             continue
-        with_pairs += 1
+        drawn += [(len(pair.chosen), len(pair.rejected)) for pair in made]
+        if balance_length:
+            made = _balanced(possible, Counter(pair.strategy for pair in made), longer)
         left_out += sum(map(len, possible)) - len(made)
-        rows += [
-            {
-                "prompt": paths[0].prompt,
-                "chosen": chosen,
-                "rejected": rejected,
-                "question_id": question.problem_id,
-                "strategy": kind,
-            }
-            for kind, chosen, rejected in made
-        ]
+        before = len(rows)
+        for pair in made:
+            key = (paths[0].prompt, pair.chosen, pair.rejected)
+            if key in seen:
+                repeated += 1
+                continue
+            seen.add(key)
+            longer += pair.longer
+            taken.append(pair)
+            rows.append(_row(question, paths[0].prompt, pair))
+        if len(rows) == before:
+            reasons["the same pairs as another question"] += 1
+        else:
+            with_pairs += 1
     summary = {
         "pairs": dict(Counter(row["strategy"] for row in rows)),
         "questions": len(questions),
         "questions_with_pairs": with_pairs,
         "without_pairs": dict(reasons),
-        "paths": {kind: paths_seen[kind] for kind in ("right", "wrong", "unparsed", "truncated", "duplicate")},
+        "paths": {kind: paths_seen[kind] for kind in KINDS},
         "left_out_by_cap": left_out,
+        "duplicate_pairs": repeated,
+        "lengths": {
+            "balanced": balance_length,
+            "drawn": _lengths(drawn),
+            "written": _lengths([(len(pair.chosen), len(pair.rejected)) for pair in taken]),
+        },
     }
     return rows, summary
 
 
-def _grade_paths(
-    question: Question, paths: Sequence[ReasoningPath], style: PromptStyle, unlisted_is_wrong: bool
-) -> dict[str, list[str]]:
-    """Distinct outputs by kind: right, wrong, unparsed, truncated; ``duplicate`` holds the repeats."""
-    graded: dict[str, list[str]] = {kind: [] for kind in ("right", "wrong", "unparsed", "truncated", "duplicate")}
-    seen = set()
-    for path in paths:
-        if path.prompt != paths[0].prompt:
-            raise bad_input("the paths of one question have different prompts", found=f"question {question.problem_id}")
-        # White space at the end carries nothing; the eos of training follows the last word.
-        text = path.output.rstrip()
-        if text in seen:
-            graded["duplicate"].append(text)
-            continue
-        seen.add(text)
-        parsed = parse_output(text, question, **style.parse_settings("explain"))
-        if path.truncated:
-            kind = "truncated"
-        elif parsed.failure:
-            unlisted = (
-                unlisted_is_wrong and parsed.failure == "no answer found" and _names_no_choice(text, question, style)
-            )
-            kind = "wrong" if unlisted else "unparsed"
-        else:
-            kind = "right" if grade_output(question, parsed) else "wrong"
-        graded[kind].append(text)
-    return graded
+def _check(strategy: str, max_per_question: int, style: PromptStyle, unlisted_is_wrong: bool) -> None:
+    if strategy not in STRATEGIES:
+        raise bad_input("unknown", field="strategy", found=strategy, expected=", ".join(STRATEGIES))
+    if max_per_question < 1:
+        raise bad_input("must be 1 or more", field="max_per_question", found=max_per_question)
+    if unlisted_is_wrong and style.answer_as != "text":
+        raise bad_input(
+            "needs answers that are texts of choices",
+            field="unlisted_is_wrong",
+            expected="a prompt style with answer_as: text",
+        )
 
 
-def _names_no_choice(text: str, question: Question, style: PromptStyle) -> bool:
-    """Whether a path ends with its only answer line, and this holds neither a choice's text nor a choice's letter."""
-    before, marker, answer = text.partition(style.answer_marker)
-    answer = squeeze(answer)
-    if question.is_numeric or not marker or not answer or squeeze(style.answer_marker) in answer:
-        return False
-    if "\n" in text[len(before) + len(marker) :].strip() or answer.lower() in question.letters:
-        return False
-    return not any(squeeze(choice) in answer for choice in question.choices)
+def _row(question: Question, prompt: str, pair: _Pair) -> dict:
+    return {
+        "prompt": prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "question_id": question.problem_id,
+        "strategy": pair.strategy,
+        "provenance": {
+            "chosen_path": pair.chosen_path,
+            "rejected_path": pair.rejected_path.index,
+            "rejected_answer": pair.rejected_path.parsed.value,
+        },
+    }
+
+
+def _lengths(sides: Sequence[tuple[int, int]]) -> dict:
+    """Mean characters of both sides, and the share of pairs whose chosen side is the longer one (equal: half)."""
+    if not sides:
+        return {"mean_chosen": None, "mean_rejected": None, "chosen_longer": None}
+    return {
+        "mean_chosen": sum(chosen for chosen, _ in sides) / len(sides),
+        "mean_rejected": sum(rejected for _, rejected in sides) / len(sides),
+        "chosen_longer": sum((c > r) + (c == r) / 2 for c, r in sides) / len(sides),
+    }
+
+
+def _ground_truth(question: Question, style: PromptStyle) -> str | None:
+    """The ground-truth completion, if the question has an explanation and the parser reads it as right."""
+    if not (question.explanation or "").strip():
+        return None
+    truth = style.completion(question, "explain")
+    return truth if grade_output(question, parse_output(truth, question, **style.parse_settings("explain"))) else None
 
 
 def _pair_up(
-    question: Question, graded: dict[str, list[str]], strategy: str, seed: int, style: PromptStyle
-) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-    """All pairs (strategy, chosen, rejected) with the ground truth, and all of sampled paths, in the order of use."""
+    question: Question, graded: Sequence[GradedPath], truth: str | None, strategy: str, seed: int
+) -> tuple[list[_Pair], list[_Pair]]:
+    """All pairs with the ground truth, and all of sampled paths, in the order of use."""
     draw = random.Random(f"{seed}:{question.problem_id}")
-    right, wrong = list(graded["right"]), list(graded["wrong"])
+    right = [path for path in graded if path.kind == "right"]
+    wrong = [path for path in graded if path.kind == "wrong"]
     draw.shuffle(right)
     draw.shuffle(wrong)
-    explained, sampled = [], []
-    if strategy != "sampled" and question.explanation:
-        truth = style.completion(question, "explain")
-        explained = [("explanation", truth, text) for text in wrong]
+    explained = [_Pair("explanation", truth, path.text, None, path) for path in wrong] if truth is not None else []
+    sampled = []
     if strategy != "explanation":
         # Diagonals of the right x wrong table: every path is used before one is used twice.
         size = max(len(right), len(wrong))
         table = [(r, w) for r in range(len(right)) for w in range(len(wrong))]
         table.sort(key=lambda cell: (cell[1] - cell[0]) % size)
-        sampled = [("sampled", right[r], wrong[w]) for r, w in table]
+        sampled = [_Pair("sampled", right[r].text, wrong[w].text, right[r].index, wrong[w]) for r, w in table]
     return explained, sampled
 
 
-def _capped(explained: list, sampled: list, cap: int) -> list:
+def _capped(explained: list[_Pair], sampled: list[_Pair], cap: int) -> list[_Pair]:
     share = max(cap - cap // 2, cap - len(sampled))
     made = explained[:share]
     return made + sampled[: cap - len(made)]
 
 
-def _why_none(question: Question, paths, graded: dict[str, list[str]], strategy: str) -> str:
-    if not paths:
+def _balanced(possible: Sequence[list[_Pair]], counts: Mapping[str, int], longer: float) -> list[_Pair]:
+    """As many pairs of each kind as ``counts`` says, each the one that takes the running sum ``longer`` nearest to 0."""
+    made: list[_Pair] = []
+    for pairs in possible:
+        left, uses = list(pairs), Counter()
+        for _ in range(counts.get(pairs[0].strategy, 0) if pairs else 0):
+            best = min(left, key=lambda p: (uses[p.chosen_path] + uses[p.rejected_path.index], abs(longer + p.longer)))
+            left.remove(best)
+            uses.update({best.chosen_path: best.chosen_path is not None, best.rejected_path.index: 1})
+            longer += best.longer
+            made.append(best)
+    return made
+
+
+def _why_none(question: Question, graded: Sequence[GradedPath], truth: str | None, strategy: str) -> str:
+    if not graded:
         return "no paths"
-    if not graded["right"] and not graded["wrong"]:
-        return "no path with a readable answer"
-    if not graded["wrong"]:
+    kinds = {path.kind for path in graded}
+    if not kinds & {"right", "wrong"}:
+        return "no path with a readable answer" if "unparsed" in kinds else "every path was cut off"
+    if "wrong" not in kinds:
         return "no wrong path"
+    explanation = "no explanation"
+    if question.explanation and truth is None:
+        explanation = "no explanation that is read as the right answer"
     if strategy == "explanation":
-        return "no explanation"
-    return "no right path" if strategy == "sampled" else "no right path and no explanation"
+        return explanation
+    return "no right path" if strategy == "sampled" else f"no right path and {explanation}"
 
 
 def run_pairs(
@@ -221,6 +250,7 @@ def run_pairs(
     strategy: str = "both",
     num_paths: int = 8,
     max_per_question: int = 8,
+    balance_length: bool = False,
     temperature: float = 1.0,
     seed: int = 0,
     max_new_tokens: int = 1024,
@@ -228,41 +258,75 @@ def run_pairs(
     style: PromptStyle | None = None,
     unlisted_is_wrong: bool = False,
     demonstrations: str | Path | None = None,
+    mapping: str | Path | None = None,
+    batch_tokens: int = 65_536,
     device: str = "auto",
     dtype: str = "auto",
+    echo: Callable[[str], None] | None = None,
 ) -> dict:
     """``medtrain pairs``: sample from a checkpoint, build pairs, write the JSONL file ``out``; returns the summary.
 
-    Questions that need an image are left out and counted as ``skipped_image_questions``. Raises :class:`InputError`,
-    with the summary, where not one pair came about.
+    Beside ``out`` (pairs.jsonl) stand pairs.paths.jsonl with every path and its grade, from which a run that was killed
+    goes on and pairs of another strategy are made without sampling again, and pairs.summary.json. Questions that
+    need an image are left out and counted as ``skipped_image_questions``. Raises :class:`InputError`, after both were
+    written, where not one pair came about.
     """
-    everything = load_questions(questions, points_required=False)
+    style, out = style or PromptStyle(), Path(out)
+    _check(strategy, max_per_question, style, unlisted_is_wrong)
+    everything = load_questions(questions, points_required=False, mapping=mapping)
     asked = [question for question in everything if question.text_only]
-    if strategy not in STRATEGIES:
-        raise bad_input("unknown", field="strategy", found=strategy, expected=", ".join(STRATEGIES))
+    if not asked:
+        raise bad_input("no question is left to ask: all need an image", file=questions)
     shots = load_questions(demonstrations, points_required=False) if demonstrations is not None else []
-    loaded = load_engine(model, engine, device=device, dtype=dtype)
-    paths = sample_paths(
-        loaded,
-        asked,
-        num_paths=num_paths,
-        temperature=temperature,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        style=style,
-        demonstrations=shots,
-    )
+    texts = {question.problem_text for question in asked}
+    for row, shot in enumerate(shots, start=1):
+        if shot.problem_text in texts:
+            raise bad_input("a demonstration that is asked too", file=demonstrations, row=row, found=shot.problem_id)
+        style.completion(shot, "explain")
+    sampling = {
+        "model": model_digest(model), "questions": file_digest(questions), "mapping": file_digest(mapping),
+        "demonstrations": file_digest(demonstrations), "style": asdict(style), "engine": engine, "dtype": dtype,
+        "num_paths": num_paths, "temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    stem = out.name.removesuffix(".jsonl")
+    file = PathFile(out.with_name(f"{stem}.paths.jsonl"), sampling)
+    if out.exists() and not file.path.exists():
+        raise bad_input("is there already, and no paths from which it was made", file=out, expected="another out")
+    tokenizer = read_tokenizer(Path(model))
+    prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
+    sample_into(
+        file, lambda: load_engine(model, engine, device=device, dtype=dtype, batch_tokens=batch_tokens), asked,
+        num_paths=num_paths, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, style=style,
+        demonstrations=shots, echo=echo,
+    )  # fmt: skip
+    paths = {
+        i: [ReasoningPath(prompt, file.outputs[i, k].text, file.outputs[i, k].truncated) for k in range(num_paths)]
+        for i, prompt in prompts.items()
+    }
+    file.write_graded({q.problem_id: grade_paths(q, paths[q.problem_id], style, unlisted_is_wrong) for q in asked})
     rows, summary = build_pairs(
         asked,
         paths,
         strategy=strategy,
         max_per_question=max_per_question,
+        balance_length=balance_length,
         seed=seed,
         style=style,
         unlisted_is_wrong=unlisted_is_wrong,
     )
+    source = {"model": str(model), "model_digest": sampling["model"], "questions": str(questions),
+              "temperature": temperature, "seed": seed}  # fmt: skip
+    for row in rows:
+        row["provenance"] |= source
     summary["skipped_image_questions"] = len(everything) - len(asked)
+    summary["files"] = {"pairs": str(out) if rows else None, "paths": str(file.path)}
+    summary["settings"] = {"strategy": strategy, "max_per_question": max_per_question, "sampling": sampling}
+    write_atomically(out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     if not rows:
-        raise bad_input("no pair came about", file=questions, found=json.dumps(summary, ensure_ascii=False))
+        first = paths[asked[0].problem_id][0].output
+        why = ", ".join(f"{reason}: {count}" for reason, count in summary["without_pairs"].items())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in summary["paths"].items() if count)
+        raise bad_input(f"no pair came about from {len(asked)} questions ({why}; paths: {kinds}); see {file.path}, "
+                        f"whose first path is {first[:120]!r}", file=questions)  # fmt: skip
     write_atomically(out, to_jsonl(rows))
     return summary

@@ -2,19 +2,23 @@
 
 Modes: ``answer`` asks for the answer alone, ``explain`` for an explanation that ends with the answer line. A plain
 prompt (base models) ends with a marker, ``答え:`` or ``説明:``, and generation starts right after it. A chat prompt
-goes through the tokenizer's chat template and generation starts the assistant's turn. A prompt never says how many
-answers are right; only the exam's own text does ("2つ選べ").
+goes through the tokenizer's chat template and generation starts the assistant's turn. A prompt does not say how many
+answers are right; only the exam's own text does ("2つ選べ"). The one exception is a style with a ``count_line``, as in
+the official prompt of IgakuQA. Named styles are the files of ``configs/prompts``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from medtrain.trainer.config_reading import build, read_tree
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.questions import Question
 
 MODES = ("answer", "explain")
+_NAMED = Path(__file__).resolve().parents[2] / "configs" / "prompts"
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ class PromptStyle:
     question and marker and before the answer line, ``lead`` between a marker and what follows, ``shot_joint`` between
     worked examples. ``answer_as`` is ``letters`` or ``text`` (the text of the choice). ``answer_end`` ends the answer
     (see :class:`Stop`), ``stops`` end an output anywhere; both are for plain prompts. ``instruction_*`` open the prompt;
-    ``chat`` uses the tokenizer's chat template, with the ``system`` message if there is one.
+    ``chat`` uses the tokenizer's chat template, with the ``system`` message if there is one, and ``marker_in_turn`` ends
+    the user's turn with the marker. ``count_line`` follows the choices and tells, as ``{count}``, how many are right.
     """
 
     question: str = "問題: {text}\n{choices}"
     choice: str = "{letter}. {text}"
     choice_joint: str = "\n"
+    count_line: str = ""
     answer_marker: str = "答え:"
     explain_marker: str = "説明:"
     lead: str = " "
@@ -75,6 +81,7 @@ class PromptStyle:
     )
     chat: bool = False
     system: str = ""
+    marker_in_turn: bool = False
 
     def __post_init__(self):
         if self.answer_as not in ("letters", "text"):
@@ -82,7 +89,8 @@ class PromptStyle:
         for name in ("answer_marker", "answer_end"):
             if not getattr(self, name):
                 raise bad_input("empty", field=name, expected="a text")
-        for name, example in (("question", {"text": "", "choices": ""}), ("choice", {"letter": "", "text": ""})):
+        templates = {"question": ("text", "choices"), "choice": ("letter", "text"), "count_line": ("count",)}
+        for name, example in ((name, dict.fromkeys(keys, "")) for name, keys in templates.items()):
             template = getattr(self, name)
             try:
                 template.format(**example)
@@ -90,18 +98,8 @@ class PromptStyle:
                 raise bad_input(
                     "wrong template", field=name, found=template, expected=f"only {sorted(example)}"
                 ) from error
-            if "{text}" not in template:
+            if "{text}" not in template and name != "count_line":
                 raise bad_input("the template leaves out {text}", field=name, found=template)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> PromptStyle:
-        """Build a style from settings; an unknown name is an :class:`InputError`."""
-        known = {field.name for field in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise bad_input("unknown setting of a prompt style", field=name, expected=", ".join(sorted(known)))
-        stops = {"stops": tuple(values["stops"])} if "stops" in values else {}
-        return cls(**(values | stops))
 
     def render_question(self, question: Question) -> str:
         rendered = (
@@ -109,7 +107,11 @@ class PromptStyle:
             for letter, text in zip(question.letters, question.choices, strict=True)
         )
         block = self.question.format(text=question.problem_text, choices=self.choice_joint.join(rendered))
-        return block.rstrip() if question.is_numeric else block
+        if question.is_numeric:
+            return block.rstrip()
+        if self.count_line:
+            block += f"\n{self.count_line.format(count=len(question.answer))}"
+        return block
 
     def answer(self, letters: Sequence[str], question: Question) -> str:
         """The answer as the answer line shows it: letters or the texts of these choices, joined."""
@@ -130,6 +132,8 @@ class PromptStyle:
         """
         line = f"{self.answer_marker}{self.lead}{self.key(question)}"
         if mode == "answer":
+            if self.chat and self.marker_in_turn:
+                return self.key(question)
             return line if self.chat else line.removeprefix(self.answer_marker)
         if not (question.explanation or "").strip():
             raise bad_input(
@@ -159,11 +163,13 @@ class PromptStyle:
         if not getattr(tokenizer, "chat_template", None):
             raise bad_input("the tokenizer has no chat template", field="chat", expected="a plain prompt (chat: false)")
         opening = f"{instruction}{self.shot_joint}" if instruction else ""
+        marker = self.answer_marker if mode == "answer" else self.explain_marker
+        closing = f"{self.joint}{marker}" if self.marker_in_turn else ""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for shot in demonstrations:
-            messages.append({"role": "user", "content": opening + self.render_question(shot)})
+            messages.append({"role": "user", "content": opening + self.render_question(shot) + closing})
             messages.append({"role": "assistant", "content": self.completion(shot, mode)})
-        messages.append({"role": "user", "content": opening + self.render_question(question)})
+        messages.append({"role": "user", "content": opening + self.render_question(question) + closing})
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def stop(self, mode: str) -> Stop:
@@ -174,7 +180,28 @@ class PromptStyle:
 
     def parse_settings(self, mode: str) -> dict:
         """The keyword arguments with which :func:`parse_output` reads outputs of this style and mode."""
-        return {"cue": mode == "answer" and not self.chat, "markers": (self.answer_marker,)}
+        cue = mode == "answer" and (self.marker_in_turn or not self.chat)
+        return {"cue": cue, "markers": (self.answer_marker,)}
+
+
+def load_style(prompt: str | Path | None, *, chat: bool = False) -> PromptStyle:
+    """The prompt style of a name (a file in configs/prompts) or of a YAML file; None is the default one.
+
+    ``chat`` turns the chat template on, whatever the file says. Raises :class:`InputError` for an unknown name or setting.
+    """
+    if prompt is None:
+        return PromptStyle(chat=chat)
+    named, path = _NAMED / f"{prompt}.yaml", Path(prompt)
+    if not named.is_file() and not path.is_file():
+        names = ", ".join(sorted(file.stem for file in _NAMED.glob("*.yaml")))
+        raise bad_input("no such prompt style", field="prompt", found=str(prompt), expected=f"{names}, or a YAML file")
+    path = named if named.is_file() else path
+    tree = read_tree(path, ())
+    stops = tree.pop("stops", list(PromptStyle.stops))
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise bad_input("wrong type", file=path, field="stops", found=stops, expected="a list of texts")
+    style = build(PromptStyle, tree, "", path, set(), skip={"stops"}, fixed={"stops": tuple(stops)})
+    return replace(style, chat=True) if chat else style
 
 
 def _bos(tokenizer) -> str:

@@ -1,8 +1,8 @@
-"""Exam questions: reading a JSONL file into checked, immutable :class:`Question` objects.
+"""Exam questions: reading a file into checked, immutable :class:`Question` objects.
 
-Two forms of row are read and may be mixed: that of IgakuQA (``problem_id``, ``problem_text``) and that of
-JMLE2026-Bench (``question_id``, ``question_text``, ``context``). Whatever is wrong is an :class:`InputError` with file,
-row and field.
+Two forms of row are read as they stand and may be mixed: that of IgakuQA (``problem_id``, ``problem_text``) and that of
+JMLE2026-Bench (``question_id``, ``question_text``, ``context``); others through a mapping
+(:mod:`medtrain.trainer.exam.mapping`). Whatever is wrong is an :class:`InputError` with file, row and field.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from decimal import Decimal
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.mapping import Mapping, known_form, load_mapping, read_csv
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
-_SLOTS = "①②③④⑤⑥⑦⑧⑨⑩"
+SLOTS = "①②③④⑤⑥⑦⑧⑨⑩"
 # "112A1", "120F-14": number of the examination, section, number of the question.
 _EXAM_ID = re.compile(r"(\d{3})([A-Z])-?\d+")
 
@@ -78,15 +79,15 @@ class Question:
         key = self.answer[0]
         digits = [c for c in key if c.isdigit()]
         boxes = answer_boxes(self.problem_text)
-        if boxes is not None and sum(c in _SLOTS for c in boxes) == len(digits):
+        if boxes is not None and sum(c in SLOTS for c in boxes) == len(digits):
             filling = iter(digits)
-            return Decimal("".join(next(filling) if c in _SLOTS else c for c in boxes))
+            return Decimal("".join(next(filling) if c in SLOTS else c for c in boxes))
         return Decimal(key)
 
 
 def answer_boxes(problem_text: str) -> str | None:
     """Return the answer-sheet boxes that end a numeric question (``"①.②"``), without blanks and thousands commas."""
-    found = re.findall(rf"解答\s*[:：]\s*([\d.．,，\s{_SLOTS}]*[{_SLOTS}])", problem_text)
+    found = re.findall(rf"解答\s*[:：]\s*([\d.．,，\s{SLOTS}]*[{SLOTS}])", problem_text)
     if not found:
         return None
     return re.sub(r"[,，\s]", "", found[-1]).replace("．", ".")
@@ -118,9 +119,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         yield row, value
 
 
-def load_questions(path: str | Path, *, points_required: bool = True) -> list[Question]:
-    """Read the questions of an exam file, in file order.
+def load_questions(
+    path: str | Path, *, points_required: bool = True, mapping: str | Path | None = None
+) -> list[Question]:
+    """Read the questions of an exam file, in file order: JSON Lines, or CSV by its ending .csv or .tsv.
 
+    ``mapping`` is the YAML file that says which fields hold what, where the exam is in none of the known forms.
     ``points_required=False`` is for questions that are not scored (demonstrations, questions that pairs are made from):
     a row without ``points`` then counts one point. Raises :class:`InputError` with file, row and field for broken JSON,
     missing or wrongly typed fields, an answer or forbidden letter outside the choices, an id that occurs twice, and a
@@ -128,8 +132,13 @@ def load_questions(path: str | Path, *, points_required: bool = True) -> list[Qu
     """
     questions: list[Question] = []
     row_of: dict[str, int] = {}
-    for row, value in read_jsonl(path):
-        question = _Row(path, row, value).question(points_required)
+    rows = list(read_csv(path) if Path(path).suffix in (".csv", ".tsv") else read_jsonl(path))
+    form = load_mapping(mapping) if mapping is not None else known_form(path, rows)
+    if form is None and Path(path).suffix in (".csv", ".tsv"):
+        raise bad_input("which columns hold what is not known", file=path, expected="a mapping (docs/exam.md)")
+    for row, value in rows:
+        mapped = value if form is None else form.apply(path, row, value)
+        question = _Row(path, row, mapped, form).question(points_required)
         if question.problem_id in row_of:
             raise bad_input(
                 f"the same id as in row {row_of[question.problem_id]}",
@@ -148,10 +157,12 @@ def load_questions(path: str | Path, *, points_required: bool = True) -> list[Qu
 class _Row:
     """One row on its way to a :class:`Question`; it remembers where it stands for the error messages."""
 
-    def __init__(self, path: str | Path, row: int, value: dict):
-        self.path, self.row, self.value = path, row, value
+    def __init__(self, path: str | Path, row: int, value: dict, form: Mapping | None = None):
+        self.path, self.row, self.value, self.form = path, row, value, form
 
     def error(self, problem: str, field: str, **details):
+        theirs = getattr(self.form, field, None)
+        field = (theirs if isinstance(theirs, str) else ", ".join(theirs)) if theirs else field
         return bad_input(problem, file=self.path, row=self.row, field=field, **details)
 
     def field(self, name: str, kind: type, expected: str, default: object = ...):

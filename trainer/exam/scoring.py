@@ -18,6 +18,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.intervals import bootstrap_interval
 from medtrain.trainer.exam.parse import Parsed, parse_output
 from medtrain.trainer.exam.questions import Question, load_questions, read_jsonl
 from medtrain.trainer.files import write_bytes
@@ -49,6 +50,8 @@ class Graded:
             "problem_id": self.question.problem_id,
             "parsed": self.parsed.value if self.parsed else None,
             "correct": self.correct,
+            "points": self.points,
+            "max_points": self.question.points,
             "read_from": self.parsed.read_from if self.parsed else "",
             "failure": self.parsed.failure if self.parsed else "no prediction",
         }
@@ -116,17 +119,21 @@ def grade(questions: Sequence[Question], predictions: Mapping[str, Mapping]) -> 
 def summarize(graded: Iterable[Graded]) -> dict:
     """Sum up: the figures of one mode in ``exam.json``.
 
-    ``points`` of ``max_points`` and their ratio (0 where no question gives points); ``correct`` of ``questions`` and
+    ``points`` of ``max_points`` and their ratio (0 where no question gives points) with its 95 % interval
+    ``points_ratio_low`` and ``points_ratio_high`` (:func:`bootstrap_interval`); ``correct`` of ``questions`` and
     ``accuracy``, which count withdrawn questions too, as the official scorer does; ``parse_failures`` (outputs without
     a readable answer), ``missing`` (no output), ``forbidden_choices`` (questions where a forbidden choice was taken).
     """
     graded = list(graded)
     points, max_points = sum(g.points for g in graded), sum(g.question.points for g in graded)
     correct = sum(g.correct for g in graded)
+    low, high = bootstrap_interval([g.points for g in graded], [g.question.points for g in graded])
     return {
         "points": points,
         "max_points": max_points,
         "points_ratio": points / max_points if max_points else 0.0,
+        "points_ratio_low": low,
+        "points_ratio_high": high,
         "correct": correct,
         "questions": len(graded),
         "accuracy": correct / len(graded) if graded else 0.0,
@@ -209,9 +216,11 @@ def to_jsonl(rows: Iterable[Mapping]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def run_score(exam: str | Path, predictions: str | Path, details: str | Path | None = None) -> dict:
+def run_score(
+    exam: str | Path, predictions: str | Path, details: str | Path | None = None, mapping: str | Path | None = None
+) -> dict:
     """``medtrain score``: score a predictions file against an exam file; ``details`` gets one row a question."""
-    questions = load_questions(exam)
+    questions = load_questions(exam, mapping=mapping)
     graded = grade(questions, load_predictions(predictions, questions))
     if details is not None:
         write_atomically(details, to_jsonl(one.details() for one in graded))

@@ -1,0 +1,199 @@
+"""The exam during training: the same answers at any world size and of the exported model, and a training that is not touched."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import TIMING, kill_in_a_child, read_metrics, run, run_on_ranks, without_timing, write_jsonl
+
+from medtrain.trainer import loop
+from medtrain.trainer.errors import InputError
+from medtrain.trainer.exam.during import read_outputs
+from medtrain.trainer.exam.evaluate import evaluate
+from medtrain.trainer.exam.prompts import MODES, load_style
+from medtrain.trainer.run_folder import RunFolder
+
+# The tokenizer of the tests splits at blanks and knows few words.
+STYLE = {
+    "question": "{text} {choices}", "choice": "{letter} {text}", "choice_joint": " ", "joint": " ",
+    "answer_marker": "答え :", "explain_marker": "理由 :", "instruction_answer": "", "instruction_explain": "",
+}  # fmt: skip
+TEXTS = [
+    "熱 の 薬 は",
+    "咳 の 患者 に 薬 を 与える 病 は",
+    "病 は",
+    "患者 の 理由 は 熱 。 薬 を 与えない 病 は",
+    "咳 は",
+]
+
+
+@pytest.fixture
+def exam(tmp_path):
+    rows = [
+        {
+            "problem_id": str(i),
+            "problem_text": text,
+            "choices": ["熱", "咳", "薬"],
+            "answer": ["abc"[i % 3]],
+            "points": "1",
+        }
+        for i, text in enumerate(TEXTS)
+    ]
+    return write_jsonl(tmp_path / "exam.jsonl", [*rows, rows[0] | {"problem_id": "picture", "text_only": False}])
+
+
+@pytest.fixture
+def style(tmp_path):
+    """STYLE as a YAML file, which JSON is too."""
+    path = tmp_path / "style.yaml"
+    path.write_text(json.dumps(STYLE))
+    return str(path)
+
+
+@pytest.fixture
+def tree_of(request, exam, style):
+    def made(stage, **changes):
+        tree = copy.deepcopy(request.getfixturevalue(f"{stage}_tree"))
+        tree["optim"]["steps"] = 4
+        tree["data"]["exam"] = str(exam)
+        tree["eval"] = {"exam_every": 2, "exam_max_new_tokens": 9, "exam_max_answer_tokens": 3, "exam_prompt": style}
+        for name, value in changes.items():
+            section, key = name.split("__")
+            tree.setdefault(section, {})[key] = value
+        return tree
+
+    return made
+
+
+def outputs(run_dir, step):
+    return read_outputs(RunFolder(run_dir).exam(step))
+
+
+@pytest.mark.parametrize("stage", ["cpt", "rpo"])
+def test_the_exam_changes_no_bit_of_the_training(stage, tree_of, tmp_path):
+    tree = tree_of(stage)
+    run(stage, tree, tmp_path / "with")
+    del tree["data"]["exam"], tree["eval"]
+    run(stage, tree, tmp_path / "without")
+    rows = [row for row in without_timing(read_metrics(tmp_path / "with")) if row["step"] > 0]
+    sat = [row["step"] for row in rows if "exam/explanation_gap" in row]
+    assert sat == [2, 4]
+    plain = [{name: value for name, value in row.items() if not name.startswith("exam/")} for row in rows]
+    assert plain == without_timing(read_metrics(tmp_path / "without"))
+    a, b = ((tmp_path / f / "model" / "model.safetensors").read_bytes() for f in ("with", "without"))
+    assert a == b
+
+
+def _sharded_training_with_an_exam(stage, tree, out):
+    sit = loop.sit_exam
+
+    def watched(policy, *args):
+        before = torch.get_rng_state()
+        found = sit(policy, *args)
+        assert torch.equal(torch.get_rng_state(), before)
+        parameters = dict(policy.named_parameters())
+        assert all(p.grad is None for p in parameters.values())
+        assert all(hasattr(p, "placements") for p in parameters.values()), "a parameter is not its shard again"
+        assert policy.config._attn_implementation == "medtrain_varlen" and policy.training
+        return found
+
+    loop.sit_exam = watched
+    run(stage, tree, out)
+
+
+@pytest.mark.parametrize(("stage", "size", "tied"), [("cpt", 2, True), ("rpo", 2, False), ("rpo", 3, True)])
+def test_any_number_of_ranks_gives_the_answers_of_one_process(stage, size, tied, tree_of, tmp_path):
+    tree = tree_of(stage)
+    tree["model"]["init"]["tie_word_embeddings"] = tied
+    # Budgets of one or two rows, so that there are several batches and, with 5 questions, ranks without a question.
+    run(stage, tree, tmp_path / "one", optim__micro_batch_tokens=64)
+    run_on_ranks(size, tmp_path, _sharded_training_with_an_exam, stage, tree, tmp_path / "many")
+    assert {row["output"] for row in outputs(tmp_path / "one", 4)["explain"]} != {""}
+    for step in (0, 2, 4):
+        assert outputs(tmp_path / "one", step) == outputs(tmp_path / "many", step)
+    one, many = (
+        [
+            {n: v for n, v in row.items() if n.startswith("exam/") and n not in TIMING}
+            for row in read_metrics(tmp_path / f)
+        ]
+        for f in ("one", "many")
+    )
+    assert one == many
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "changes"),
+    [
+        ("cpt", 1, {}),
+        ("rpo", 1, {"model__activation_checkpointing": "full", "lora__rank": 4}),
+        ("rpo", 1, {"precision__compute": "bfloat16"}),
+        ("cpt", 2, {"precision__compute": "bfloat16", "model__activation_checkpointing": "full"}),
+    ],
+)
+def test_the_answers_are_those_of_the_exported_model(stage, size, changes, tree_of, exam, style, tmp_path):
+    tree = tree_of(stage, **changes)
+    tree["optim"]["steps"] = 20
+    if size == 1:
+        run(stage, tree, tmp_path / "run")
+    else:
+        run_on_ranks(size, tmp_path, run, stage, tree, tmp_path / "run")
+    last = read_metrics(tmp_path / "run")[-1]
+    result = evaluate(
+        tmp_path / "run" / "model", exam, out=tmp_path / "eval", style=load_style(style), max_new_tokens=9,
+        max_answer_tokens=3,
+    )  # fmt: skip
+    assert last["exam/explanation_gap"] == result["explanation_gap"]
+    ours = outputs(tmp_path / "run", 20)
+    for mode in MODES:
+        file = tmp_path / "eval" / f"outputs-{mode}.jsonl"
+        theirs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for name in ("problem_id", "output", "parsed", "correct", "truncated"):
+            assert [row[name] for row in ours[mode]] == [row[name] for row in theirs], (mode, name)
+        for name in ("points_ratio", "truncated", "parse_failures"):
+            assert last[f"exam/{mode}/{name}"] == result[mode][name]
+        assert result[mode]["questions"] == len(TEXTS)
+
+
+def test_a_resumed_run_sits_no_exam_twice(tree_of, tmp_path):
+    tree = tree_of("rpo", checkpoint__every=1)
+    tree["eval"]["exam_every"] = 1
+    run("rpo", tree, tmp_path / "whole")
+    tree["checkpoint"]["every"] = 2
+    kill_in_a_child("rpo", tree, tmp_path / "killed", 3)
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "killed" / "exam").iterdir()}
+    assert sorted(before) == [f"step-{step:08d}.jsonl" for step in range(4)]
+    run("rpo", tree, tmp_path / "killed")
+    after = {path.name: path.stat().st_ino for path in (tmp_path / "killed" / "exam").iterdir()}
+    assert before.items() < after.items() and len(after) == 5
+    whole, killed = (without_timing(read_metrics(tmp_path / f)) for f in ("whole", "killed"))
+    assert whole == killed
+
+
+def test_another_exam_is_another_run(tree_of, exam, tmp_path):
+    tree = tree_of("rpo")
+    run("rpo", tree, tmp_path / "run")
+    moved = exam.rename(exam.with_name("moved.jsonl"))
+    tree["data"]["exam"] = str(moved)
+    run("rpo", tree, tmp_path / "run")
+    moved.write_text(moved.read_text(encoding="utf-8").replace('"points": "1"', '"points": "2"'), encoding="utf-8")
+    with pytest.raises(InputError, match=r"data\.exam has changed"):
+        run("rpo", tree, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__exam": "nowhere.jsonl"}, r"nowhere\.jsonl.*cannot be read"),
+        ({"eval__exam_prompt": "japanese"}, r"no such prompt style.*japanese.*official"),
+        ({"eval__exam_chat": True}, r"no chat template"),
+        ({"eval__exam_max_new_tokens": 40_000}, r"does not fit.*question 0, explain: .* 40000 new ones.*32768"),
+        ({"eval__exam_questions": 0}, r"eval\.exam_questions.*1 or more"),
+        ({"eval__exam_demonstrations": "nowhere.jsonl"}, r"nowhere\.jsonl.*cannot be read"),
+        ({"data__exam": None}, r"eval\.exam_every.*no effect without an exam.*data\.exam"),
+    ],
+)
+def test_a_wrong_exam_is_refused_before_the_folder_is_made(changes, words, tree_of, tmp_path):
+    with pytest.raises(InputError, match=words):
+        run("cpt", tree_of("cpt", **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,319 @@
+"""Pairs from sampled reasoning: strategies, the cap, balance in length, provenance, and going on after a kill."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from exam_models import CHAIN, QUESTIONS, STYLE, chain_model, chain_tokenizer, write_exam
+
+from medtrain.trainer.errors import InputError
+from medtrain.trainer.exam import pairs as pairs_module
+from medtrain.trainer.exam.evaluate import answer_exam
+from medtrain.trainer.exam.generate import HFEngine
+from medtrain.trainer.exam.pairs import ReasoningPath, build_pairs, run_pairs, sample_paths
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chain_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return chain_model(tokenizer, CHAIN)
+
+
+@pytest.fixture(scope="module")
+def unsure_model(tokenizer):
+    return chain_model(tokenizer, CHAIN, either=" ")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, unsure_model, tokenizer):
+    unsure_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def exam(tmp_path):
+    return write_exam(tmp_path / "exam.jsonl")
+
+
+def paths(*outputs, prompt="P"):
+    return [ReasoningPath(prompt, output) for output in outputs]
+
+
+RIGHT = [f" 理由{i}。答え: b" for i in range(3)]
+WRONG = [f" 理由{i}。答え: c" for i in range(4)]
+
+
+def test_the_ground_truth_is_preferred_over_each_wrong_path():
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="explanation", style=STYLE)
+    assert {row["chosen"] for row in rows} == {" 青は薬。。答え: b"}
+    assert sorted(row["rejected"] for row in rows) == WRONG
+    assert all((row["prompt"], row["question_id"], row["strategy"]) == ("P", "1", "explanation") for row in rows)
+    assert summary["pairs"] == {"explanation": 4} and summary["paths"]["right"] == 3
+
+
+def test_right_paths_are_preferred_over_wrong_ones_and_none_is_used_twice_too_early():
+    rows, _ = build_pairs(
+        QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=3, style=STYLE
+    )
+    assert len({row["chosen"] for row in rows}) == len({row["rejected"] for row in rows}) == 3
+    rows, summary = build_pairs(
+        QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=99, style=STYLE
+    )
+    pairs = [(row["chosen"], row["rejected"]) for row in rows]
+    assert len(set(pairs)) == len(pairs) == 12 and summary["left_out_by_cap"] == 0
+    assert {c for c, _ in pairs} == set(RIGHT) and {r for _, r in pairs} == set(WRONG)
+
+
+def test_both_strategies_share_the_cap():
+    for cap, kinds in ((4, (2, 2)), (5, (3, 2)), (1, (1, 0)), (99, (4, 12))):
+        rows, summary = build_pairs(
+            QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="both", max_per_question=cap, style=STYLE
+        )
+        made = [row["strategy"] for row in rows]
+        assert (made.count("explanation"), made.count("sampled")) == kinds
+        assert summary["left_out_by_cap"] == 16 - len(rows)
+    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*WRONG)}, strategy="both", max_per_question=4, style=STYLE)
+    assert [row["strategy"] for row in rows] == ["explanation"] * 4
+
+
+def test_pairs_follow_the_seed_and_the_question_alone():
+    both = {"1": paths(*RIGHT, *WRONG), "2": paths(*RIGHT, *WRONG)}
+    settings = {"strategy": "sampled", "max_per_question": 2, "style": STYLE}
+    runs = [build_pairs(QUESTIONS[:2], both, seed=seed, **settings)[0] for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    truths = [build_pairs(QUESTIONS[:1], both, seed=s, **settings | {"strategy": "explanation"})[0] for s in range(9)]
+    assert len({row["rejected"] for rows in truths for row in rows}) == len(WRONG)
+    alone, _ = build_pairs(QUESTIONS[1:2], both, seed=1, **settings)
+    assert alone == [row for row in runs[0] if row["question_id"] == "2"]
+
+
+def test_repeated_cut_off_and_unreadable_paths_make_no_pairs():
+    given = paths(WRONG[0], WRONG[0], WRONG[0] + "\n ", " わからない") + [ReasoningPath("P", WRONG[1], truncated=True)]
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, strategy="both", style=STYLE)
+    assert [row["rejected"] for row in rows] == [WRONG[0]]
+    assert summary["paths"] == {"right": 0, "wrong": 1, "unparsed": 1, "truncated": 1, "duplicate": 2}
+
+
+def test_an_answer_that_is_no_choice_is_wrong_only_where_that_is_asked_for_and_certain():
+    style = replace(STYLE, answer_as="text")
+    certain = [" 理由。答え: 黄", " 理由。答え: 問題薬"]
+    unclear = [
+        " 黄",  # no answer line
+        " 理由。答え:",
+        " 答え: 黄。答え: 黒",  # two answer lines
+        " 答え: 黄\nわからない",  # something after it
+        " 答え: 黄と白",  # a choice among others
+        " 答え: b または c",
+    ]
+    given = paths(*certain, *unclear, " 理由。答え: 白", " 理由。答え: 青") + [
+        ReasoningPath("P", " 答え: 黄", truncated=True)
+    ]
+    settings = {"strategy": "explanation", "style": style}
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings)
+    assert [row["rejected"] for row in rows] == [" 理由。答え: 白"] and summary["paths"]["wrong"] == 1
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings, unlisted_is_wrong=True)
+    assert sorted(row["rejected"] for row in rows) == sorted([*certain, " 理由。答え: 白"])
+    assert summary["paths"] == {"right": 1, "wrong": 3, "unparsed": len(unclear), "truncated": 1, "duplicate": 0}
+    with pytest.raises(InputError, match="unlisted_is_wrong"):
+        build_pairs(QUESTIONS[:1], {"1": given}, style=STYLE, unlisted_is_wrong=True)
+
+
+def test_the_summary_says_why_questions_gave_no_pairs():
+    q = [replace(QUESTIONS[0], problem_id=str(i), explanation=None if i > 2 else "青。") for i in range(6)]
+    given = {
+        "1": paths(*RIGHT),
+        "2": paths(" わからない"),
+        "3": paths(*WRONG),
+        "4": paths(*RIGHT, *WRONG),
+        "5": paths(*WRONG),
+    }
+    _, summary = build_pairs(q, given, strategy="both", style=STYLE)
+    assert summary["without_pairs"] == {
+        "no paths": 1,
+        "no wrong path": 1,
+        "no path with a readable answer": 1,
+        "no right path and no explanation": 2,
+    }
+    assert (summary["questions"], summary["questions_with_pairs"]) == (6, 1)
+    assert build_pairs(q[3:4], given, strategy="explanation", style=STYLE)[1]["without_pairs"] == {"no explanation": 1}
+    assert build_pairs(q[3:4], given, strategy="sampled", style=STYLE)[1]["without_pairs"] == {"no right path": 1}
+
+
+def test_wrong_requests_for_pairs_are_refused(model, tokenizer):
+    with pytest.raises(InputError, match="field 'strategy': unknown"):
+        build_pairs(QUESTIONS, {}, strategy="x")
+    with pytest.raises(InputError, match="max_per_question"):
+        build_pairs(QUESTIONS, {}, max_per_question=0)
+    with pytest.raises(InputError, match="different prompts"):
+        build_pairs(QUESTIONS[:1], {"1": [ReasoningPath("P", "a"), ReasoningPath("Q", "b")]})
+    with pytest.raises(InputError, match="temperature"):
+        sample_paths(HFEngine(model, tokenizer), QUESTIONS, num_paths=2, temperature=0)
+
+
+def test_pairs_continue_the_prompts_of_the_exam_token_for_token(unsure_model, tokenizer):
+    engine = HFEngine(unsure_model, tokenizer)
+    sampled = sample_paths(engine, QUESTIONS[:2], num_paths=12, temperature=0.3, seed=3, max_new_tokens=40, style=STYLE)
+    rows, summary = build_pairs(QUESTIONS[:2], sampled, strategy="both", style=STYLE)
+    assert summary["questions_with_pairs"] == 2 and set(summary["pairs"]) == {"explanation", "sampled"}
+    asked = {
+        r["problem_id"]: r["prompt"]
+        for r in answer_exam(unsure_model, tokenizer, QUESTIONS, "explain", STYLE, max_new_tokens=40)
+    }
+    for row in rows:
+        assert row["prompt"] == asked[row["question_id"]]
+        if row["strategy"] == "sampled":
+            # Trained as the model wrote it: every token of the path is one the model could have written there.
+            ids = tokenizer(row["prompt"]).input_ids + tokenizer(row["rejected"]).input_ids
+            with torch.no_grad():
+                logits = unsure_model(torch.tensor([ids])).logits[0]
+            start = len(tokenizer(row["prompt"]).input_ids)
+            assert all(logits[i - 1, ids[i]] >= logits[i - 1].max() - 1e-3 for i in range(start, len(ids)))
+
+
+def test_a_ground_truth_that_is_not_read_as_right_is_not_chosen():
+    question = replace(QUESTIONS[0], explanation="答え: c と思うかもしれない。答え: c")
+    rows, summary = build_pairs([question], {"1": paths(*WRONG)}, strategy="both", style=STYLE)
+    assert not rows
+    assert summary["without_pairs"] == {"no right path and no explanation that is read as the right answer": 1}
+
+
+def test_equal_pairs_of_two_questions_are_written_once():
+    twice = [QUESTIONS[0], replace(QUESTIONS[0], problem_id="9")]
+    rows, summary = build_pairs(twice, {"1": paths(*WRONG), "9": paths(*WRONG)}, strategy="explanation", style=STYLE)
+    assert len(rows) == 4 and summary["duplicate_pairs"] == 4
+    assert (
+        summary["without_pairs"] == {"the same pairs as another question": 1} and summary["questions_with_pairs"] == 1
+    )
+
+
+def of_lengths(letter, lengths):
+    return [f" {'由' * length}。答え: {letter}" for length in lengths]
+
+
+def test_balance_in_length_takes_both_directions_and_reports_its_effect():
+    given, many = {}, []
+    for i in range(20):
+        question = replace(QUESTIONS[0], problem_id=f"q{i}", problem_text=f"薬{i}はどれか。")
+        many.append(question)
+        # Right paths are mostly the longer ones; some short ones are there to be taken.
+        right, wrong = of_lengths("b", (5, 60, 61, 62 + i)), of_lengths("c", (20, 21, 22, 23 + i))
+        given[question.problem_id] = paths(*right, *wrong, prompt=question.problem_id)
+    settings = {"strategy": "sampled", "max_per_question": 2, "style": STYLE}
+    drawn, plain = build_pairs(many, given, **settings)
+    rows, summary = build_pairs(many, given, balance_length=True, **settings)
+    assert len(rows) == len(drawn) == 40
+    lengths = summary["lengths"]
+    assert lengths["drawn"] == plain["lengths"]["written"] == plain["lengths"]["drawn"]
+    assert lengths["drawn"]["chosen_longer"] > 0.6
+    assert abs(lengths["written"]["chosen_longer"] - 0.5) < abs(lengths["drawn"]["chosen_longer"] - 0.5)
+    for question in many:
+        made = [row for row in rows if row["question_id"] == question.problem_id]
+        assert len({row["chosen"] for row in made}) == len({row["rejected"] for row in made}) == 2
+
+
+def test_where_the_cap_leaves_no_choice_balance_changes_nothing():
+    settings = {"strategy": "both", "max_per_question": 99, "style": STYLE}
+    plain, _ = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, **settings)
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, balance_length=True, **settings)
+    key = lambda row: (row["chosen"], row["rejected"])  # noqa: E731
+    assert sorted(map(key, rows)) == sorted(map(key, plain)) and len(rows) == 16
+    assert summary["lengths"]["drawn"] == summary["lengths"]["written"]
+
+
+RUN = {"num_paths": 8, "temperature": 0.3, "max_new_tokens": 40, "style": STYLE}
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_writes_pairs_with_provenance_every_path_with_its_grade_and_the_summary(tmp_path, exam, checkpoint):
+    said = []
+    summary = run_pairs(checkpoint, exam, tmp_path / "new/pairs.jsonl", **RUN, echo=said.append)
+    rows, (header, *sampled) = read(tmp_path / "new/pairs.jsonl"), read(tmp_path / "new/pairs.paths.jsonl")
+    assert sum(summary["pairs"].values()) == len(rows) > 0 and summary["skipped_image_questions"] == 1
+    assert json.loads((tmp_path / "new/pairs.summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert (said[0], said[-1]) == ("paths: 0/24", "paths: 24/24") and len(sampled) == 24
+    texts = {(row["problem_id"], row["path"]): row for row in sampled}
+    for row in rows:
+        source = row["provenance"]
+        assert source["model_digest"] == header["sampling"]["model"] and source["model"] == str(checkpoint)
+        rejected = texts[row["question_id"], source["rejected_path"]]
+        assert (rejected["output"].rstrip(), rejected["kind"]) == (row["rejected"], "wrong")
+        assert rejected["parsed"] == source["rejected_answer"] and "答え: " in rejected["read_from"]
+        assert (source["chosen_path"] is None) == (row["strategy"] == "explanation")
+        if source["chosen_path"] is not None:
+            assert texts[row["question_id"], source["chosen_path"]]["output"].rstrip() == row["chosen"]
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_end(tmp_path, exam, checkpoint, monkeypatch):
+    whole = tmp_path / "whole.jsonl"
+    run_pairs(checkpoint, exam, whole, **RUN, batch_tokens=200)
+    out, kept = tmp_path / "pairs.jsonl", tmp_path / "pairs.paths.jsonl"
+
+    def kill_at_eight(line):
+        if int(line.split()[1].split("/")[0]) >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_pairs(checkpoint, exam, out, **RUN, batch_tokens=200, echo=kill_at_eight)
+    assert 8 <= len(read(kept)) - 1 < 24 and not out.exists()
+    with open(kept, "a") as file:
+        file.write('{"problem_id": "1", "path": 7, "outp')
+    rows = []
+    generate = HFEngine._generate_batch
+    monkeypatch.setattr(
+        HFEngine, "_generate_batch", lambda self, ids, *a: rows.append(len(ids)) or generate(self, ids, *a)
+    )
+    run_pairs(checkpoint, exam, out, **RUN, batch_tokens=200)
+    assert sum(rows) < 24
+    assert kept.read_bytes() == (tmp_path / "whole.paths.jsonl").read_bytes()
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_another_strategy_needs_no_new_sampling_and_another_sampling_is_refused(
+    tmp_path, exam, checkpoint, tokenizer, monkeypatch
+):
+    out = tmp_path / "pairs.jsonl"
+    run_pairs(checkpoint, exam, out, **RUN)
+    monkeypatch.setattr(pairs_module, "load_engine", lambda *a, **k: pytest.fail("nothing is left to sample"))
+    summary = run_pairs(checkpoint, exam, out, strategy="sampled", max_per_question=1, **RUN)
+    assert set(summary["pairs"]) == {"sampled"} and {row["strategy"] for row in read(out)} == {"sampled"}
+    for change in ({"seed": 1}, {"temperature": 0.5}, {"style": replace(STYLE, lead="")}):
+        with pytest.raises(InputError, match=f"sampled otherwise: {next(iter(change))} differ"):
+            run_pairs(checkpoint, exam, out, **RUN | change)
+    chain_model(tokenizer, CHAIN).save_pretrained(checkpoint)
+    with pytest.raises(InputError, match="sampled otherwise: model differ"):
+        run_pairs(checkpoint, exam, out, **RUN)
+    (tmp_path / "pairs.paths.jsonl").unlink()
+    with pytest.raises(InputError, match="is there already, and no paths"):
+        run_pairs(checkpoint, exam, out, **RUN)
+
+
+def test_where_no_pair_comes_about_the_paths_and_the_reasons_are_there_all_the_same(tmp_path, exam, checkpoint):
+    with pytest.raises(InputError) as error:
+        run_pairs(checkpoint, exam, tmp_path / "none.jsonl", **RUN | {"max_new_tokens": 2})
+    message = str(error.value)
+    assert "no pair came about from 3 questions (every path was cut off: 3; paths: " in message and "\n" not in message
+    assert "none.paths.jsonl" in message and "'理由'" in message
+    assert not (tmp_path / "none.jsonl").exists() and (tmp_path / "none.summary.json").exists()
+    assert {row["kind"] for row in read(tmp_path / "none.paths.jsonl")[1:]} == {"truncated", "duplicate"}
+
+
+def test_a_demonstration_that_is_asked_too_is_refused(tmp_path, exam, checkpoint):
+    with pytest.raises(InputError, match="row 1: a demonstration that is asked too"):
+        run_pairs(checkpoint, exam, tmp_path / "p.jsonl", demonstrations=exam, **RUN)

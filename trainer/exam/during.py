@@ -1,0 +1,194 @@
+"""The exam during training: the policy, sharded as it trains, sits a small exam in both modes, and the gap is logged.
+
+Outputs are made by the same code as those of ``medtrain eval`` (transformers' greedy ``generate``, with its KV cache and
+padded attention), through a face of a causal LM around the policy: each forward is one forward of the policy's root, so
+that FSDP gathers as in training, and the head gives logits for the last position alone. Questions are dealt out over the
+ranks; every rank makes as many batches and, within a batch, as many forwards as the others.
+
+The training is not touched: no gradient, no random number, and every parameter is its shard again afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from medtrain.trainer.config import Config
+from medtrain.trainer.distributed import World
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style
+from medtrain.trainer.exam.questions import Question, load_questions
+from medtrain.trainer.exam.scoring import to_jsonl
+from medtrain.trainer.files import file_sha256, write_bytes
+from medtrain.trainer.model import PolicyModel
+from medtrain.trainer.weights import generation_config
+
+_MOST_ROWS = 64  # of a batch, so that its logits stay small: 64 x 152,064 float32 are 39 MB
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The exam of one run, read and checked. ``num_tokens``: a rank's budget for the KV cache, rows x (prompt + new)."""
+
+    questions: tuple[Question, ...]
+    demonstrations: tuple[Question, ...]
+    style: PromptStyle
+    max_new_tokens: dict[str, int]  # by mode
+    widths: dict[str, int]  # by mode: tokens of the longest prompt and of its output
+    num_tokens: int
+    digest: str
+
+    def describe(self) -> str:
+        return f"exam: {len(self.questions):,} questions, each for the answer alone and with explanation"
+
+
+def read_exam(config: Config, tokenizer, hf_config) -> Exam | None:
+    """The exam that ``data.exam`` names, with every prompt made and measured; None without one.
+
+    Raises:
+        InputError: an unreadable exam or demonstrations, an unknown style or setting of one, no question left, a prompt that
+            does not fit the model's positions.
+    """
+    settings = config.eval
+    if config.data.exam is None:
+        return None
+    style = load_style(settings.exam_prompt, chat=settings.exam_chat)
+    everything = load_questions(config.data.exam)
+    questions = [question for question in everything if question.text_only][: settings.exam_questions]
+    if not questions:
+        raise bad_input("no question without an image", file=config.data.exam, field="data.exam")
+    shots = []
+    if settings.exam_demonstrations is not None:
+        shots = load_questions(settings.exam_demonstrations, points_required=False)
+    asked = {question.problem_text for question in everything}
+    for row, shot in enumerate(shots, start=1):
+        if shot.problem_text in asked:
+            raise bad_input("a demonstration that the exam asks", file=settings.exam_demonstrations, row=row,
+                            found=shot.problem_id)  # fmt: skip
+    limits = {"answer": settings.exam_max_answer_tokens, "explain": settings.exam_max_new_tokens}
+    widths = {}
+    for mode in MODES:
+        for question in questions:
+            ids = tokenizer(style.prompt(question, mode, tokenizer, shots), add_special_tokens=False).input_ids
+            width = len(ids) + limits[mode]
+            if not ids or width > hf_config.max_position_embeddings:
+                raise bad_input("the prompt does not fit the model", file=config.data.exam, found=f"question "
+                                f"{question.problem_id}, {mode}: {len(ids)} tokens and {limits[mode]} new ones",
+                                expected=f"1 to {hf_config.max_position_embeddings} (max_position_embeddings)")  # fmt: skip
+            widths[mode] = max(widths.get(mode, 0), width)
+    about = [file_sha256(config.data.exam), asdict(style), limits, [q.problem_id for q in questions]]
+    about += [file_sha256(settings.exam_demonstrations)] if shots else []
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    budget = config.optim.micro_batch_tokens
+    return Exam(tuple(questions), tuple(shots), style, limits, widths, budget, digest)
+
+
+def sit_exam(
+    policy: PolicyModel, tokenizer, exam: Exam, world: World, file: Path, source: str | Path | None
+) -> dict[str, Any]:
+    """Let the policy sit the exam and write its outputs to ``file``; returns metrics. All ranks must call this.
+
+    ``file`` has one row a question and mode; where it is there already, from before this run was stopped, it is read
+    instead. ``source`` is the checkpoint the run began with, whose generation settings name the ends of outputs.
+    """
+    began = time.perf_counter()
+    rows = world.from_main(lambda: read_outputs(file) if file.is_file() else None)
+    if rows is None:
+        with _as_causal_lm(policy, generation_config(tokenizer, source), world) as model:
+            rows = {mode: _sit(model, tokenizer, exam, mode, world) for mode in MODES}
+        policy.reshard_all()
+        if world.is_main:
+            file.parent.mkdir(exist_ok=True)
+            write_bytes(file, to_jsonl(row for mode in MODES for row in rows[mode]).encode())
+    metrics: dict[str, Any] = {}
+    for mode in MODES:
+        found = summarize_rows(exam.questions, rows[mode], mode, exam.style)
+        metrics |= {f"exam/{mode}/{name}": found[name] for name in ("points_ratio", "parse_failures", "truncated")}
+    metrics["exam/explanation_gap"] = metrics["exam/answer/points_ratio"] - metrics["exam/explain/points_ratio"]
+    return metrics | {"exam/seconds": time.perf_counter() - began}
+
+
+def read_outputs(file: Path) -> dict[str, list[dict]]:
+    """The rows of one exam, by mode, as :func:`sit_exam` wrote them."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {mode: [row for row in rows if row["mode"] == mode] for mode in MODES}
+
+
+def _sit(model: _CausalLM, tokenizer, exam: Exam, mode: str, world: World) -> list[dict]:
+    """One mode's rows in the exam's order, on every rank."""
+    # Long prompts first, so that a batch holds little padding.
+    lengths = [len(exam.style.render_question(question)) for question in exam.questions]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    num_rows = max(1, min(_MOST_ROWS, exam.num_tokens // exam.widths[mode], -(-len(order) // world.size)))
+    made: list[tuple[int, dict]] = []
+    for start in range(0, len(order), num_rows * world.size):
+        mine = order[start : start + num_rows * world.size][world.rank :: world.size]
+        # A rank without a question answers the shortest one, for the others wait for its forwards.
+        asked = [exam.questions[i] for i in mine or order[-1:]]
+        rows = answer_exam(
+            model, tokenizer, asked, mode, exam.style, demonstrations=exam.demonstrations,
+            max_new_tokens=exam.max_new_tokens[mode], batch_tokens=num_rows * exam.widths[mode],
+        )  # fmt: skip
+        made += zip(mine, rows, strict=False)
+    by_question = dict(one for of_rank in world.gather(made) for one in of_rank)
+    kept = ("output", "parsed", "correct", "read_from", "failure", "truncated")
+    return [
+        {"problem_id": question.problem_id, "mode": mode, "question": exam.style.render_question(question),
+         "key": list(question.answer), "points": question.points} | {name: by_question[i][name] for name in kept}
+        for i, question in enumerate(exam.questions)
+    ]  # fmt: skip
+
+
+class _CausalLM(PreTrainedModel, GenerationMixin):
+    """The face of a Hugging Face causal LM around a policy, for ``generate`` alone."""
+
+    _supports_sdpa = True
+
+    def __init__(self, policy: PolicyModel, ends: GenerationConfig, world: World):
+        super().__init__(policy.config)
+        self.generation_config = ends
+        self.synced_gpus = world.size > 1
+        self.hidden = (policy,)  # in a tuple, or it would be a submodule, which is put into evaluation mode and counted
+        self.place = nn.Parameter(
+            torch.empty(0, device=policy.device), requires_grad=False
+        )  # says what device this is on
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.hidden[0].model.embed_tokens
+
+    def generate(self, *args, **kwargs):
+        # A rank whose outputs have ended goes on with forwards until all ranks' have.
+        return super().generate(*args, synced_gpus=self.synced_gpus, **kwargs)
+
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
+        logits_to_keep: int = 1, **_: object,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        # The engine generates in inference mode; a weight that FSDP gathered in it could not be trained on afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            padded = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                      "past_key_values": past_key_values, "use_cache": use_cache}  # fmt: skip
+            return CausalLMOutputWithPast(logits=self.hidden[0](padded=padded), past_key_values=past_key_values)
+
+
+@contextmanager
+def _as_causal_lm(policy: PolicyModel, ends: dict, world: World) -> Iterator[_CausalLM]:
+    """The policy as :class:`_CausalLM`, with transformers' own attention instead of the packed one while this lasts."""
+    packed = policy.config._attn_implementation
+    policy.config._attn_implementation = "sdpa"
+    try:
+        yield _CausalLM(policy, GenerationConfig.from_dict(ends), world)
+    finally:
+        policy.config._attn_implementation = packed
