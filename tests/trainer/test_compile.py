@@ -1,7 +1,5 @@
 """Compiled layers: the curve of uncompiled ones, one graph for ragged packs and all layers, and nothing but the budget kept."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -163,12 +161,6 @@ def test_the_attention_of_a_gpu_is_part_of_the_graph(monkeypatch):
     with pytest.raises(Traced):
         policy_of("selective", backend="torch_varlen", num_layers=1)(next(ragged(3)))
     assert seen[0] == ["torch_attn._varlen_attn.default"]
-
-
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_gives_the_same_gradients(monkeypatch):
-    monkeypatch.setattr(compiling, "BACKEND", "inductor")
-    test_gradients_are_those_of_uncompiled_layers("selective")
 
 
 @pytest.mark.parametrize(
