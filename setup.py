@@ -29,6 +29,8 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "setuptools>=68"],
+        # Faster norms, rotary embedding and SwiGLU on CUDA (model.kernels).
+        "liger": ["liger-kernel>=0.8.5,<0.9"],
         # Peers of `medtrain bench kernels`, at the versions its goals name; nothing else imports them.
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],
     },

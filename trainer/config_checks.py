@@ -147,5 +147,7 @@ def _check_speed(config: Config, file) -> None:
                "model.activation_checkpointing=budget")  # fmt: skip
     if model.activation_budget is not None and not 0 <= model.activation_budget <= 1:
         refuse("model.activation_budget", model.activation_budget, "out of range", "0 to 1")
+    if model.compile and config.lora.base == "nf4":
+        refuse("model.compile", True, "not supported with NF4", "lora.base=dense, or model.compile=false")
     if model.kernels == "liger" and model.compile:
         refuse("model.kernels", "liger", "compiled layers have the compiler's own", "model.kernels=auto or torch")

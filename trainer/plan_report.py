@@ -295,6 +295,7 @@ def plan_config(
             f"allowance: {CONTEXT_BYTES / GIB:g} GiB for CUDA, NCCL, cuBLAS and {FRAGMENTATION:.0%} for fragmentation, assumed",
             "flash attention; a micro-batch as full as packing allows"
             + (", its prompts counted too" if config.stage == "rpo" else ""),
+            *(["layers as torch's own; Liger's norms and SwiGLU keep less"] if config.model.kernels != "torch" else []),
             "the parts' formulas were held against measurements on a CPU only (docs/plan.md)"
             + (", FP8's emulated" if config.precision.fp8 != "none" else ""),
         ],

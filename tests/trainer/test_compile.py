@@ -1,7 +1,5 @@
 """Compiled layers: the curve of uncompiled ones, one graph for ragged packs and all layers, and nothing but the budget kept."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -141,12 +139,10 @@ def kept_numbers(budget):
 
 def test_a_smaller_budget_keeps_less(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager_decomp_partition")
-    everything, half, nothing = (kept_numbers(budget) for budget in (1.0, 0.5, 0.0))
-    assert nothing < half < everything
+    assert kept_numbers(0.0) < kept_numbers(1.0)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective"])
-def test_the_attention_of_a_gpu_is_part_of_the_graph(mode, monkeypatch):
+def test_the_attention_of_a_gpu_is_part_of_the_graph(monkeypatch):
     """torch's varlen attention cannot run here; its graph can be made."""
     seen = []
 
@@ -163,14 +159,8 @@ def test_the_attention_of_a_gpu_is_part_of_the_graph(mode, monkeypatch):
 
     monkeypatch.setattr(compiling, "BACKEND", aot_autograd(fw_compiler=only_traced, bw_compiler=only_traced))
     with pytest.raises(Traced):
-        policy_of(mode, backend="torch_varlen", num_layers=1)(next(ragged(3)))
+        policy_of("selective", backend="torch_varlen", num_layers=1)(next(ragged(3)))
     assert seen[0] == ["torch_attn._varlen_attn.default"]
-
-
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_gives_the_same_gradients(monkeypatch):
-    monkeypatch.setattr(compiling, "BACKEND", "inductor")
-    test_gradients_are_those_of_uncompiled_layers("selective")
 
 
 @pytest.mark.parametrize(
@@ -187,3 +177,9 @@ def test_settings_that_would_do_nothing_are_refused(model, message, cpt_tree):
     cpt_tree["model"] |= model
     with pytest.raises(InputError, match=message):
         config_from_dict("cpt", cpt_tree)
+
+
+def test_nf4_is_refused(cpt_tree):
+    cpt_tree["model"]["compile"] = True
+    with pytest.raises(InputError, match="model.compile.*NF4"):
+        config_from_dict("cpt", cpt_tree | {"lora": {"rank": 4, "base": "nf4"}})

@@ -211,6 +211,12 @@ def test_speed_is_told_from_measured_rows_only(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_setting_without_a_formula_is_refused_rather_than_left_out():
+    config = Path(__file__).resolve().parents[2] / "configs" / "qwen2.5-7b-cpt.yaml"
+    result = CliRunner().invoke(main, ["plan", str(config), "model.compile=true", "--world-size", "8"])
+    assert result.exit_code == 2 and "model.compile" in result.output and "no formula" in result.output
+
+
 @pytest.mark.parametrize("setting", ["precision.fp8=rowwise", "precision.weights=bf16", "optim.state=8bit"])
 def test_every_setting_of_precision_changes_the_plan(setting):
     config = str(Path(__file__).resolve().parents[2] / "configs" / "qwen2.5-7b-cpt.yaml")
