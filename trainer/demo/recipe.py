@@ -47,6 +47,7 @@ class Recipe:
     # preference losses share these settings. On development questions of two worlds, 60 steps at 8e-5 took explain
     # from 0.87 down to 0.68 and from 0.78 up to 0.99; 150 steps at 1e-4 to 0.92 and 0.99.
     strategy: str = "explanation"  # of the pairs
+    rounds: int = 1  # in each, the arm's model of the round before is sampled, and is the reference
     num_paths: int = 12
     rpo_steps: int = 150
     rpo_pairs: int = 32
