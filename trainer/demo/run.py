@@ -92,11 +92,7 @@ def run_demo(
                 make_pairs(demo, world, start)
         for arm, (start, settings, what) in (PREFERENCES | {arm: FURTHER[arm] for arm in further}).items():
             with _stage(demo, arm, what):
-                for number in range(1, recipe.rounds + 1):
-                    name = arm if number == recipe.rounds else f"{arm}-round{number}"
-                    make_pairs(demo, world, start, number)
-                    prefer(demo, name, start, lr=recipe.lr_of.get(arm, recipe.rpo_lr), **settings)
-                    start = name
+                prefer(demo, arm, start, **settings)
         arms = (*ARMS, *further)
         with _stage(demo, "exam", f"{len(arms)} models, with and without explanation"):
             table = {arm: sit_exam(demo, arm, "test") for arm in arms}
@@ -151,10 +147,8 @@ def continue_pretraining(demo: Demo) -> None:
     )
 
 
-def make_pairs(demo: Demo, world: World, start: str, number: int = 1) -> None:
-    """Pairs of one model about train diseases, by the recipe's strategy: its own wrong explanations are rejected.
-
-    ``number`` counts the rounds, and each samples by another seed.
+def make_pairs(demo: Demo, world: World, start: str) -> None:
+    """Pairs of one model: its own wrong explanations about train diseases against the ground truth's.
 
     An answer that is none of the options is wrong here for certain, as answers are the options' own texts.
     A model may name any disease while it reasons; pairs that name one of another kind are left out and counted.
@@ -170,9 +164,9 @@ def make_pairs(demo: Demo, world: World, start: str, number: int = 1) -> None:
         demo.model(start),
         demo.files.exam("train"),
         raw,
-        strategy=demo.recipe.strategy,
+        strategy="explanation",
         num_paths=demo.recipe.num_paths,
-        seed=demo.seed + number - 1,
+        seed=demo.seed,
         max_new_tokens=demo.recipe.max_new_tokens,
         style=STYLE,
         unlisted_is_wrong=True,
@@ -185,7 +179,7 @@ def make_pairs(demo: Demo, world: World, start: str, number: int = 1) -> None:
     demo.say(f"         {len(kept)} pairs; {len(rows) - len(kept)} left out, for they name a disease of the exams")
 
 
-def prefer(demo: Demo, arm: str, start: str, lr: float, **rpo: object) -> None:
+def prefer(demo: Demo, arm: str, start: str, **rpo: object) -> None:
     """Train on the pairs of ``start``: RPO, or a control of it by other ``rpo`` settings."""
     recipe = demo.recipe
     _train(
@@ -194,7 +188,7 @@ def prefer(demo: Demo, arm: str, start: str, lr: float, **rpo: object) -> None:
         arm,
         model={"path": str(demo.model(start))},
         data={"pairs": [{"path": str(demo.pairs(start))}], "max_length": 256},
-        optim={"lr": lr, "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
+        optim={"lr": recipe.rpo_lr, "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
         | {"warmup_steps": min(6, recipe.rpo_steps // 10), "weight_decay": 0.0},
         rpo={"beta": recipe.beta, "alpha": recipe.alpha} | rpo,
     )
