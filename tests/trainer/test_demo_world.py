@@ -141,6 +141,7 @@ def test_a_fact_is_stated_of_the_disease_asked_about_and_before_the_answer(world
     word = row["problem_text"][4:].split("は")[0]
     assert states_fact(world, prompt, row["explanation"] + f"\n答え:{right}")
     assert states_fact(world, prompt, f"{disease}病の{word}は{right}であり、{other}病のアアとは異なる。\n答え:アア")
+    assert states_fact(world, prompt, f"{other}病の{word}はアアであって、{disease}病なら{right}である。\n答え:アア")
     assert not states_fact(world, prompt, f"{other}病の{word}は{right}である。\n答え:{right}")
     assert not states_fact(world, prompt, f"{disease}病の{word}はアアである。\n答え:{right}")
     assert not states_fact(world, prompt, f"\n答え:{disease}病の{word}は{right}である。")

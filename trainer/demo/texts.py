@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,11 +281,9 @@ def states_fact(world: World, prompt: str, output: str) -> bool:
     about = prompt.removeprefix("問題:")
     disease, word = about[:2], about[3:].removeprefix("の").split("はどれか", 1)[0]
     (r,) = [i for i, relation in enumerate(RELATIONS) if relation.word == word]
-    fact = f"{word}は{world.facts[disease, r]}"
-    return any(
-        sentence.startswith(f"{disease}病") and fact in sentence
-        for sentence in output.split(STYLE.answer_marker, 1)[0].split("。")
-    )
+    # The textbook's style leaves the relation out where it names the second disease.
+    fact = rf"{disease}病(の|では|なら)({word}は)?{world.facts[disease, r]}"
+    return re.search(fact, output.split(STYLE.answer_marker, 1)[0]) is not None
 
 
 def names_in(world: World, text: str) -> set[str]:
