@@ -90,6 +90,9 @@ def test_further_arms_are_added_to_a_finished_demo(finished, tmp_path):
     assert {arm: longer[arm] for arm in ARMS} == table
     settings = json.loads((more / "cpt_simpo" / "manifest.json").read_text(encoding="utf-8"))["settings"]
     assert settings["rpo"]["loss"] == "simpo" and settings["rpo"]["alpha"] == 0
+    for arm, row in longer.items():
+        row["stated"] = seeds.stated(more, 3, TINY, arm)
+        assert 0 <= row["stated"] <= 1
     found = seeds.result({3: longer}, {3: 1.0}, TINY)
     assert {"cpt_rpo - cpt_ipo", "cpt_rpo - cpt_simpo"} <= set(found["contrasts"])
     assert "CPT + SimPO" in seeds.format_result(found)
@@ -157,7 +160,7 @@ def test_an_interrupted_stage_stops_the_demo(tmp_path, monkeypatch):
 
 
 def test_four_arms_averages_over_seeds_and_pairs_arms_by_seed(finished):
-    _, table = finished
+    table = {arm: row | {"stated": 0.5} for arm, row in finished[1].items()}
     worse = json.loads(json.dumps(table))
     for row in worse.values():
         row["answer"]["points_ratio"] -= 0.1

@@ -14,10 +14,11 @@ from medtrain.trainer.demo.texts import (
     make_tokenizer,
     names_in,
     pretraining_texts,
+    states_fact,
     textbook_texts,
     write_world,
 )
-from medtrain.trainer.demo.world import KINDS, RELATIONS, WorldSizes, make_world, quiz_on_fact
+from medtrain.trainer.demo.world import KINDS, LETTERS, RELATIONS, WorldSizes, make_world, quiz_on_fact
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.questions import load_questions
 
@@ -133,6 +134,33 @@ def test_explanations_of_several_steps_are_true_and_end_with_the_fact_that_is_as
     assert 0.35 < before / contrasted < 0.65
 
 
+def test_a_fact_is_stated_of_the_disease_asked_about_and_before_the_answer(world):
+    row = exam_rows(world, "dev", CORPUS)[7]
+    prompt, (right,) = f"問題:{row['problem_text']}\na. アアミン", {row["choices"][LETTERS.index(row["answer"][0])]}
+    disease, other = row["problem_text"][:2], world.neighbours(row["problem_text"][:2])[0]
+    word = row["problem_text"][4:].split("は")[0]
+    assert states_fact(world, prompt, row["explanation"] + f"\n答え:{right}")
+    assert states_fact(world, prompt, f"{disease}病の{word}は{right}であり、{other}病のアアとは異なる。\n答え:アア")
+    assert states_fact(world, prompt, f"{other}病の{word}はアアであって、{disease}病なら{right}である。\n答え:アア")
+    assert not states_fact(world, prompt, f"{other}病の{word}は{right}である。\n答え:{right}")
+    assert not states_fact(world, prompt, f"{disease}病の{word}はアアである。\n答え:{right}")
+    assert not states_fact(world, prompt, f"\n答え:{disease}病の{word}は{right}である。")
+
+
+def test_papers_about_passing_diseases_name_nothing_that_is_met_elsewhere(world):
+    corpus = dataclasses.replace(CORPUS, steps=3, contrast=0.5, passing=0.5)
+    papers = pretraining_texts(world, corpus)["explain"]
+    about = [text.removeprefix("問題:")[:2] for text in papers]
+    passing = [text for text, disease in zip(papers, about, strict=True) if disease in world.spare_names]
+    assert 0.4 < len(passing) / len(papers) < 0.6
+    assert all(not names_in(world, text) for text in passing)
+    assert len({text[:5] for text in passing}) > 0.8 * len(passing)
+    for text in passing:
+        explanation, answer = text.split("説明:")[1].split("\n答え:")
+        (told,) = {s for s in explanation.split("。") if s.startswith(text[3:5]) and answer in s}
+        assert told
+
+
 def test_up_to_three_wrong_options_are_right_for_a_neighbour(world):
     fact = (world.diseases["test"][0], 2)
     quiz = quiz_on_fact(world, fact, world.rng("test"))
@@ -145,7 +173,7 @@ def test_up_to_three_wrong_options_are_right_for_a_neighbour(world):
 def test_every_text_survives_the_tokenizer_and_holds_no_unknown_token(tmp_path, world):
     from medtrain.trainer.tokenizer import read_tokenizer
 
-    make_tokenizer(world).save_pretrained(tmp_path)
+    make_tokenizer(world, CORPUS).save_pretrained(tmp_path)
     tokenizer = read_tokenizer(tmp_path)
     assert tokenizer.eos_token == "<eos>" and tokenizer.pad_token == "<pad>"
     everything = [*pretraining_texts(world, CORPUS).values(), textbook_texts(world, CORPUS)]
@@ -156,7 +184,7 @@ def test_every_text_survives_the_tokenizer_and_holds_no_unknown_token(tmp_path, 
 
 
 def test_prompt_and_completion_have_the_same_tokens_apart_and_together(tmp_path, world):
-    tokenizer = make_tokenizer(world)
+    tokenizer = make_tokenizer(world, CORPUS)
     files = write_world(world, CORPUS, tmp_path)
     for question in load_questions(files.exam("test")):
         for mode in ("answer", "explain"):

@@ -148,7 +148,7 @@ def continue_pretraining(demo: Demo) -> None:
 
 
 def make_pairs(demo: Demo, world: World, start: str) -> None:
-    """Pairs of one model about train diseases, by the recipe's strategy: its own wrong explanations are rejected.
+    """Pairs of one model: its own wrong explanations about train diseases against the ground truth's.
 
     An answer that is none of the options is wrong here for certain, as answers are the options' own texts.
     A model may name any disease while it reasons; pairs that name one of another kind are left out and counted.
@@ -164,7 +164,7 @@ def make_pairs(demo: Demo, world: World, start: str) -> None:
         demo.model(start),
         demo.files.exam("train"),
         raw,
-        strategy=demo.recipe.strategy,
+        strategy="explanation",
         num_paths=demo.recipe.num_paths,
         seed=demo.seed,
         max_new_tokens=demo.recipe.max_new_tokens,
@@ -188,7 +188,7 @@ def prefer(demo: Demo, arm: str, start: str, **rpo: object) -> None:
         arm,
         model={"path": str(demo.model(start))},
         data={"pairs": [{"path": str(demo.pairs(start))}], "max_length": 256} | _exam(demo),
-        optim={"lr": recipe.lr_of.get(arm, recipe.rpo_lr), "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
+        optim={"lr": recipe.rpo_lr, "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
         | {"warmup_steps": min(6, recipe.rpo_steps // 10), "weight_decay": 0.0},
         rpo={"beta": recipe.beta, "alpha": recipe.alpha} | rpo,
     )

@@ -18,6 +18,8 @@ import torch
 from medtrain.trainer.demo.recipe import RECIPE, Recipe
 from medtrain.trainer.demo.run import FURTHER, NUM_THREADS, run_demo
 from medtrain.trainer.demo.table import LABELS, draw_bars
+from medtrain.trainer.demo.texts import states_fact
+from medtrain.trainer.demo.world import make_world
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
 from medtrain.trainer.run_folder import commit, device_name, versions
@@ -42,15 +44,24 @@ def summarize(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def stated(folder: Path, seed: int, recipe: Recipe, arm: str) -> float:
+    """Share of an arm's explanations that state the fact asked for: the score alone does not say where an answer is from."""
+    world = make_world(seed, recipe.sizes)
+    path = folder / "exams" / "test" / arm / "outputs-explain.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return statistics.fmean(states_fact(world, row["prompt"], row["output"]) for row in rows)
+
+
 def scores(table: dict, arm: str) -> dict[str, float]:
-    """One seed's three numbers of an arm, from the demo's table."""
+    """One seed's numbers of an arm, from the demo's table and :func:`stated`."""
     row = table[arm]
-    return {"answer": row["answer"]["points_ratio"], "explain": row["explain"]["points_ratio"], "gap": row["gap"]}
+    answer, explain = row["answer"]["points_ratio"], row["explain"]["points_ratio"]
+    return {"answer": answer, "explain": explain, "gap": row["gap"], "stated": row["stated"]}
 
 
 def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = RECIPE) -> dict:
     """The JSON of all seeds: the arms, each seed's numbers, and arms against one another, seed by seed."""
-    names = ("answer", "explain", "gap")
+    names = ("answer", "explain", "gap", "stated")
     arms = list(next(iter(tables.values())))
     by_seed = {arm: {seed: scores(table, arm) for seed, table in tables.items()} for arm in arms}
     return {
@@ -103,6 +114,8 @@ def run_seeds(
         for seed in range(first_seed, first_seed + num_seeds):
             folder = out / f"seed-{seed}"
             tables[seed] = run_demo(folder, seed, quiet, recipe, further)
+            for arm, row in tables[seed].items():
+                row["stated"] = stated(folder, seed, recipe, arm)
             seconds[seed] = round(sum(json.loads((folder / "times.json").read_text(encoding="utf-8")).values()), 1)
         found = result(tables, seconds, recipe)
     finally:
@@ -133,10 +146,18 @@ def format_result(found: dict) -> str:
     def cell(value: dict, sign: str = "") -> str:
         return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
-    lines = [f"{len(found['seeds'])} seeds, {found['interval']}", f"{'':22}{'answer':26}{'explain':26}gap"]
+    lines = [
+        f"{len(found['seeds'])} seeds, {found['interval']}",
+        f"{'':22}{'answer':26}{'explain':26}{'gap':26}fact stated",
+    ]
     for arm, row in found["arms"].items():
-        lines.append(f"{LABELS[arm]:22}{cell(row['answer']):26}{cell(row['explain']):26}{cell(row['gap'], '+')}")
+        lines.append(
+            f"{LABELS[arm]:22}{cell(row['answer']):26}{cell(row['explain']):26}{cell(row['gap'], '+'):26}{cell(row['stated'])}"
+        )
     lines.append("one arm less another, seed by seed:")
     for name, row in found["contrasts"].items():
-        lines.append(f"{name:22}{cell(row['answer'], '+'):26}{cell(row['explain'], '+'):26}{cell(row['gap'], '+')}")
+        lines.append(
+            f"{name:22}"
+            + "".join(f"{cell(row[key], '+'):26}" for key in ("answer", "explain", "gap", "stated")).rstrip()
+        )
     return "\n".join(lines)

@@ -7,8 +7,10 @@ preference pairs are made from names one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +69,7 @@ class Corpus:
     questions: int = 3  # questions a fact for making pairs
     steps: int = 1  # facts of the disease that an explanation tells; the last of them is the one asked for
     contrast: float = 0.0  # share of explanations that tell a wrong option's disease, too
+    passing: float = 0.0  # share of explaining papers about diseases that are met nowhere else
 
 
 def say_plainly(world: World, fact: Fact, rng: random.Random, value: str | None = None) -> str:
@@ -95,6 +98,20 @@ def explanation(world: World, quiz: Quiz, corpus: Corpus, rng: random.Random) ->
         owners = [d for d in world.neighbours(quiz.disease) if world.facts[d, quiz.relation] in quiz.neighbours]
         end.insert(rng.randrange(2), say_plainly(world, (rng.choice(owners), quiz.relation), rng))
     return "".join(before + end)
+
+
+def passing_world(world: World, rng: random.Random) -> World:
+    """A chapter of diseases with facts of their own, drawn anew for each paper.
+
+    What such a paper explains cannot have been learned, so the name has to be taken from the question and the answer
+    from the explanation.
+    """
+    chapter = tuple(rng.sample(world.spare_names, world.sizes.chapter))
+    facts = {}
+    for r in range(len(RELATIONS)):
+        for disease, value in zip(chapter, rng.sample(world.values[r], len(chapter)), strict=True):
+            facts[disease, r] = value
+    return dataclasses.replace(world, chapter_of=dict.fromkeys(chapter, chapter), facts=facts)
 
 
 def exam_rows(world: World, kind: str, corpus: Corpus, *, repeats: int = 1) -> list[dict]:
@@ -145,8 +162,12 @@ def pretraining_texts(world: World, corpus: Corpus) -> dict[str, list[str]]:
         return paper(quiz_on_fact(world, rng.choice(general), rng), "answer", "")
 
     def explain(rng: random.Random) -> str:
-        quiz = quiz_on_fact(world, rng.choice(general), rng)
-        return paper(quiz, "explain", explanation(world, quiz, corpus, rng))
+        about, fact = world, None
+        if corpus.passing and rng.random() < corpus.passing:
+            about = passing_world(world, rng)
+            fact = rng.choice(sorted(about.facts))
+        quiz = quiz_on_fact(about, fact or rng.choice(general), rng)
+        return paper(quiz, "explain", explanation(about, quiz, corpus, rng))
 
     def texts(make: Callable[[random.Random], str]) -> list[str]:
         rng = world.rng(make.__name__)
@@ -170,7 +191,7 @@ def textbook_texts(world: World, corpus: Corpus) -> list[str]:
     return documents
 
 
-def make_tokenizer(world: World):
+def make_tokenizer(world: World, corpus: Corpus):
     """A tokenizer whose tokens are the units the world is made of: names, value words, phrases, and syllables for the rest.
 
     It takes the longest unit at each place. No unit spans the end of a prompt (units that begin with a line break are
@@ -180,6 +201,7 @@ def make_tokenizer(world: World):
     from transformers import PreTrainedTokenizerFast
 
     names = [disease for kind in KINDS for disease in world.diseases[kind]]
+    names += world.spare_names if corpus.passing else ()
     units = ["<pad>", "<eos>", "<unk>", *ALPHABET, *_PHRASES, *names, *(v for values in world.values for v in values)]
     model = models.WordPiece(
         {unit: number for number, unit in enumerate(units)},
@@ -229,7 +251,7 @@ def write_world(world: World, corpus: Corpus, root: Path) -> WorldFiles:
     write_jsonl(files.textbook, ({"text": text} for text in textbook))
     for kind, rows in exams.items():
         write_jsonl(files.exam(kind), rows)
-    make_tokenizer(world).save_pretrained(files.tokenizer)
+    make_tokenizer(world, corpus).save_pretrained(files.tokenizer)
     return files
 
 
@@ -252,6 +274,16 @@ def check_disjoint(world: World, corpora: Iterable[Iterable[str]], exams: dict[s
     for row in exams["train"]:
         named = names_in(world, row["problem_text"] + row["explanation"])
         assert named <= set(world.diseases["train"]), f"a pair's question names another kind of disease: {named}"
+
+
+def states_fact(world: World, prompt: str, output: str) -> bool:
+    """Whether an explanation says of the disease asked about what is right for it, wherever the answer came from."""
+    about = prompt.removeprefix("問題:")
+    disease, word = about[:2], about[3:].removeprefix("の").split("はどれか", 1)[0]
+    (r,) = [i for i, relation in enumerate(RELATIONS) if relation.word == word]
+    # The textbook's style leaves the relation out where it names the second disease.
+    fact = rf"{disease}病(の|では|なら)({word}は)?{world.facts[disease, r]}"
+    return re.search(fact, output.split(STYLE.answer_marker, 1)[0]) is not None
 
 
 def names_in(world: World, text: str) -> set[str]:
