@@ -85,7 +85,7 @@ def _lower_right(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enabl
 
 
 def test_the_flash_backends_are_given_the_keys_of_prompt_and_completion(monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _lower_right)
+    monkeypatch.setattr("medtrain.trainer.attention.varlen_attn", _lower_right)
     words = [np.arange(n, dtype=np.int32) for n in (7, 5, 1, 9, 1, 3, 20)]
     offsets = np.concatenate([[0], np.cumsum([len(w) for w in (words[:3] + words[:1] + words[3:5] + words[4:])])])
     tokens = np.concatenate(words[:3] + words[:1] + words[3:5] + words[4:])

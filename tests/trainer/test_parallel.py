@@ -10,6 +10,7 @@ from helpers import SIZES, assert_same_curve, documents, read_metrics, run, run_
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from medtrain.trainer.checkpoint import Saver
 from medtrain.trainer.config import ModelConfig, ParallelConfig, config_from_dict
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import join_world
@@ -103,19 +104,18 @@ def test_a_run_moves_between_copies_shards_and_one_process(state, cpt_tree, tmp_
 
 
 def _killed_and_started_again(tree, out, at_step):
-    from medtrain.trainer import loop
+    commit = Saver.commit
 
-    save = loop.save_checkpoint
-
-    def dying(root, step, *args, **options):
-        save(root, step, *args, **options)
+    def dying(self):
+        step = self._begun[0]
+        commit(self)
         if step == at_step:
             raise KeyboardInterrupt
 
-    loop.save_checkpoint = dying
+    Saver.commit = dying
     with pytest.raises(KeyboardInterrupt):
         run("cpt", tree, out)
-    loop.save_checkpoint = save
+    Saver.commit = commit
     run("cpt", tree, out)
 
 
