@@ -58,6 +58,9 @@ TRL_LIGER = Arm("trl", "Liger layers", "as trl, its layers Liger's", liger=True)
 KEPT = Arm("medtrain", "no recomputing", "all activations are kept", checkpointing=False)
 FP8 = Arm("medtrain", "FP8 tensorwise", "as medtrain, its linear layers in FP8 by torchao", fp8="tensorwise")
 ROWWISE = Arm("medtrain", "FP8 rowwise", "as medtrain, its linear layers in FP8 by torchao", fp8="rowwise")
+COMPILED = Arm("medtrain", "compiled", "as medtrain, its layers by torch.compile", compiled=True)
+FP8_COMPILED = Arm("medtrain", "FP8 tensorwise, compiled", "as FP8 tensorwise, its layers by torch.compile", fp8="tensorwise",
+                   compiled=True)  # fmt: skip
 TRAINER = Arm(
     "trainer", note="one packed row a step, documents apart, gradient checkpointing, transformers' own layers"
 )
@@ -80,12 +83,17 @@ RPO_ARMS = {
     ),
 }  # fmt: skip
 CPT_ARMS = {
-    "small": (OURS, KEPT, FP8, ROWWISE, TRAINER, TITAN),
-    "quick": (OURS, TRAINER_LIGER, FP8, ROWWISE, TITAN),
+    "small": (OURS, KEPT, FP8, ROWWISE, COMPILED, TRAINER, TITAN),
+    "quick": (OURS, TRAINER_LIGER, COMPILED, FP8_COMPILED, FP8, ROWWISE, TITAN),
     "full": (
         OURS,
         KEPT,
+        COMPILED,
+        Arm("medtrain", "compiled, no recomputing", COMPILED.note, compiled=True, checkpointing=False),
         FP8,
+        FP8_COMPILED,
+        Arm("medtrain", "FP8 tensorwise, compiled, no recomputing", FP8_COMPILED.note, fp8="tensorwise", compiled=True,
+            checkpointing=False),
         Arm("medtrain", "FP8 tensorwise, no recomputing", FP8.note, fp8="tensorwise", checkpointing=False),
         ROWWISE,
         TRAINER,
@@ -189,6 +197,8 @@ def _unfit(arm: Arm, device: torch.device) -> str | None:
             "of ours. Compare by its own command: torchrun --nproc-per-node 1 -m torchtitan.train on the same sizes, with "
             "tokens/s and mfu from its log"
         )
+    if arm.compiled and device.type != "cuda":
+        return "left out: on a CPU compiling would take longer than all other rows"
     if arm.fp8 is not None:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
             return "left out: this device has no FP8, and emulated it is slow by design"

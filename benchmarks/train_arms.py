@@ -25,8 +25,8 @@ from medtrain.benchmarks.train_inputs import RPO, SEED, Inputs, Model, config, m
 @dataclass(frozen=True)
 class Arm:
     """One row to be: ``variant`` tells rows of one impl apart ("" is its default). ``few``: small micro-batches (of
-    ``Model.few_tokens`` or ``few_pairs``) instead of one a step; ``share_prompts``, ``fp8`` (a recipe): ours; ``liger``: TRL or
-    Trainer with Liger's layers; ``apart`` false: Trainer's documents attend to those before them in the row."""
+    ``Model.few_tokens`` or ``few_pairs``) instead of one a step; ``share_prompts``, ``fp8`` (a recipe), ``compiled``: ours;
+    ``liger``: TRL or Trainer with Liger's layers; ``apart`` false: Trainer's documents attend to those before them in the row."""
 
     impl: str
     variant: str = ""
@@ -36,6 +36,7 @@ class Arm:
     share_prompts: bool = True
     liger: bool = False
     fp8: str | None = None
+    compiled: bool = False
     apart: bool = True
 
 
@@ -107,7 +108,7 @@ def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: tor
     total = steps_to_run(device, steps)
     budget = model.few_tokens if arm.few else most_tokens(model)
     settings = config(model, inputs, total, micro_batch_tokens=budget, checkpointing=arm.checkpointing,
-                      share_prompts=arm.share_prompts, fp8=arm.fp8)  # fmt: skip
+                      share_prompts=arm.share_prompts, fp8=arm.fp8, compiled=arm.compiled)  # fmt: skip
     display, optim, found = Display(enabled=False), settings.optim, Measured()
     with join_world(needs_group=model.precision != "float32", device_type=device.type) as world:
         prepared = prepare(settings, world, display)

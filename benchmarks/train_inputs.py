@@ -121,6 +121,7 @@ def config(
     checkpointing: bool,
     share_prompts: bool = True,
     fp8: str | None = None,
+    compiled: bool = False,
 ) -> Config:
     """Our settings. ``run.out`` is where a run would go: the benchmark keeps its reference there. ``fp8``: a recipe."""
     rows, optim = [{"path": str(inputs.rows)}], OPTIM | {"lr": model.lr, "steps": steps}
@@ -128,12 +129,13 @@ def config(
     if fp8 is not None:
         precision |= {"fp8": fp8, "fp8_check_every": 0}
     tree = {
-        "model": {"path": str(inputs.checkpoint), "activation_checkpointing": "full" if checkpointing else "none"},
+        "model": {"path": str(inputs.checkpoint), "activation_checkpointing": "full" if checkpointing else "none",
+                  "compile": compiled},
         "optim": optim | {"micro_batch_tokens": micro_batch_tokens},
         "lora": {"path": str(inputs.adapter)} if inputs.adapter else {},
         "precision": precision,
         "run": {"out": str(inputs.checkpoint.parent / "run"), "seed": SEED},
-    }
+    }  # fmt: skip
     if model.stage == "cpt":
         tree["data"] = {"sources": rows, "seq_len": model.document[2], "cache": str(inputs.checkpoint.parent / "cache")}
         tree["optim"] |= {"batch_tokens": model.tokens_a_step}
