@@ -78,6 +78,7 @@ class Saver:
             prepare = (torch.cuda.set_device, (world.device,)) if world.device.type == "cuda" else (None, ())
             self._thread = ThreadPoolExecutor(1, "checkpoint", *prepare)
         self._copy: Any = None  # host memory in the form of what is saved
+        self._locked: list[torch.Tensor] = []  # its pages that a GPU copies to by itself
         self._begun: tuple[int, dict, dict] | None = None
         self._pending: tuple[int, Future] | None = None
 
@@ -110,7 +111,7 @@ class Saver:
             except (CheckpointException, OSError, RuntimeError) as error:
                 raise _not_written(step, error, self.root) from error
         else:
-            self._copy = tree = _copied(tree, self._copy, pin=self.world.device.type == "cuda")
+            self._copy = tree = _copied(tree, self._copy, self._lock if self.world.device.type == "cuda" else None)
             if self.world.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
         self._begun = (step, tree, {"step": step, **state})
@@ -141,8 +142,22 @@ class Saver:
         """Wait for this rank's thread, also after an error elsewhere; of a failure that nobody has heard of, ``say`` it."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
+        for memory in self._locked:
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        self._locked, self._copy = [], None
         if self.failed:
             say(f"warning: {_not_written(self._pending[0], self._pending[1].exception(), self.root)}")
+
+    def _lock(self, memory: torch.Tensor) -> None:
+        """Not torch's own pinned memory: its blocks, one a tensor, are rounded up to powers of two."""
+        num_bytes = memory.numel() * memory.element_size()
+        if not num_bytes:
+            return
+        error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+        if error:
+            raise RuntimeError(f"CUDA error {error}: no more host memory can be locked for the copy of a checkpoint; "
+                               "checkpoint.async_save=false needs none")  # fmt: skip
+        self._locked.append(memory)
 
     def _write_and_publish(self, step: int, tree: dict, state: dict) -> None:
         self._write(step, tree)
@@ -172,20 +187,22 @@ def _partial(root: Path, step: int) -> Path:
 
 
 @torch.no_grad()
-def _copied(value: Any, memory: Any, *, pin: bool) -> Any:
+def _copied(value: Any, memory: Any, lock: Callable[[torch.Tensor], None] | None) -> Any:
     """A copy of nested ``value`` in host memory that shares nothing with it: in ``memory``, an earlier copy, where given.
 
     Of a DTensor this rank's part is copied. From a GPU the copies are done when its current stream is.
     """
     if isinstance(value, torch.Tensor):
         if memory is None:
-            memory = torch.empty_like(value, device="cpu", pin_memory=pin)
+            memory = torch.empty_like(value, device="cpu")
+            if lock is not None:
+                lock(local_tensor(memory))
         local_tensor(memory).copy_(local_tensor(value), non_blocking=True)
         return memory
     if isinstance(value, dict):
-        return {key: _copied(item, None if memory is None else memory[key], pin=pin) for key, item in value.items()}
+        return {key: _copied(item, None if memory is None else memory[key], lock) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_copied(item, None if memory is None else memory[i], pin=pin) for i, item in enumerate(value)]
+        return [_copied(item, None if memory is None else memory[i], lock) for i, item in enumerate(value)]
     return copy.deepcopy(value)
 
 

@@ -5,9 +5,9 @@
   output of ``o_proj`` and that of ``up_proj``: computed again are norms, rotary, the query, key and value projections,
   ``gate_proj`` and SwiGLU. ``down_proj`` is in neither list: nothing needs its output.
 
-The products after attention are counted, and every second kept, beginning with the first: with adapters beside each layer
-the same two stay. Those before attention are not kept, for Liger's rotary kernel overwrites what it is given: a kept
-query or key would be rotated a second time.
+The products after attention are counted, those of adapters left out, and every second kept, beginning with the first.
+Those before attention are not kept, for Liger's rotary kernel overwrites what it is given: a kept query or key would be
+rotated a second time.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 _ATTENTION = frozenset({
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-    "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward", "medtrain::packed_sdpa",
+    "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward",
 })  # fmt: skip
 _PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::_scaled_mm"})
 
 
-def checkpoint_layers(layers: nn.ModuleList, mode: str) -> None:
-    """Wrap each layer as ``model.activation_checkpointing`` says; nothing for ``none`` and ``budget``."""
+def checkpoint_layers(layers: nn.ModuleList, mode: str, rank: int | None = None) -> None:
+    """Wrap each layer as ``model.activation_checkpointing`` says; nothing for ``none`` and ``budget``. ``rank``: of adapters."""
     if mode not in ("full", "selective"):
         return
-    options = {} if mode == "full" else {"context_fn": _selective_contexts}
+    options = {} if mode == "full" else {"context_fn": functools.partial(_selective_contexts, rank)}
     for i, layer in enumerate(layers):
         # No layer draws random numbers, so their state need not be brought back.
         layers[i] = checkpoint_wrapper(layer, preserve_rng_state=False, **options)
 
 
-def _selective_contexts():
+def _selective_contexts(rank: int | None):
     # One count for the forward, another for the second one in the backward.
     after_attention: dict[bool, int | None] = {False: None, True: None}
-    return create_selective_checkpoint_contexts(functools.partial(_kept, after_attention))
+    return create_selective_checkpoint_contexts(functools.partial(_kept, after_attention, rank))
 
 
-def _kept(after_attention: dict[bool, int | None], ctx, op, *args, **kwargs) -> CheckpointPolicy:
+def _kept(after_attention: dict[bool, int | None], rank: int | None, ctx, op, *args, **kwargs) -> CheckpointPolicy:
     name, count = op._schema.name, after_attention[ctx.is_recompute]
     keep = name in _ATTENTION
     if keep:
         after_attention[ctx.is_recompute] = 0
-    elif name in _PRODUCTS and count is not None:
+    elif name in _PRODUCTS and count is not None and rank not in args[-1 if name != "aten::_scaled_mm" else 1].shape:
         after_attention[ctx.is_recompute] = count + 1
         keep = count % 2 == 0
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -29,10 +29,14 @@ def compile_layers(layers: nn.ModuleList, *, budget: float | None = None) -> Non
     torch._functorch.config.activation_memory_budget = 1.0 if budget is None else budget
     for layer in layers:
         compiled = torch.compile(layer.forward, backend=BACKEND, fullgraph=True)
-        layer.forward = functools.partial(_forward, compiled)
+        layer.forward = functools.partial(_forward, layer.forward, compiled)
 
 
-def _forward(compiled, hidden_states: torch.Tensor, *, layout: PackedLayout, **kwargs: Any) -> torch.Tensor:
+def _forward(
+    written, compiled, hidden_states: torch.Tensor, *, layout: PackedLayout | None = None, **kwargs: Any
+) -> torch.Tensor:
+    if layout is None:  # an exam during training, with a KV cache that grows by a token a call
+        return written(hidden_states, **kwargs)
     # Said beforehand, lest the first lengths be compiled for in vain.
     for tensor in (hidden_states, kwargs["position_ids"], *kwargs["position_embeddings"]):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)

@@ -54,7 +54,9 @@ class DataConfig:
     )
     share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; same result
     # (without it a pair takes its prompt twice out of optim.micro_batch_tokens)
-    exam: str | None = None  # exam questions, JSON Lines: sat before, during and after training (eval.exam_*)
+    exam: str | None = (
+        None  # exam questions, JSON Lines of a known form: sat before, during and after training (eval.exam_*)
+    )
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
     workers: int | None = None  # CPT: processes that tokenise large sources; default: one a CPU of the node
 
@@ -185,6 +187,8 @@ class Config:
         names = {name for name in self.given if name.startswith(other)}
         if self.model.init is not None:
             names |= self.given & {"model.proof"}
+        if not self.data.heldout:
+            names |= self.given & {"eval.every"}
         if self.optim.schedule != "wsd" and "optim.decay_steps" in self.given:
             names.add("optim.decay_steps")
         if self.optim.schedule == "constant" and "optim.min_lr_ratio" in self.given:

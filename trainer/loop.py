@@ -189,7 +189,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         display.say(prepared.fp8.describe())
     if prepared.exam is not None:
         display.say(prepared.exam.describe())
-    policy, optimizer, guard, proof = start(config, prepared, world, folder.reference, display, prove_it=last is None)
+    # Weights that a checkpoint does not hold come from the files at every start.
+    prove_it = last is None or adapters is not None
+    policy, optimizer, guard, proof = start(config, prepared, world, folder.reference, display, prove_it=prove_it)
     if proof is not None and world.is_main:
         folder.add_to_start({"proof": proof})
     # Held-out numbers are those of the model that is exported.
@@ -267,7 +269,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                        **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
                        "mfu": work / seconds / (peak * world.size) if peak else None,
                        "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
-                found = evaluate(step + 1)
+                stopping = this.asked and step + 1 < steps
+                # Whoever sends the signal kills soon: an exam must not stand before the checkpoint.
+                found = {} if stopping else evaluate(step + 1)
                 row |= found
                 save_now = this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps
                 if save_now:
@@ -282,7 +286,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                     saver.commit()
                 if save_now or found:
                     report.refresh()
-                if this.asked and step + 1 < steps:
+                if stopping:
                     saver.finish()
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
                     report.write("by a signal; the same command goes on from here")

@@ -243,7 +243,9 @@ def build_model(
     if layers == "liger":
         use_liger(policy.model)
     policy.train()
-    checkpoint_layers(policy.model.layers, config.activation_checkpointing)
+    checkpoint_layers(
+        policy.model.layers, config.activation_checkpointing, adapters.rank if adapters is not None else None
+    )
     if layers == "compiled":
         compile_layers(policy.model.layers, budget=config.activation_budget)
     if world.mesh is not None:

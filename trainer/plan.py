@@ -126,7 +126,7 @@ def planned_step(config: Config, world_size: int) -> Step:
 def units(
     config: Config, model: Model, machine: Machine, compute: torch.dtype, sharded: bool
 ) -> tuple[Unit, Unit, Unit]:
-    """(a decoder layer, the head, the root with the rest), as trainer/model.py cuts them. A tied head's unit has the
+    """(a decoder layer, the head, the root with the rest), as trainer/parallel.py cuts them. A tied head's unit has the
     embedding, which is then not in the root."""
     c, adapters, world_size = compute.itemsize, model.adapters, machine.world_size
     linears = linear_shapes(model.shapes)

@@ -14,7 +14,7 @@ from medtrain.trainer.lora import linear_shapes
 from medtrain.trainer.optimizer import BLOCK
 from medtrain.trainer.precision import MULTIPLE
 
-MASTER = 4  # of a float32 weight or moment, and of what FSDP reduces (trainer/model.py)
+MASTER = 4  # of a float32 weight or moment, and of what FSDP reduces (trainer/parallel.py)
 
 # Of the update of one matrix, bytes an element. As written, operation by operation (the CPU): by the profiler. Compiled (CUDA):
 # by the profiler too, of the same functions compiled for the CPU, which keep nothing but 8-bit moments widened to float32.

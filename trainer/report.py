@@ -20,6 +20,7 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.data.ledger import describe
 from medtrain.trainer.errors import InputError, bad_input
 from medtrain.trainer.files import write_bytes
+from medtrain.trainer.heldout import ForgettingAlarm
 from medtrain.trainer.pair_stats import LikelihoodAlarm
 from medtrain.trainer.report_charts import line_chart, series, short
 from medtrain.trainer.report_exam import MODES, exam_sections
@@ -111,7 +112,9 @@ def _read(folder: RunFolder, stopped: str, evals: Sequence[str | Path]) -> Run:
             if step <= last:
                 outputs = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
                 exams[step] = {mode: [row for row in outputs if row["mode"] == mode] for mode in MODES}
-        finished = bool(rows) and last == manifest["steps"] and (folder.model.is_dir() or folder.adapter.is_dir())
+        finished = (
+            bool(rows) and last == manifest["steps"] and all(place.is_dir() for place in _results(folder, manifest))
+        )
         name = folder.root.resolve().name
         if finished:
             status = ("finished", True)
@@ -228,12 +231,24 @@ def _card(name: str, rows: list[dict], key: str, small: str, form: str) -> list[
     return [(name, before, form.format(found[-1][1]), f"{small}, {steps}")]
 
 
+def _results(folder: RunFolder, manifest: dict[str, Any]) -> list[Path]:
+    """What a run of these settings leaves at its end, as ``RunFolder.results`` says it of a config."""
+    lora = manifest["settings"]["lora"]
+    adapted = lora["rank"] > 0 or lora["path"] is not None
+    return [folder.adapter] * adapted + [folder.model] * (not adapted or lora["merge"])
+
+
 def _warnings(run: Run) -> list[str]:
     """The run's own alarms again, from its rows; outputs of the exam that were cut off; what the ledger notes."""
     found = []
     if run.manifest["stage"] == "rpo" and run.ledger:
         rpo = run.manifest["settings"]["rpo"]
         alarm = LikelihoodAlarm(list(run.ledger["sources"]), rpo["beta"], has_reference=rpo["loss"] != "simpo")
+    elif run.ledger:
+        alarm = ForgettingAlarm(list(run.ledger.get("heldout", {})))
+    else:
+        alarm = None
+    if alarm is not None:
         found += [line.removeprefix("warning: ") for row in run.rows for line in (alarm.watch(row) or "").splitlines()]
     for step in [*run.exams][-1:]:
         for mode, rows in run.exams[step].items():

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
-
+from medtrain.trainer.exam.intervals import bootstrap_interval
 from medtrain.trainer.report_charts import Series, line_chart, series
 from medtrain.trainer.report_page import charts, section, table
 
 MODES = {"answer": "answer only", "explain": "with explanation"}
-_NUM_RESAMPLES = 1000
 _NUM_SAMPLES = 6
 
 # Rows of outputs (medtrain.trainer.exam.during) by step, then by mode; and (name, exam.json) of whole examinations.
@@ -36,14 +34,10 @@ def exam_sections(exams: Exams, evals: Evals) -> list[str]:
 def points_interval(rows: Sequence[dict], against: Sequence[dict] | None = None) -> tuple[float, float]:
     """95 % bootstrap interval over questions of the share of points, or with ``against`` (the same questions) of the
     difference to it. The same rows give the same interval."""
-    points = np.array([row["points"] for row in rows], dtype=float)
-    gained = np.array([float(row["correct"]) for row in rows]) * points
-    if against is not None:
-        gained -= np.array([float(row["correct"]) for row in against]) * points
-    draws = np.random.default_rng(0).integers(len(points), size=(_NUM_RESAMPLES, len(points)))
-    totals = points[draws].sum(axis=1)
-    low, high = np.quantile(gained[draws].sum(axis=1) / np.maximum(totals, 1e-9), [0.025, 0.975])
-    return float(low), float(high)
+    others = [False] * len(rows) if against is None else [row["correct"] for row in against]
+    points = [row["points"] for row in rows]
+    gained = [(row["correct"] - other) * row["points"] for row, other in zip(rows, others, strict=True)]
+    return bootstrap_interval(gained, points)
 
 
 def _share(rows: Sequence[dict]) -> float:

@@ -119,7 +119,11 @@ class RunFolder:
         write_json(self.manifest, content)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop metrics of steps after ``step``: they will be computed again. A last line cut short by a kill goes too."""
+        """Drop metrics and exams of steps after ``step``: they will be computed again, perhaps by other kernels or ranks. A last
+        line cut short by a kill goes too."""
+        for outputs in (self.root / "exam").glob("step-*.jsonl"):
+            if outputs > self.exam(step):
+                outputs.unlink()
         if not self.metrics.is_file():
             return
         kept = []

@@ -287,6 +287,7 @@ def run_pairs(
         "model": model_digest(model), "questions": file_digest(questions), "mapping": file_digest(mapping),
         "demonstrations": file_digest(demonstrations), "style": asdict(style), "engine": engine, "dtype": dtype,
         "num_paths": num_paths, "temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens,
+        "batch_tokens": batch_tokens if engine == "hf" else None,  # its batches have random numbers of their own
     }  # fmt: skip
     tokenizer = read_tokenizer(Path(model))
     prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
