@@ -192,7 +192,9 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     def micro_batches(step: int) -> None:
         batches, n = objective.micro_batches(step, world)
         seen[:] = [batches[-1], len(batches)]
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if world.replicas > 1:
+                policy.set_requires_all_reduce(i == len(batches) - 1)
             with record_function("plan: forward"):
                 loss, _ = objective.loss(policy, batch, n)
             with record_function("plan: backward"):

@@ -273,7 +273,14 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
     all_gradients = num_layers * layer.gradient + head.gradient + root.gradient
     # AdamW: two moments a trained weight, made in the first step.
     optimizer = num_layers * layer.moments + head.moments + root.moments
-    gradients_so_far = all_gradients if step.accumulates else 0
+    # Between copies they are added up once a step: until then float32 sums stand in their place (FSDPParamGroup.
+    # _partial_reduce_output), whatever the weights are kept in.
+    summed = sum(n * unit.trained // num_shards * MASTER for n, unit in ((num_layers, layer), (1, head), (1, root)))
+    added_up = max(all_gradients, summed) if config.parallel.replicate > 1 else all_gradients
+    rounded = (
+        added_up > all_gradients
+    )  # the sums stay to the backward's end (AllReduceState) beside what is rounded of them
+    gradients_so_far = added_up if step.accumulates else 0
 
     def buffers(unit: Unit) -> tuple[int, int, int]:
         """(its all-gather's flat buffer, its reduce-scatter's input, that one's output): torch's _fsdp_collectives.py. On one
@@ -359,19 +366,12 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
         ))  # fmt: skip
     # A layer's backward: it is whole, the next one's buffer gathered ahead, the reduce-scatter's input of the one before kept
     # until its own post-backward. The last layer meets all activations and the head's reduction, the first one all gradients.
-    # Between copies FSDP2 reduces a shard of the gradients in place and keeps it to the backward's end (AllReduceState); where it
-    # is the gradient itself that takes nothing.
-    added_to = config.parallel.replicate > 1 and step.accumulates
     for name, before, reduce_before, done in (
         ("last", num_layers - 1, 0 if tied else head_reduce, 0 if tied else head.gradient),
         ("first", 0, layer_reduce, all_gradients - root.gradient - layer.gradient),
     ):
-        gradients = all_gradients if step.accumulates else done
-        held_back = done if added_to else 0
-        common = {
-            "gathered_weights": root_whole + tied_whole + layers_whole(before),
-            "reduce_buffers": reduce_before + held_back,
-        }
+        gradients = added_up + (done if rounded else 0) if step.accumulates else done
+        common = {"gathered_weights": root_whole + tied_whole + layers_whole(before), "reduce_buffers": reduce_before}
         if tied:
             common["gradients_of_a_unit"] = of_unit(head)
         fresh = before * kept_a_layer + (t * hidden * c if checkpointed else 0) + small
@@ -390,22 +390,26 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
         found.append(moment(
             f"backward, {name} layer's reduction", gradients,
             gathered_weights=root_whole + tied_whole + layers_whole(before, 0), activations=fresh,
-            reduce_buffers=layer_reduce + layer_out + held_back,
+            reduce_buffers=layer_reduce + layer_out,
             gradients_of_a_unit=common.get("gradients_of_a_unit", 0) + of_unit(layer),
         ))  # fmt: skip
     # The embedding's gradient is dense, and comes when all others are there.
-    gradients = all_gradients if step.accumulates or not sharded else all_gradients - root.gradient
+    others = all_gradients - (root.gradient if sharded else 0)
+    if step.accumulates:
+        gradients = added_up + (others if rounded else 0)
+    else:
+        gradients = others
     last, last_reduce, last_out = (head, head_reduce, head_out) if tied else (root, root_reduce, root_out)
     if last.trained:
         twice = 2 if tied else 1  # of the head and of the embedding, before they are added
         found.append(moment(
             "backward, embedding", gradients, gathered_weights=root_whole + tied_whole,
-            reduce_buffers=layer_reduce + (all_gradients - last.gradient if added_to else 0),
+            reduce_buffers=layer_reduce,
             gradients_of_a_unit=twice * of_unit(last), activations=small,
         ))  # fmt: skip
         found.append(moment(
             "backward, embedding's reduction", gradients, gathered_weights=0,
-            reduce_buffers=last_reduce + last_out + (all_gradients - last.gradient if added_to else 0),
+            reduce_buffers=last_reduce + last_out,
             gradients_of_a_unit=of_unit(last), activations=small,
         ))  # fmt: skip
     found.append(moment("optimizer step", all_gradients, temporaries=max(layer.update, head.update, root.update)))

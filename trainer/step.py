@@ -66,7 +66,9 @@ def optimizer_step(
     sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
     attended = 0.0
     checked = guard.check(step, batches[0], say) if guard is not None else {}
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        if world.replicas > 1:  # copies add their gradients up once a step, not once a micro-batch
+            policy.set_requires_all_reduce(i == len(batches) - 1)
         loss, stats = objective.loss(policy, batch, n)
         # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
         (loss * world.size).backward()
