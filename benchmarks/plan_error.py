@@ -74,6 +74,11 @@ CASES: dict[str, Case] = {
     "CPT, few words, bf16, selective checkpointing": (2, "cpt", FEW_WORDS | BF16 | SELECTIVE),
     "CPT, bf16, two copies": (4, "cpt", BF16 | COPIES),
     "CPT, few words, wide layers, bf16, two copies, checkpointing": (8, "cpt", FEW_WORDS | WIDE | BF16 | COPIES | FULL),
+    "CPT, few words, wide layers, bf16 weights, two copies, checkpointing": (
+        8,
+        "cpt",
+        FEW_WORDS | WIDE | BF16 | COPIES | FULL | SMALL_WEIGHTS,
+    ),
     "CPT, few words, wide layers, bf16, layers kept whole": (4, "cpt", FEW_WORDS | WIDE | BF16 | WHOLE | FULL),
     "CPT, few words, wide layers, bf16, 2 layers ahead": (
         4,
