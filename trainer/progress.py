@@ -86,8 +86,8 @@ def evaluation_lines(row: dict[str, Any]) -> list[str]:
         answer, explain = (row[f"exam/{mode}/points_ratio"] for mode in ("answer", "explain"))
         lines.append(
             f"exam at step {row['step']}: answer {answer:.3f}  explain {explain:.3f}  gap {row['exam/explanation_gap']:+.3f}"
-            f"  ({row['exam/explain/truncated']} explanations cut off, {row['exam/explain/parse_failures']} without an answer, "
-            f"{duration(row['exam/seconds'])})"
+            f"  (cut off {row['exam/answer/truncated']} and {row['exam/explain/truncated']}, unread "
+            f"{row['exam/answer/parse_failures']} and {row['exam/explain/parse_failures']}, {duration(row['exam/seconds'])})"
         )
     return lines
 

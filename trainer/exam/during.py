@@ -143,7 +143,7 @@ def _sit(model: _CausalLM, tokenizer, exam: Exam, mode: str, world: World) -> li
         )  # fmt: skip
         made += zip(mine, rows, strict=False)
     by_question = dict(one for of_rank in world.gather(made) for one in of_rank)
-    kept = ("output", "parsed", "correct", "read_from", "failure", "truncated")
+    kept = ("prompt", "output", "parsed", "correct", "read_from", "failure", "truncated")
     return [
         {"problem_id": question.problem_id, "mode": mode, "question": exam.style.render_question(question),
          "key": list(question.answer), "points": question.points} | {name: by_question[i][name] for name in kept}
