@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from medtrain.benchmarks.report import form_number, judge
-from medtrain.benchmarks.train_tables import TOLERANCE, about, name_of
+from medtrain.benchmarks.train_tables import TOLERANCE, about, cells_of_a_step, name_of
 
 __all__ = ["COLUMNS", "CPU_NOTE", "LEGEND", "about", "missing", "tables", "verdicts"]
 
@@ -75,19 +75,10 @@ def _loss_difference(rows: list[dict]) -> float:
 
 
 def _line(row: dict, unit: float | None) -> tuple[str, ...]:
-    extra, losses = row["step_extra_bytes"], row["losses"]
     return (
         name_of(row),
         row["precision"],
         form_number(row["tokens_per_second"], ",.0f"),
         form_number(unit and row["tokens_per_second"] / unit, ".2f"),
-        form_number(row["ms_median"], ".1f"),
-        form_number(row["ms_spread"], ".1f"),
-        form_number(row["useful_token_share"], ".1%"),
-        form_number(row["mfu"], ".1%"),
-        form_number(row["max_memory_gib"], ".2f"),
-        form_number(None if extra is None else extra / 1e6, ".1f"),
-        f"{losses[0]:.5f}",
-        f"{losses[-1]:.5f}",
-        form_number(row["loss_difference"], ".1e"),
+        *cells_of_a_step(row),
     )

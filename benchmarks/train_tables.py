@@ -114,12 +114,19 @@ def _not_measured(rows: list[dict], impl: str) -> str:
 
 
 def _line(row: dict, unit: float | None) -> tuple[str, ...]:
-    extra, losses = row["step_extra_bytes"], row["losses"]
     return (
         name_of(row),
         form_number(row["pairs_per_second"], ".2f"),
         form_number(unit and row["pairs_per_second"] / unit, ".2f"),
         form_number(row["tokens_per_second"], ",.0f"),
+        *cells_of_a_step(row),
+    )
+
+
+def cells_of_a_step(row: dict) -> tuple[str, ...]:
+    """What both stages say last of a row: milliseconds, useful share, mfu, memory and losses."""
+    extra, losses = row["step_extra_bytes"], row["losses"]
+    return (
         form_number(row["ms_median"], ".1f"),
         form_number(row["ms_spread"], ".1f"),
         form_number(row["useful_token_share"], ".1%"),

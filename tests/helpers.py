@@ -154,6 +154,19 @@ def _killed(stage, tree, out, at_step) -> None:
     run(stage, tree, out)
 
 
+def stopped_after(step, stage, tree, out) -> None:
+    """Run until the row of ``step`` is written, and ask it to stop as a scheduler does."""
+    write = RunFolder.append_metrics
+
+    def asking(self, row):
+        write(self, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    RunFolder.append_metrics = asking
+    assert run(stage, tree, out).interrupted
+
+
 def kill_in_a_child(stage, tree, out, at_step) -> None:
     """Run in a child that dies of SIGKILL once the row of ``at_step`` is written."""
     killed_in_a_child(_killed, stage, tree, out, at_step)

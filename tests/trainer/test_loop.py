@@ -2,16 +2,14 @@
 
 import json
 import os
-import signal
 
 import pytest
 import torch
-from helpers import assert_same_curve, kill_in_a_child, read_metrics, run, run_on_ranks, without_timing
+from helpers import assert_same_curve, kill_in_a_child, read_metrics, run, run_on_ranks, stopped_after, without_timing
 from transformers import AutoModelForCausalLM
 
 from medtrain.trainer import step
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.run_folder import RunFolder
 from medtrain.trainer.tokenizer import read_tokenizer
 
 
@@ -91,18 +89,7 @@ def test_saved_on_two_ranks_it_goes_on_alone_with_the_same_samples(stage, reques
     tree["checkpoint"] = {"every": 3}
     run(stage, tree, tmp_path / "whole")
 
-    def stop_after(step):
-        write = RunFolder.append_metrics
-
-        def asking(self, row):
-            write(self, row)
-            if row["step"] == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        RunFolder.append_metrics = asking
-        assert run(stage, tree, tmp_path / "moved").interrupted
-
-    run_on_ranks(2, tmp_path, stop_after, 2)
+    run_on_ranks(2, tmp_path, stopped_after, 2, stage, tree, tmp_path / "moved")
     assert not (tmp_path / "moved" / "model").exists()
     run(stage, tree, tmp_path / "moved")
     assert_same_curve(tmp_path / "whole", tmp_path / "moved")

@@ -1,12 +1,10 @@
 """Copies of the sharded model, weights kept whole and gathers ahead: the same curve and files, and each does what it says."""
 
 import copy
-import os
-import signal
 
 import pytest
 import torch
-from helpers import SIZES, assert_same_curve, documents, read_metrics, run, run_on_ranks, without_timing
+from helpers import SIZES, assert_same_curve, documents, read_metrics, run, run_on_ranks, stopped_after, without_timing
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +14,6 @@ from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import join_world
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.model import build_model, load_model_config, load_tokenizer
-from medtrain.trainer.run_folder import RunFolder
 from medtrain.trainer.weights import init_weights
 
 WIDE = SIZES | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -78,27 +75,15 @@ def test_copies_train_whatever_else_is_trained(changes, tolerance, cpt_tree, tmp
         assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
 
 
-def _stopped_after(step, tree, out):
-    write = RunFolder.append_metrics
-
-    def asking(self, row):
-        write(self, row)
-        if row["step"] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    RunFolder.append_metrics = asking
-    assert run("cpt", tree, out).interrupted
-
-
 @pytest.mark.parametrize("state", ["fp32", "8bit"])
 def test_a_run_moves_between_copies_shards_and_one_process(state, cpt_tree, tmp_path):
     cpt_tree["model"]["init"] = dict(WIDE)
     cpt_tree["optim"] |= {"lr": 2e-3, "steps": 8, "state": state}
     run("cpt", cpt_tree, tmp_path / "whole")
     copies = copy.deepcopy(cpt_tree) | {"parallel": {"replicate": 2}}
-    run_on_ranks(4, tmp_path, _stopped_after, 2, copies, tmp_path / "moved")
-    run_on_ranks(2, tmp_path, _stopped_after, 4, cpt_tree, tmp_path / "moved")
-    run_on_ranks(4, tmp_path, _stopped_after, 6, copies, tmp_path / "moved")
+    run_on_ranks(4, tmp_path, stopped_after, 2, "cpt", copies, tmp_path / "moved")
+    run_on_ranks(2, tmp_path, stopped_after, 4, "cpt", cpt_tree, tmp_path / "moved")
+    run_on_ranks(4, tmp_path, stopped_after, 6, "cpt", copies, tmp_path / "moved")
     run("cpt", cpt_tree, tmp_path / "moved")
     assert_same_curve(tmp_path / "whole", tmp_path / "moved", tolerance=1e-5 if state == "fp32" else 1e-4)
 
