@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -50,10 +49,6 @@ def _fail(line: str) -> NoReturn:
     if _is_main():  # under torchrun every rank comes here with the same line
         click.echo(f"medtrain: {line}", err=True)
     sys.exit(2)
-
-
-def _print_json(result: dict) -> None:
-    click.echo(json.dumps(result, ensure_ascii=False, indent=2))
 
 
 CONFIG = click.argument("config", type=click.Path())
@@ -197,7 +192,7 @@ def plan(
         mfu=mfu, peak_tflops=peak_tflops,
     )  # fmt: skip
     if as_json:
-        _print_json(result)
+        exam.print_json(result)
     else:
         click.echo(as_text(result))
     if not result["fits"]:

@@ -12,7 +12,7 @@ MAPPING = click.option(
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def _print_json(result: dict) -> None:
+def print_json(result: dict) -> None:
     click.echo(json.dumps(result, ensure_ascii=False, indent=2))
 
 
@@ -38,7 +38,7 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
     style = load_style(settings.pop("prompt"), chat=settings.pop("chat"))
     summary = run_pairs(**settings, style=style, echo=_say)
     del summary["settings"]  # in the file
-    _print_json(summary)
+    print_json(summary)
 
 
 @click.command("eval")
@@ -80,7 +80,7 @@ def evaluate(as_json: bool, **options) -> None:
 
     result = run_eval(**options, echo=_say)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         click.echo(as_text(result))
 
@@ -96,7 +96,7 @@ def score(exam: str, predictions: str, details: str | None, mapping: str | None)
     """Score predictions by the official rule; prints JSON."""
     from medtrain.trainer.exam.scoring import run_score
 
-    _print_json(run_score(exam, predictions, details, mapping))
+    print_json(run_score(exam, predictions, details, mapping))
 
 
 @click.command()
@@ -113,6 +113,6 @@ def compare(a: str, b: str, as_json: bool) -> None:
 
     result = compare_sittings(a, b)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         click.echo(as_text(result))
