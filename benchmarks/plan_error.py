@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerFast
 from medtrain.trainer.attention import packed_layout
 from medtrain.trainer.config import Config, config_from_dict
 from medtrain.trainer.distributed import World, join_world, local_tensor, unwrapped
-from medtrain.trainer.loop import prepare
 from medtrain.trainer.lora import fill_adapters
 from medtrain.trainer.model import build_model
 from medtrain.trainer.optimizer import make_optimizer
 from medtrain.trainer.plan import Machine, Step, moments, read_model
+from medtrain.trainer.prepare import prepare
 from medtrain.trainer.processes import clean_context
 from medtrain.trainer.progress import Display
 from medtrain.trainer.run_folder import commit, device_name, versions

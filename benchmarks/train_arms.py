@@ -100,7 +100,7 @@ def steps_to_run(device: torch.device, steps: int) -> int:
 def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.device) -> Measured:
     """Our step, as the training loop takes it."""
     from medtrain.trainer.distributed import join_world
-    from medtrain.trainer.loop import prepare, start
+    from medtrain.trainer.prepare import prepare, start
     from medtrain.trainer.progress import Display
     from medtrain.trainer.schedule import lr_factor
     from medtrain.trainer.step import optimizer_step

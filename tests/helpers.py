@@ -58,7 +58,12 @@ SIZES = {
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    """One row a step: what was trained and what was evaluated then."""
+    steps: dict[int, dict] = {}
+    for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        steps[row["step"]] = steps.get(row["step"], {}) | row
+    return list(steps.values())
 
 
 # What depends on speed and on how a step is packed.

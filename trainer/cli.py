@@ -154,7 +154,7 @@ def report(run: str, evals: tuple[str, ...]) -> None:
 def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     """Read and check settings, tokenizer, weights and data; train nothing, write nothing but the token cache."""
     from medtrain.trainer.config import load_config
-    from medtrain.trainer.loop import check as check_config
+    from medtrain.trainer.prepare import check as check_config
 
     summary = check_config(load_config(None, config, overrides), samples)
     if _is_main():

@@ -1,13 +1,12 @@
 """The one training loop, for both stages, alone and on many ranks.
 
-Reads from top to bottom as a run does: settings -> data and tokenizer (every mistake of the user's shows here, before
-anything is written) -> run folder -> model, weights -> last checkpoint, if any -> steps -> export. Each step is a pure
-function of (weights, optimizer state, step number), so a run started again goes on as if it had never stopped.
+Reads from top to bottom as a run does: what was read and checked (``prepare.py``) -> run folder -> model, weights -> last
+checkpoint, if any -> steps -> export. Each step is a pure function of (weights, optimizer state, step number), so a run
+started again goes on as if it had never stopped.
 """
 
 from __future__ import annotations
 
-import math
 import resource
 import signal
 import sys
@@ -17,72 +16,37 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
-from medtrain.kernels.logps import reset_clamped_rows, select_path
-from medtrain.trainer.attention import select_backend
 from medtrain.trainer.checkpoint import Saver, load_checkpoint
 from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.exam.during import Exam, read_exam, sit_exam
+from medtrain.trainer.exam.during import sit_exam
 from medtrain.trainer.export import export_dtype
 from medtrain.trainer.files import write_json
-from medtrain.trainer.liger import select_layers
-from medtrain.trainer.lora import Adapters, adapter_digest, export_adapters, fill_adapters, plan_adapters, start_digest
-from medtrain.trainer.model import (
-    PolicyModel,
-    build_model,
-    load_model_config,
-    load_tokenizer,
-    num_parameters,
-    parameter_shapes,
-)
-from medtrain.trainer.objectives import Cpt, Objective, Rpo
-from medtrain.trainer.optimizer import check_state, make_optimizer
-from medtrain.trainer.precision import Fp8, plan_fp8
+from medtrain.trainer.lora import export_adapters
+from medtrain.trainer.model import num_parameters
+from medtrain.trainer.prepare import Prepared, compute_dtype_of, prepare, quiet_libraries, start
 from medtrain.trainer.progress import Display, evaluation_lines, summary
-from medtrain.trainer.proof import describe, prove
 from medtrain.trainer.report import LiveReport
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
-from medtrain.trainer.samples import decoded_samples
 from medtrain.trainer.schedule import lr_factor
 from medtrain.trainer.step import FlopsPerToken, optimizer_step, peak_flops
-from medtrain.trainer.weights import Checkpoint, digest_of_init, export_model, init_weights, load_weights
-
-if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
-    from medtrain.trainer.fp8 import Guard
+from medtrain.trainer.weights import export_model
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``model_dir``: the exported HF folder (``lora.merge`` false: the PEFT folder); ``metrics``: the last row of
-    metrics.jsonl; ``interrupted``: stopped by a signal after saving, with no export."""
+    """``model_dir``: the exported HF folder (``lora.merge`` false: the PEFT folder); ``metrics``: what
+    metrics.jsonl holds of the last step; ``interrupted``: stopped by a signal after saving, with no export."""
 
     run_dir: Path
     model_dir: Path
     metrics: dict[str, Any]
     interrupted: bool = False
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything read and checked, nothing yet written."""
-
-    tokenizer: Any
-    hf_config: Any
-    shapes: dict[str, tuple[int, ...]]
-    checkpoint: Checkpoint | None
-    adapters: Adapters | None
-    objective: Objective
-    exam: Exam | None
-    steps: int
-    compute_dtype: torch.dtype
-    fp8: Fp8 | None
-    paths: dict[str, str]
 
 
 def train(config: Config, *, quiet: bool = False) -> TrainResult:
@@ -92,71 +56,13 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         InputError: a mistake of the user's, found before the run folder is touched.
         RuntimeError: a loss or gradient that is not finite, a reference that does not match.
     """
-    _quiet_libraries()
-    compute_dtype = _compute_dtype(config)
+    quiet_libraries()
+    compute_dtype = compute_dtype_of(config)
     needs_group = compute_dtype != torch.float32 or config.precision.fp8_all_gather
     with join_world(needs_group=needs_group, replicate=config.parallel.replicate) as world:
         display = Display(enabled=world.is_main and not quiet)
         prepared = prepare(config, world, display)
         return _run(config, prepared, world, display)
-
-
-def prepare(config: Config, world: World, display: Display, *, verify: bool = False) -> Prepared:
-    """Read and check settings, tokenizer, weights' headers and data; writes nothing but the token cache. ``verify``: all
-    of the raw input and of the token cache is read, also where sizes and times say that nothing has changed."""
-    for name in config.unused():
-        display.say(f"note: {name} has no effect here")
-    if world.size == 1:
-        for name in sorted(config.given & {"parallel.reshard_after_forward", "parallel.prefetch"}):
-            display.say(f"note: {name} has no effect on one rank")
-    compute_dtype = _compute_dtype(config)
-    tokenizer = load_tokenizer(config.model)
-    hf_config = load_model_config(config.model, tokenizer)
-    shapes = parameter_shapes(hf_config)
-    checkpoint = Checkpoint(config.model.path) if config.model.path is not None else None
-    if checkpoint is not None:
-        checkpoint.check(shapes, tied=hf_config.tie_word_embeddings)
-    adapters = plan_adapters(config.lora, shapes)
-    fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)
-    check_state(config.optim.state, shapes)
-    if config.precision.weights == "bf16" and compute_dtype != torch.bfloat16:
-        raise bad_input("weights in bfloat16 are computed with as they are", field="precision.weights", found="bf16",
-                        expected="precision.compute=bfloat16")  # fmt: skip
-    limit = hf_config.max_position_embeddings
-    name = "seq_len" if config.stage == "cpt" else "max_length"
-    if getattr(config.data, name) > limit:
-        raise bad_input("longer than the model's positions", field=f"data.{name}", found=getattr(config.data, name),
-                        expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
-    exam = world.from_main(lambda: read_exam(config, tokenizer, hf_config))
-    if config.stage == "cpt":
-        objective: Objective = Cpt(config, tokenizer, world, display.say, verify=verify)
-    else:
-        objective = Rpo(config, tokenizer, world, display.say)
-    if exam is not None:
-        objective.digests["data.exam"] = exam.digest
-    if checkpoint is not None:
-        digest = world.from_main(checkpoint.digest)
-    else:
-        digest = digest_of_init(config.model.init | {"vocab_size": hf_config.vocab_size}, config.run.seed)
-    objective.digests |= {"weights": digest, "precision": str(compute_dtype).removeprefix("torch.")}
-    trained = world.from_main(lambda: adapter_digest(adapters))
-    if trained is not None:
-        objective.digests["lora.path"] = trained
-    objective.start_digest = start_digest(digest, adapters, trained)
-    steps = config.optim.steps
-    if steps is None:
-        steps = max(1, math.ceil(config.optim.epochs * objective.epoch_size / objective.step_size))
-    if config.optim.warmup_steps >= steps:
-        raise bad_input("no step is left after the warm-up", field="optim.warmup_steps",
-                        found=config.optim.warmup_steps, expected=f"below the {steps} steps")  # fmt: skip
-    paths = {
-        "attention": select_backend(world.device, compute_dtype, config.model.compile),
-        "layers": select_layers(config.model, hf_config, world.device),
-        "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
-        "compute": str(compute_dtype).removeprefix("torch."),
-    }
-    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, exam, steps, compute_dtype, fp8,
-                    paths)  # fmt: skip
 
 
 def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
@@ -172,7 +78,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if complete:
         if world.is_main:
             display.say(summary(folder, config, 0, 0.0))
-        return TrainResult(folder.root, folder.results(config)[-1], folder.rows()[-1])
+        return TrainResult(folder.root, folder.results(config)[-1], folder.last_row())
     if world.is_main:
         _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
     _check_shared(folder, world)
@@ -208,6 +114,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     board = _Tensorboard(folder, done) if world.is_main else None
     for earlier in folder.rows() if world.is_main and last is not None else ():
         objective.watch(earlier)
+    report = LiveReport(folder.root, display.say, enabled=world.is_main)
 
     def record(row: dict[str, Any]) -> None:
         if world.is_main:
@@ -216,8 +123,8 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             if warning := objective.watch(row):
                 display.say(warning)
 
-    def evaluate(step: int) -> dict[str, Any]:
-        """What is due at this step of the held-out numbers and the exam."""
+    def evaluate(step: int) -> None:
+        """Compute and record what is due at this step of the held-out numbers and the exam."""
 
         def due(every: int) -> bool:
             return step in (0, steps) or bool(every and step % every == 0)
@@ -230,19 +137,16 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 found |= sit_exam(
                     policy, prepared.tokenizer, prepared.exam, world, folder.exam(step), config.model.path
                 )
-        return found
+        if found:
+            row = {"step": step} | found
+            record(row)
+            for line in evaluation_lines(row):
+                display.say(line)
+            report.refresh()
 
-    def tell(row: dict[str, Any]) -> None:
-        for line in evaluation_lines(row):
-            display.say(line)
-
-    report = LiveReport(folder.root, display.say, enabled=world.is_main)
-    row: dict[str, Any] = {}
-    if done == 0 and (found := evaluate(0)):
-        row = {"step": 0} | found
-        record(row)
-        tell(row)
-        report.refresh()
+    # Also where the run was stopped after a checkpoint and before what was due then.
+    if not world.from_main(lambda: folder.evaluated(done)):
+        evaluate(done)
 
     flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
@@ -270,27 +174,24 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                        "mfu": work / seconds / (peak * world.size) if peak else None,
                        "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
                 stopping = this.asked and step + 1 < steps
-                # Whoever sends the signal kills soon: an exam must not stand before the checkpoint.
-                found = {} if stopping else evaluate(step + 1)
-                row |= found
                 save_now = this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps
                 if save_now:
                     row["checkpoint_seconds"] = saver.begin(step + 1, policy, optimizer, state)
                 record(row)
                 spent += seconds
                 display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
-                tell(row)
                 if save_now:
                     if world.is_main:
                         folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
                     saver.commit()
-                if save_now or found:
                     report.refresh()
                 if stopping:
                     saver.finish()
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
                     report.write("by a signal; the same command goes on from here")
-                    return TrainResult(folder.root, folder.results(config)[-1], row, interrupted=True)
+                    return TrainResult(folder.root, folder.results(config)[-1], folder.last_row(), interrupted=True)
+                # After the checkpoint, which an exam that fails must not take with it.
+                evaluate(step + 1)
         saver.finish()
     except RuntimeError as error:
         report.write(str(error))
@@ -312,82 +213,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     report.write()
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))
-    return TrainResult(folder.root, folder.results(config)[-1], row or folder.rows()[-1])
-
-
-def start(
-    config: Config, prepared: Prepared, world: World, reference: Path, display: Display, *, prove_it: bool
-) -> tuple[PolicyModel, torch.optim.Optimizer, Guard | None, dict | None]:
-    """The policy with its starting weights, what its objective must know of them (kept under ``reference``), the
-    optimizer, the guard of an FP8 run, and the proof of what was loaded where there is one: what stands before step 0."""
-    torch.manual_seed(config.run.seed)
-    reset_clamped_rows()
-    torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
-    policy = build_model(
-        config.model,
-        prepared.hf_config,
-        world,
-        prepared.compute_dtype,
-        backend=prepared.paths["attention"],
-        layers=prepared.paths["layers"],
-        adapters=prepared.adapters,
-        fp8=prepared.fp8,
-        weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
-        parallel=config.parallel,
-    )
-    if prepared.checkpoint is not None:
-        load_weights(policy, prepared.checkpoint)
-    else:
-        init_weights(policy, config.run.seed)
-    if prepared.adapters is not None:
-        fill_adapters(policy, prepared.adapters, config.run.seed)
-    guard = None
-    if prepared.fp8 is not None:
-        from medtrain.trainer.fp8 import Guard  # torchao, for those who ask for it
-
-        guard = Guard(config.precision, policy, world)
-    proof = None
-    with guard.without_fp8() if guard is not None else nullcontext():  # the reference is of the model that is exported
-        if prove_it and prepared.checkpoint is not None and config.model.proof != "none":
-            proof = prove(policy, prepared.checkpoint, prepared.adapters, world, forward=config.model.proof == "auto")
-            display.say(describe(proof))
-        prepared.objective.prepare(policy, world, reference, display.say)
-    return policy, make_optimizer(policy, config), guard, proof
-
-
-def check(config: Config, samples: int = 0) -> str:
-    """Everything a run does before its folder is touched; returns a summary to print, and the run's first ``samples``
-    windows or pairs, decoded.
-
-    Raises:
-        InputError: whatever ``train`` would raise.
-    """
-    _quiet_libraries()
-    # Copies of the model are left out: what many ranks will train is often checked on one.
-    with join_world() as world:
-        prepared = prepare(config, world, Display(enabled=world.is_main), verify=True)
-        RunFolder(config.run.out).check(config.settings(), prepared.objective.digests)
-        hf_config = prepared.hf_config
-        total, _ = num_parameters(prepared.shapes)
-        ledger = prepared.objective.ledger["total"]
-        lines = [
-            f"stage:  {config.stage}, {prepared.steps:,} steps",
-            f"model:  {hf_config.model_type}, {total / 1e6:,.1f} M parameters, vocabulary {hf_config.vocab_size:,}",
-            f"data:   {ledger['kept']['rows']:,} rows kept, {ledger['refused']['rows']:,} refused, "
-            f"{ledger['cut']['tokens']:,} tokens cut",
-            f"device: {world.size} x {device_name(world.device)}",
-            "paths:  " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items()),
-            "nothing is wrong",
-        ]
-        if prepared.fp8 is not None:
-            lines.insert(2, "fp8:    " + prepared.fp8.describe())
-        if prepared.adapters is not None:
-            lines.insert(2, "lora:   " + prepared.adapters.describe(total))
-        if prepared.exam is not None:
-            lines.insert(-1, prepared.exam.describe().replace("exam:", "exam:  "))
-        if samples:
-            lines += ["", decoded_samples(prepared.objective, prepared.tokenizer, samples)]
-        return "\n".join(lines)
+    return TrainResult(folder.root, folder.results(config)[-1], folder.last_row())
 
 
 def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World, step: int) -> None:
@@ -429,13 +255,6 @@ def _check_shared(folder: RunFolder, world: World) -> None:
     if blind:
         raise bad_input("not a folder that all nodes share", field="run.out", found=f"{blind} of {world.size} ranks do not "
                         f"see {folder.manifest}", expected="a shared file system")  # fmt: skip
-
-
-def _compute_dtype(config: Config) -> torch.dtype:
-    choice = config.precision.compute
-    if choice == "auto":
-        choice = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, choice)
 
 
 def _max_memory_gib(device: torch.device) -> float:
@@ -485,8 +304,3 @@ def _stop_signal() -> Iterator[_Stop]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _quiet_libraries() -> None:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

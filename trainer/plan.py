@@ -90,7 +90,7 @@ def read_model(config: Config, hf_config: PreTrainedConfig) -> Model:
 
 
 def compute_dtype(config: Config, device: str) -> torch.dtype:
-    """As loop._compute_dtype, for the device planned for rather than this one."""
+    """As prepare.compute_dtype_of, for the device planned for rather than this one."""
     choice = config.precision.compute
     if choice == "auto":
         choice = "bfloat16" if device == "cuda" else "float32"

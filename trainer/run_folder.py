@@ -138,8 +138,22 @@ class RunFolder:
         write_bytes(self.metrics, b"".join(kept))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl so far."""
+        """The rows of metrics.jsonl so far: one a step, and one after it where something was evaluated."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def last_row(self) -> dict[str, Any]:
+        """All that the rows hold of the last step."""
+        last: dict[str, Any] = {}
+        for row in self.rows():
+            last = last | row if last.get("step") == row["step"] else row
+        return last
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the rows hold held-out numbers or an exam of this step."""
+        if not self.metrics.is_file():
+            return False
+        found = (row for row in self.rows() if row["step"] == step)
+        return any(key.startswith(("heldout/", "exam/")) for row in found for key in row)
 
     def sync_metrics(self) -> None:
         """Let the rows so far reach the disk: a checkpoint is about to say that they are there."""

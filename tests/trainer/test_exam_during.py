@@ -5,7 +5,16 @@ import json
 
 import pytest
 import torch
-from helpers import TIMING, kill_in_a_child, read_metrics, run, run_on_ranks, without_timing, write_jsonl
+from helpers import (
+    TIMING,
+    kill_in_a_child,
+    read_metrics,
+    run,
+    run_on_ranks,
+    stopped_after,
+    without_timing,
+    write_jsonl,
+)
 
 from medtrain.trainer import loop
 from medtrain.trainer.errors import InputError
@@ -173,13 +182,44 @@ def test_a_resumed_run_sits_no_exam_twice(tree_of, tmp_path):
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "exam").iterdir()}
 
     before = written()
-    assert sorted(before) == [f"step-{step:08d}.jsonl" for step in range(4)]
+    assert sorted(before) == [f"step-{step:08d}.jsonl" for step in range(3)]
     run("rpo", tree, tmp_path / "killed")
     after = written()
-    # Step 3 was trained again from the checkpoint of step 2, and its exam is of the weights that came of that.
-    assert len(after) == 5 and {name for name in before if after[name] == before[name]} == set(sorted(before)[:3])
+    assert len(after) == 5 and {name: after[name] for name in before} == before
     whole, killed = (without_timing(read_metrics(tmp_path / f)) for f in ("whole", "killed"))
     assert whole == killed
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_an_exam_that_fails_leaves_the_checkpoint_of_its_step(background, tree_of, tmp_path, monkeypatch):
+    tree = tree_of("rpo", checkpoint__every=2, checkpoint__async_save=background)
+    run("rpo", tree, tmp_path / "whole")
+    sit, sat = loop.sit_exam, []
+
+    def failing(*args):
+        sat.append(args)
+        if len(sat) == 2:  # after step 2, the first being before step 0
+            raise RuntimeError("out of memory")
+        return sit(*args)
+
+    monkeypatch.setattr(loop, "sit_exam", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("rpo", tree, tmp_path / "failed")
+    assert RunFolder(tmp_path / "failed").last_checkpoint()[0] == 2
+    run("rpo", tree, tmp_path / "failed")
+    assert len(sat) == 4  # that of step 2 once more, and the last
+    whole, failed = (without_timing(read_metrics(tmp_path / f)) for f in ("whole", "failed"))
+    assert whole == failed and "exam/explanation_gap" in failed[2]
+
+
+def test_an_exam_left_out_by_a_stop_is_sat_when_the_run_goes_on(tree_of, tmp_path):
+    tree = tree_of("cpt")
+    run("cpt", tree, tmp_path / "whole")
+    run_on_ranks(1, tmp_path, stopped_after, 1, "cpt", tree, tmp_path / "stopped")
+    assert not RunFolder(tmp_path / "stopped").exam(2).exists()
+    run("cpt", tree, tmp_path / "stopped")
+    whole, stopped = (without_timing(read_metrics(tmp_path / f)) for f in ("whole", "stopped"))
+    assert whole == stopped and "exam/explanation_gap" in stopped[2]
 
 
 def test_another_exam_is_another_run(tree_of, exam, tmp_path):

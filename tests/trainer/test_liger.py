@@ -10,9 +10,9 @@ from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.liger import select_layers
-from medtrain.trainer.loop import check
 from medtrain.trainer.lora import Adapters, fill_adapters
 from medtrain.trainer.model import build_model, load_model_config
+from medtrain.trainer.prepare import check
 from medtrain.trainer.weights import init_weights
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")

@@ -203,7 +203,7 @@ def test_settings_that_cannot_work_are_refused(changes, message, cpt_tree):
 
 
 def test_settings_without_effect_on_one_rank_are_told(cpt_tree, tmp_path, capsys):
-    from medtrain.trainer.loop import check
+    from medtrain.trainer.prepare import check
 
     cpt_tree["parallel"] = {"prefetch": 2, "reshard_after_forward": False}
     check(config_from_dict("cpt", cpt_tree))

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from medtrain.trainer.config import config_from_dict
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.export import export_run
-from medtrain.trainer.loop import check
 from medtrain.trainer.precision import load_torchao
+from medtrain.trainer.prepare import check
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 load_torchao("tests")

@@ -1,0 +1,205 @@
+"""What stands before the first step: settings, tokenizer, weights' headers and data, read and checked, then the model built.
+
+Every mistake of the user's shows in :func:`prepare`, before anything is written; :func:`check` is that alone.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from medtrain.kernels.logps import reset_clamped_rows, select_path
+from medtrain.trainer.attention import select_backend
+from medtrain.trainer.config import Config
+from medtrain.trainer.distributed import World, join_world
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.during import Exam, read_exam
+from medtrain.trainer.liger import select_layers
+from medtrain.trainer.lora import Adapters, adapter_digest, fill_adapters, plan_adapters, start_digest
+from medtrain.trainer.model import (
+    PolicyModel,
+    build_model,
+    load_model_config,
+    load_tokenizer,
+    num_parameters,
+    parameter_shapes,
+)
+from medtrain.trainer.objectives import Cpt, Objective, Rpo
+from medtrain.trainer.optimizer import check_state, make_optimizer
+from medtrain.trainer.precision import Fp8, plan_fp8
+from medtrain.trainer.progress import Display
+from medtrain.trainer.proof import describe, prove
+from medtrain.trainer.run_folder import RunFolder, device_name
+from medtrain.trainer.samples import decoded_samples
+from medtrain.trainer.weights import Checkpoint, digest_of_init, init_weights, load_weights
+
+if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
+    from medtrain.trainer.fp8 import Guard
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything read and checked, nothing yet written."""
+
+    tokenizer: Any
+    hf_config: Any
+    shapes: dict[str, tuple[int, ...]]
+    checkpoint: Checkpoint | None
+    adapters: Adapters | None
+    objective: Objective
+    exam: Exam | None
+    steps: int
+    compute_dtype: torch.dtype
+    fp8: Fp8 | None
+    paths: dict[str, str]
+
+
+def prepare(config: Config, world: World, display: Display, *, verify: bool = False) -> Prepared:
+    """Read and check settings, tokenizer, weights' headers and data; writes nothing but the token cache. ``verify``: all
+    of the raw input and of the token cache is read, also where sizes and times say that nothing has changed."""
+    for name in config.unused():
+        display.say(f"note: {name} has no effect here")
+    if world.size == 1:
+        for name in sorted(config.given & {"parallel.reshard_after_forward", "parallel.prefetch"}):
+            display.say(f"note: {name} has no effect on one rank")
+    compute_dtype = compute_dtype_of(config)
+    tokenizer = load_tokenizer(config.model)
+    hf_config = load_model_config(config.model, tokenizer)
+    shapes = parameter_shapes(hf_config)
+    checkpoint = Checkpoint(config.model.path) if config.model.path is not None else None
+    if checkpoint is not None:
+        checkpoint.check(shapes, tied=hf_config.tie_word_embeddings)
+    adapters = plan_adapters(config.lora, shapes)
+    fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)
+    check_state(config.optim.state, shapes)
+    if config.precision.weights == "bf16" and compute_dtype != torch.bfloat16:
+        raise bad_input("weights in bfloat16 are computed with as they are", field="precision.weights", found="bf16",
+                        expected="precision.compute=bfloat16")  # fmt: skip
+    limit = hf_config.max_position_embeddings
+    name = "seq_len" if config.stage == "cpt" else "max_length"
+    if getattr(config.data, name) > limit:
+        raise bad_input("longer than the model's positions", field=f"data.{name}", found=getattr(config.data, name),
+                        expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
+    exam = world.from_main(lambda: read_exam(config, tokenizer, hf_config))
+    if config.stage == "cpt":
+        objective: Objective = Cpt(config, tokenizer, world, display.say, verify=verify)
+    else:
+        objective = Rpo(config, tokenizer, world, display.say)
+    if exam is not None:
+        objective.digests["data.exam"] = exam.digest
+    if checkpoint is not None:
+        digest = world.from_main(checkpoint.digest)
+    else:
+        digest = digest_of_init(config.model.init | {"vocab_size": hf_config.vocab_size}, config.run.seed)
+    objective.digests |= {"weights": digest, "precision": str(compute_dtype).removeprefix("torch.")}
+    trained = world.from_main(lambda: adapter_digest(adapters))
+    if trained is not None:
+        objective.digests["lora.path"] = trained
+    objective.start_digest = start_digest(digest, adapters, trained)
+    steps = config.optim.steps
+    if steps is None:
+        steps = max(1, math.ceil(config.optim.epochs * objective.epoch_size / objective.step_size))
+    if config.optim.warmup_steps >= steps:
+        raise bad_input("no step is left after the warm-up", field="optim.warmup_steps",
+                        found=config.optim.warmup_steps, expected=f"below the {steps} steps")  # fmt: skip
+    paths = {
+        "attention": select_backend(world.device, compute_dtype, config.model.compile),
+        "layers": select_layers(config.model, hf_config, world.device),
+        "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
+        "compute": str(compute_dtype).removeprefix("torch."),
+    }
+    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, exam, steps, compute_dtype, fp8,
+                    paths)  # fmt: skip
+
+
+def start(
+    config: Config, prepared: Prepared, world: World, reference: Path, display: Display, *, prove_it: bool
+) -> tuple[PolicyModel, torch.optim.Optimizer, Guard | None, dict | None]:
+    """The policy with its starting weights, what its objective must know of them (kept under ``reference``), the
+    optimizer, the guard of an FP8 run, and the proof of what was loaded where there is one: what stands before step 0."""
+    torch.manual_seed(config.run.seed)
+    reset_clamped_rows()
+    torch.use_deterministic_algorithms(config.run.deterministic and world.device.type == "cuda")
+    policy = build_model(
+        config.model,
+        prepared.hf_config,
+        world,
+        prepared.compute_dtype,
+        backend=prepared.paths["attention"],
+        layers=prepared.paths["layers"],
+        adapters=prepared.adapters,
+        fp8=prepared.fp8,
+        weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
+        parallel=config.parallel,
+    )
+    if prepared.checkpoint is not None:
+        load_weights(policy, prepared.checkpoint)
+    else:
+        init_weights(policy, config.run.seed)
+    if prepared.adapters is not None:
+        fill_adapters(policy, prepared.adapters, config.run.seed)
+    guard = None
+    if prepared.fp8 is not None:
+        from medtrain.trainer.fp8 import Guard  # torchao, for those who ask for it
+
+        guard = Guard(config.precision, policy, world)
+    proof = None
+    with guard.without_fp8() if guard is not None else nullcontext():  # the reference is of the model that is exported
+        if prove_it and prepared.checkpoint is not None and config.model.proof != "none":
+            proof = prove(policy, prepared.checkpoint, prepared.adapters, world, forward=config.model.proof == "auto")
+            display.say(describe(proof))
+        prepared.objective.prepare(policy, world, reference, display.say)
+    return policy, make_optimizer(policy, config), guard, proof
+
+
+def check(config: Config, samples: int = 0) -> str:
+    """Everything a run does before its folder is touched; returns a summary to print, and the run's first ``samples``
+    windows or pairs, decoded.
+
+    Raises:
+        InputError: whatever ``train`` would raise.
+    """
+    quiet_libraries()
+    # Copies of the model are left out: what many ranks will train is often checked on one.
+    with join_world() as world:
+        prepared = prepare(config, world, Display(enabled=world.is_main), verify=True)
+        RunFolder(config.run.out).check(config.settings(), prepared.objective.digests)
+        hf_config = prepared.hf_config
+        total, _ = num_parameters(prepared.shapes)
+        ledger = prepared.objective.ledger["total"]
+        lines = [
+            f"stage:  {config.stage}, {prepared.steps:,} steps",
+            f"model:  {hf_config.model_type}, {total / 1e6:,.1f} M parameters, vocabulary {hf_config.vocab_size:,}",
+            f"data:   {ledger['kept']['rows']:,} rows kept, {ledger['refused']['rows']:,} refused, "
+            f"{ledger['cut']['tokens']:,} tokens cut",
+            f"device: {world.size} x {device_name(world.device)}",
+            "paths:  " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items()),
+            "nothing is wrong",
+        ]
+        if prepared.fp8 is not None:
+            lines.insert(2, "fp8:    " + prepared.fp8.describe())
+        if prepared.adapters is not None:
+            lines.insert(2, "lora:   " + prepared.adapters.describe(total))
+        if prepared.exam is not None:
+            lines.insert(-1, prepared.exam.describe().replace("exam:", "exam:  "))
+        if samples:
+            lines += ["", decoded_samples(prepared.objective, prepared.tokenizer, samples)]
+        return "\n".join(lines)
+
+
+def compute_dtype_of(config: Config) -> torch.dtype:
+    choice = config.precision.compute
+    if choice == "auto":
+        choice = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, choice)
+
+
+def quiet_libraries() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
