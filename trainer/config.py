@@ -140,6 +140,7 @@ class EvalConfig:
     exam_prompt: str | None = None  # a prompt style: a name of configs/prompts or a YAML file; default: Japanese, plain
     exam_chat: bool = False  # use the tokenizer's chat template
     exam_demonstrations: str | None = None  # worked examples for a few-shot prompt, JSON Lines
+    exam_mapping: str | None = None  # a YAML file that says which fields hold what, for an exam of an own form
 
 
 @dataclass(frozen=True)
@@ -247,12 +248,13 @@ FREE_SETTINGS = (
     "parallel.reshard_after_forward",
     "parallel.prefetch",
     "data.cache",
-    "data.exam",  # its content is compared, and so is that of the demonstrations
+    "data.exam",  # its content is compared, and so is that of demonstrations and mapping
     "data.workers",
     "data.share_prompts",
     "eval.every",
     "eval.exam_every",
     "eval.exam_demonstrations",
+    "eval.exam_mapping",
     "eval.exam_prompt",  # its content counts, not where it stands
     "checkpoint.every",
     "checkpoint.keep",

@@ -315,5 +315,5 @@ def test_where_no_pair_comes_about_the_paths_and_the_reasons_are_there_all_the_s
 
 
 def test_a_demonstration_that_is_asked_too_is_refused(tmp_path, exam, checkpoint):
-    with pytest.raises(InputError, match="row 1: a demonstration that is asked too"):
+    with pytest.raises(InputError, match="row 1: a demonstration that the exam asks"):
         run_pairs(checkpoint, exam, tmp_path / "p.jsonl", demonstrations=exam, **RUN)

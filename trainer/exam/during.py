@@ -28,7 +28,7 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
-from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.scoring import to_jsonl
 from medtrain.trainer.files import file_sha256, write_bytes
@@ -65,18 +65,11 @@ def read_exam(config: Config, tokenizer, hf_config) -> Exam | None:
     if config.data.exam is None:
         return None
     style = load_style(settings.exam_prompt, chat=settings.exam_chat)
-    everything = load_questions(config.data.exam)
+    everything = load_questions(config.data.exam, mapping=settings.exam_mapping)
     questions = [question for question in everything if question.text_only][: settings.exam_questions]
     if not questions:
         raise bad_input("no question without an image", file=config.data.exam, field="data.exam")
-    shots = []
-    if settings.exam_demonstrations is not None:
-        shots = load_questions(settings.exam_demonstrations, points_required=False)
-    asked = {question.problem_text for question in everything}
-    for row, shot in enumerate(shots, start=1):
-        if shot.problem_text in asked:
-            raise bad_input("a demonstration that the exam asks", file=settings.exam_demonstrations, row=row,
-                            found=shot.problem_id)  # fmt: skip
+    shots = read_demonstrations(settings.exam_demonstrations, everything, style)
     limits = {"answer": settings.exam_max_answer_tokens, "explain": settings.exam_max_new_tokens}
     widths = {}
     for mode in MODES:
@@ -89,7 +82,8 @@ def read_exam(config: Config, tokenizer, hf_config) -> Exam | None:
                                 expected=f"1 to {hf_config.max_position_embeddings} (max_position_embeddings)")  # fmt: skip
             widths[mode] = max(widths.get(mode, 0), width)
     about = [file_sha256(config.data.exam), asdict(style), limits, [q.problem_id for q in questions]]
-    about += [file_sha256(settings.exam_demonstrations)] if shots else []
+    for file in (settings.exam_demonstrations, settings.exam_mapping):
+        about += [file_sha256(file)] if file is not None else []
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     budget = config.optim.micro_batch_tokens
     return Exam(tuple(questions), tuple(shots), style, limits, widths, budget, digest)

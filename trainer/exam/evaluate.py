@@ -18,7 +18,7 @@ from medtrain.trainer.exam.choices import score_choices, summarize_choices
 from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
 from medtrain.trainer.exam.intervals import bootstrap_interval, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
-from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import claim, end_last_line, file_digest, model_digest, rows_of
 from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
@@ -146,13 +146,7 @@ def evaluate(
     questions = [q for q in everything if q.text_only or not text_only][:limit]
     if not questions:
         raise bad_input("no question is left to ask", file=exam_path, found=f"text_only {text_only}, limit {limit}")
-    shots = load_questions(demonstrations, points_required=False) if demonstrations is not None else []
-    texts = {question.problem_text for question in everything}
-    for row, shot in enumerate(shots, start=1):
-        if shot.problem_text in texts:
-            raise bad_input("a demonstration that the exam asks", file=demonstrations, row=row, found=shot.problem_id)
-        if "explain" in modes:
-            style.completion(shot, "explain")
+    shots = read_demonstrations(demonstrations, everything, style, modes)
     identity = {
         "model": model_digest(model_dir),
         "exam": file_digest(exam_path),

@@ -28,7 +28,7 @@ from medtrain.trainer.exam.paths import (
     sample_into,
     sample_paths,
 )
-from medtrain.trainer.exam.prompts import PromptStyle
+from medtrain.trainer.exam.prompts import PromptStyle, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import file_digest, model_digest
 from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
@@ -277,12 +277,7 @@ def run_pairs(
     asked = [question for question in everything if question.text_only]
     if not asked:
         raise bad_input("no question is left to ask: all need an image", file=questions)
-    shots = load_questions(demonstrations, points_required=False) if demonstrations is not None else []
-    texts = {question.problem_text for question in asked}
-    for row, shot in enumerate(shots, start=1):
-        if shot.problem_text in texts:
-            raise bad_input("a demonstration that is asked too", file=demonstrations, row=row, found=shot.problem_id)
-        style.completion(shot, "explain")
+    shots = read_demonstrations(demonstrations, everything, style, ("explain",))
     sampling = {
         "model": model_digest(model), "questions": file_digest(questions), "mapping": file_digest(mapping),
         "demonstrations": file_digest(demonstrations), "style": asdict(style), "engine": engine, "dtype": dtype,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from medtrain.trainer.config_reading import build, read_tree
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.exam.questions import Question
+from medtrain.trainer.exam.questions import Question, load_questions
 
 MODES = ("answer", "explain")
 _NAMED = Path(__file__).resolve().parents[2] / "configs" / "prompts"
@@ -209,3 +209,23 @@ def _bos(tokenizer) -> str:
     if tokenizer is None or getattr(tokenizer, "bos_token_id", None) is None:
         return ""
     return tokenizer.bos_token if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else ""
+
+
+def read_demonstrations(
+    path: str | Path | None, asked: Sequence[Question], style: PromptStyle, modes: Sequence[str] = MODES
+) -> list[Question]:
+    """The worked questions of a few-shot prompt, in file order; none without a ``path``.
+
+    Raises:
+        InputError: an unreadable file, a question that is among those ``asked``, no explanation where ``modes`` need one.
+    """
+    if path is None:
+        return []
+    shots = load_questions(path, points_required=False)
+    texts = {question.problem_text for question in asked}
+    for row, shot in enumerate(shots, start=1):
+        if shot.problem_text in texts:
+            raise bad_input("a demonstration that the exam asks", file=path, row=row, found=shot.problem_id)
+        for mode in modes:
+            style.completion(shot, mode)
+    return shots
