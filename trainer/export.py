@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from medtrain.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from medtrain.trainer.config import Config, config_from_dict
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.lora import export_adapters, plan_adapters
 from medtrain.trainer.model import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
 from medtrain.trainer.run_folder import RunFolder
@@ -34,8 +34,7 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
         InputError: no run, no complete checkpoint, an ``out`` that is already something; of a LoRA run: base weights that
             are gone or have changed; ``adapter`` asked of another run.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     place, out = Path(run_or_checkpoint), Path(out)
     root = place.parent.parent if place.parent.name == "checkpoints" else place
     folder = RunFolder(root)

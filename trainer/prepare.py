@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from medtrain.kernels.logps import reset_clamped_rows, select_path
 from medtrain.trainer.attention import select_backend
@@ -20,6 +19,7 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.during import Exam, read_exam
+from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.liger import select_layers
 from medtrain.trainer.lora import Adapters, adapter_digest, fill_adapters, plan_adapters, start_digest
 from medtrain.trainer.model import (
@@ -198,8 +198,3 @@ def compute_dtype_of(config: Config) -> torch.dtype:
     if choice == "auto":
         choice = "bfloat16" if torch.cuda.is_available() else "float32"
     return getattr(torch, choice)
-
-
-def quiet_libraries() -> None:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

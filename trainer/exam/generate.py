@@ -320,8 +320,10 @@ def load_engine(
         return VLLMEngine(folder, dtype=dtype)
     from transformers import AutoModelForCausalLM
 
+    from medtrain.trainer.libraries import quiet_libraries
     from medtrain.trainer.tokenizer import read_tokenizer
 
+    quiet_libraries()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = read_tokenizer(folder)
