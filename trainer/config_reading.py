@@ -133,10 +133,13 @@ def _unknown_key(name: str, file, keys: list[str]) -> InputError:
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     if not near:
         near = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
-    top = ", ".join(key for key in keys if "." not in key)
-    return bad_input(
-        "unknown key", file=file, field=name, expected=f"the nearest known key, '{near[0]}'" if near else top
-    )
+    section = name.rpartition(".")[0]
+    if near and near[0] != section:
+        expected = f"the nearest known key, '{near[0]}'"
+    else:
+        beside = [key.rpartition(".") for key in keys]
+        expected = "one of " + ", ".join(key for within, _, key in beside if within == section)
+    return bad_input("unknown key", file=file, field=name, expected=expected)
 
 
 def _convert(value: Any, hint: Any, name: str, file, given: set[str], known_keys: list[str]) -> Any:

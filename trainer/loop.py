@@ -31,7 +31,7 @@ from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.lora import export_adapters
 from medtrain.trainer.model import num_parameters
 from medtrain.trainer.prepare import Prepared, compute_dtype_of, prepare, start
-from medtrain.trainer.progress import Display, evaluation_lines, summary
+from medtrain.trainer.progress import Display, count, evaluation_lines, summary
 from medtrain.trainer.report import LiveReport
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
 from medtrain.trainer.schedule import lr_factor
@@ -86,7 +86,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
 
     total, multiplied = num_parameters(prepared.shapes)
     display.say(
-        f"{config.stage}: {total / 1e6:,.1f} M parameters, {steps:,} steps, {world.size} x {device_name(world.device)}\n"
+        f"{config.stage}: {count(total)} parameters, {steps:,} steps, {world.size} x {device_name(world.device)}\n"
         + "paths: " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items())
     )  # fmt: skip
     adapters = prepared.adapters
@@ -109,7 +109,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if last is not None:
         loaded = load_checkpoint(last[1], policy, optimizer, world)
         state, done = {key: loaded[key] for key in state}, loaded["step"]
-        display.say(f"going on from {last[1].name}")
+        display.say(f"going on from {last[1].name} of {steps:,} steps")
     if world.is_main:
         folder.cut_metrics(done if last is not None else -1)
     board = _Tensorboard(folder, done) if world.is_main else None

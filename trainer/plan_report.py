@@ -25,6 +25,7 @@ from medtrain.trainer.plan import (
     planned_step,
     read_model,
 )
+from medtrain.trainer.progress import count
 from medtrain.trainer.step import PEAK_FLOPS, FlopsPerToken
 
 # Beside this folder's parent, in a checkout as in an installed package.
@@ -305,7 +306,7 @@ def plan_config(
 def as_text(result: dict[str, Any]) -> str:
     """A plan for people: parts of the largest moment, the largest moments, what to change."""
     model = result["model"]
-    trained = "" if model["trained"] == model["parameters"] else f", {model['trained'] / 1e6:,.1f} M trained"
+    trained = "" if model["trained"] == model["parameters"] else f", {count(model['trained'])} trained"
     lines = [
         f"{result['stage']}, {model['type']}, {model['parameters'] / 1e9:,.2f} B parameters{trained}, {result['compute']}, "
         f"{result['world_size']} ranks, {result['tokens_a_micro_batch']:,} tokens a micro-batch",

@@ -33,7 +33,7 @@ from medtrain.trainer.model import (
 from medtrain.trainer.objectives import Cpt, Objective, Rpo
 from medtrain.trainer.optimizer import check_state, make_optimizer
 from medtrain.trainer.precision import Fp8, plan_fp8
-from medtrain.trainer.progress import Display
+from medtrain.trainer.progress import Display, count
 from medtrain.trainer.proof import describe, prove
 from medtrain.trainer.run_folder import RunFolder, device_name
 from medtrain.trainer.samples import decoded_samples
@@ -175,7 +175,7 @@ def check(config: Config, samples: int = 0) -> str:
         ledger = prepared.objective.ledger["total"]
         lines = [
             f"stage:  {config.stage}, {prepared.steps:,} steps",
-            f"model:  {hf_config.model_type}, {total / 1e6:,.1f} M parameters, vocabulary {hf_config.vocab_size:,}",
+            f"model:  {hf_config.model_type}, {count(total)} parameters, vocabulary {hf_config.vocab_size:,}",
             f"data:   {ledger['kept']['rows']:,} rows kept, {ledger['refused']['rows']:,} refused, "
             f"{ledger['cut']['tokens']:,} tokens cut",
             f"device: {world.size} x {device_name(world.device)}",

@@ -59,6 +59,14 @@ class Display:
             self._bar = None
 
 
+def count(number: int) -> str:
+    """A number of parameters as one reads it: 7.6 B, 20.2 M, 9.4 K."""
+    for scale, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
+        if number >= scale:
+            return f"{number / scale:,.1f}{unit}"
+    return str(number)
+
+
 def describe(row: dict[str, Any]) -> str:
     """The few numbers of a metrics row that a person watches."""
     parts = [f"loss {row['loss']:.4f}"]

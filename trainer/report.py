@@ -22,6 +22,7 @@ from medtrain.trainer.errors import InputError, bad_input
 from medtrain.trainer.files import write_bytes
 from medtrain.trainer.heldout import ForgettingAlarm
 from medtrain.trainer.pair_stats import LikelihoodAlarm
+from medtrain.trainer.progress import count
 from medtrain.trainer.report_charts import line_chart, series, short
 from medtrain.trainer.report_exam import MODES, exam_sections
 from medtrain.trainer.report_page import charts, details, facts, page, section, table
@@ -170,9 +171,9 @@ def _header(run: Run, warnings: list[str]) -> str:
         badges += f'<span class="badge warn">{len(warnings)} warning{"s" if len(warnings) > 1 else ""}</span>'
     settings, parameters = run.manifest["settings"], run.manifest.get("parameters", {})
     model = settings["model"]
-    sizes = f"{parameters['all'] / 1e6:,.1f} M" if parameters else None
+    sizes = count(parameters["all"]) if parameters else None
     if parameters and parameters["trained"] != parameters["all"]:
-        sizes += f", {parameters['trained'] / 1e6:,.2f} M trained"
+        sizes += f", {count(parameters['trained'])} trained"
     versions = start.get("versions", {})
     about = [
         ("model", model["path"] or f"random {model['init']['model_type']}"),
@@ -252,12 +253,12 @@ def _warnings(run: Run) -> list[str]:
         found += [line.removeprefix("warning: ") for row in run.rows for line in (alarm.watch(row) or "").splitlines()]
     for step in [*run.exams][-1:]:
         for mode, rows in run.exams[step].items():
-            for what, count in (
+            for what, number in (
                 ("were cut off at their length limit", sum(row["truncated"] for row in rows)),
                 ("have no readable answer", sum(row["failure"] is not None for row in rows)),
             ):
-                if count > _MUCH * len(rows):
-                    found.append(f"exam at step {step:,}, {MODES[mode]}: {count} of {len(rows)} outputs {what}")
+                if number > _MUCH * len(rows):
+                    found.append(f"exam at step {step:,}, {MODES[mode]}: {number} of {len(rows)} outputs {what}")
     if run.ledger:
         found += [line for line in describe(run.ledger) if ": noted: " in line]
     return found

@@ -47,6 +47,7 @@ def set_path(tree, dotted, value):
     ("setting", "value", "parts"),
     [
         ("optim.step", 5, ["optim.step", "unknown key", "'optim.steps'"]),
+        ("optim.foo", 5, ["optim.foo", "unknown key", "one of lr, steps"]),
         ("optim.steps", 0, ["optim.steps", "found 0", "1 or more"]),
         ("data.sources.0.path", "nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
         ("model.tokenizer", "nowhere", ["model.tokenizer", "nowhere", "no such folder"]),
