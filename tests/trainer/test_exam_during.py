@@ -225,7 +225,13 @@ def test_an_exam_left_out_by_a_stop_is_sat_when_the_run_goes_on(tree_of, tmp_pat
 def test_an_exam_of_an_own_form_is_read_through_its_mapping(tree_of, exam, tmp_path):
     run("rpo", tree_of("rpo"), tmp_path / "known")
     rows = [json.loads(line) for line in exam.read_text(encoding="utf-8").splitlines()]
-    names = {"problem_id": "nr", "problem_text": "frage", "choices": "optionen", "answer": "loesung", "text_only": "text"}
+    names = {
+        "problem_id": "nr",
+        "problem_text": "frage",
+        "choices": "optionen",
+        "answer": "loesung",
+        "text_only": "text",
+    }
     own = write_jsonl(tmp_path / "own.jsonl", [{names[k]: v for k, v in row.items() if k in names} for row in rows])
     mapping = tmp_path / "mapping.yaml"
     mapping.write_text(json.dumps({field: name for field, name in names.items()}))

@@ -50,6 +50,8 @@ class Recipe:
     rpo_steps: int = 150
     rpo_pairs: int = 32
     rpo_lr: float = 1e-4
+    # An arm -> its own "lr" and "beta", where they were chosen for it (benchmarks/demo_grid.py).
+    tuned: dict[str, dict[str, float]] = field(default_factory=dict)
     beta: float = 0.1
     alpha: float = 1.0
 

@@ -78,18 +78,8 @@ def run_demo(
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, NUM_THREADS))
     try:
-        world = make_world(seed, recipe.sizes)
         demo.say(_INTRODUCTION.format(out=demo.out, seed=seed, **_counts(demo)))
-        with _stage(demo, "world", f"{len(world.facts):,} facts, their texts, the examination"):
-            if not (demo.files.root / "tokenizer").is_dir():
-                write_world(world, recipe.corpus, demo.files.root)
-        with _stage(demo, "base", f"pretraining, {recipe.base_steps:,} steps"):
-            pretrain(demo)
-        with _stage(demo, "cpt", f"base, then the textbook, {recipe.cpt_steps:,} steps"):
-            continue_pretraining(demo)
-        for start in ("cpt", "base"):
-            with _stage(demo, "pairs", f"wrong reasoning sampled from {start}"):
-                make_pairs(demo, world, start)
+        prepare(demo)
         for arm, (start, settings, what) in (PREFERENCES | {arm: FURTHER[arm] for arm in further}).items():
             with _stage(demo, arm, what):
                 prefer(demo, arm, start, **settings)
@@ -106,6 +96,23 @@ def run_demo(
     demo.say(f"\ntable: {demo.out / 'table.json'}   picture: {demo.out / 'table.png'}")
     demo.say(f"all of it took {time.monotonic() - began:.0f} s")
     return table
+
+
+def prepare(demo: Demo, starts: Sequence[str] = ("cpt", "base")) -> World:
+    """Everything before the preference stage: the texts, the models ``base`` and ``cpt``, and the pairs of ``starts``."""
+    recipe = demo.recipe
+    world = make_world(demo.seed, recipe.sizes)
+    with _stage(demo, "world", f"{len(world.facts):,} facts, their texts, the examination"):
+        if not (demo.files.root / "tokenizer").is_dir():
+            write_world(world, recipe.corpus, demo.files.root)
+    with _stage(demo, "base", f"pretraining, {recipe.base_steps:,} steps"):
+        pretrain(demo)
+    with _stage(demo, "cpt", f"base, then the textbook, {recipe.cpt_steps:,} steps"):
+        continue_pretraining(demo)
+    for start in starts:
+        with _stage(demo, "pairs", f"wrong reasoning sampled from {start}"):
+            make_pairs(demo, world, start)
+    return world
 
 
 def pretrain(demo: Demo) -> None:
@@ -180,17 +187,19 @@ def make_pairs(demo: Demo, world: World, start: str) -> None:
 
 
 def prefer(demo: Demo, arm: str, start: str, **rpo: object) -> None:
-    """Train on the pairs of ``start``: RPO, or a control of it by other ``rpo`` settings."""
+    """Train on the pairs of ``start``: RPO, or a control of it by other ``rpo`` settings, the recipe's own for it first."""
     recipe = demo.recipe
+    tuned = dict(recipe.tuned.get(arm, {}))
+    lr = tuned.pop("lr", recipe.rpo_lr)
     _train(
         demo,
         "rpo",
         arm,
         model={"path": str(demo.model(start))},
         data={"pairs": [{"path": str(demo.pairs(start))}], "max_length": 256} | _exam(demo),
-        optim={"lr": recipe.rpo_lr, "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
+        optim={"lr": lr, "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
         | {"warmup_steps": min(6, recipe.rpo_steps // 10), "weight_decay": 0.0},
-        rpo={"beta": recipe.beta, "alpha": recipe.alpha} | rpo,
+        rpo={"beta": recipe.beta, "alpha": recipe.alpha} | rpo | tuned,
     )
 
 

@@ -44,10 +44,10 @@ def summarize(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def stated(folder: Path, seed: int, recipe: Recipe, arm: str) -> float:
+def stated(folder: Path, seed: int, recipe: Recipe, arm: str, kind: str = "test") -> float:
     """Share of an arm's explanations that state the fact asked for: the score alone does not say where an answer is from."""
     world = make_world(seed, recipe.sizes)
-    path = folder / "exams" / "test" / arm / "outputs-explain.jsonl"
+    path = folder / "exams" / kind / arm / "outputs-explain.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return statistics.fmean(states_fact(world, row["prompt"], row["output"]) for row in rows)
 
