@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from exam_models import CHAIN, QUESTIONS, STYLE, chain_model, chain_tokenizer, write_exam
+from exam_models import CHAIN, QUESTIONS, STYLE, chain_model
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -20,39 +20,11 @@ from medtrain.trainer.exam.prompts import Stop
 from medtrain.trainer.exam.questions import Question
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return chain_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return chain_model(tokenizer, CHAIN)
-
-
-@pytest.fixture(scope="module")
-def unsure_model(tokenizer):
-    return chain_model(tokenizer, CHAIN, either=" ")
-
-
 @pytest.fixture
 def checkpoint(tmp_path, model, tokenizer):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def exam(tmp_path):
-    return write_exam(tmp_path / "exam.jsonl")
 
 
 # Generation

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.questions import Question, load_questions
 
-JMLE = Path(__file__).parents[3] / "shared/data/jmle2026"
+JMLE = Path(__file__).parents[4] / "shared/data/jmle2026"
 
 FIVE = Question(
     "X1",

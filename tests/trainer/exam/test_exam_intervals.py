@@ -15,7 +15,7 @@ from medtrain.trainer.exam.compare import as_text, compare
 from medtrain.trainer.exam.intervals import bootstrap_interval, paired_p_value
 from medtrain.trainer.exam.scoring import run_score
 
-IGAKUQA = Path(__file__).parents[3] / "shared/data/igakuqa"
+IGAKUQA = Path(__file__).parents[4] / "shared/data/igakuqa"
 
 
 def test_the_interval_of_a_share_is_that_of_the_binomial():

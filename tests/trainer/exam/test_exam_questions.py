@@ -10,7 +10,7 @@ import pytest
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.questions import load_questions
 
-DATA = Path(__file__).parents[3] / "shared/data"
+DATA = Path(__file__).parents[4] / "shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the examination data is not at {DATA}")
 
 ROW = {

@@ -9,7 +9,7 @@ from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.scoring import load_predictions, run_score, score, summarize
 
-IGAKUQA = Path(__file__).parents[3] / "shared/data/igakuqa"
+IGAKUQA = Path(__file__).parents[4] / "shared/data/igakuqa"
 needs_igakuqa = pytest.mark.skipif(not IGAKUQA.is_dir(), reason=f"the examination data is not at {IGAKUQA}")
 
 ONE = Question("1", "どれか。", ("ア", "イ", "ウ", "エ", "オ"), ("c",), points=1, kinki=("e",))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exam_models import CHAIN, QUESTIONS, STYLE, chain_model, chain_tokenizer, write_exam
+from exam_models import CHAIN, QUESTIONS, STYLE, chain_model
 
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam import pairs as pairs_module
@@ -14,39 +14,11 @@ from medtrain.trainer.exam.generate import HFEngine
 from medtrain.trainer.exam.pairs import ReasoningPath, build_pairs, run_pairs, sample_paths
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return chain_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return chain_model(tokenizer, CHAIN)
-
-
-@pytest.fixture(scope="module")
-def unsure_model(tokenizer):
-    return chain_model(tokenizer, CHAIN, either=" ")
-
-
 @pytest.fixture
 def checkpoint(tmp_path, unsure_model, tokenizer):
     unsure_model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def exam(tmp_path):
-    return write_exam(tmp_path / "exam.jsonl")
 
 
 def paths(*outputs, prompt="P"):

@@ -8,7 +8,7 @@ from helpers import write_jsonl
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.questions import load_questions
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 MEDQA = {
     "question": "A man coughs. Which drug?", "answer": "Red", "answer_idx": "B", "meta_info": "step1",
     "options": {"A": "Blue", "B": "Red", "C": "White"},
