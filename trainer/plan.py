@@ -259,6 +259,19 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def checkpoint_copy(config: Config, model: Model, machine: Machine) -> int:
+    """Bytes of host memory that a rank keeps for the copy of its checkpoints: its share of trained weights and moments
+    (trainer/checkpoint.py)."""
+    if not config.checkpoint.async_save:
+        return 0
+    compute = compute_dtype(config, machine.device)
+    shards = replace(machine, world_size=machine.world_size // config.parallel.replicate)
+    layer, head, root = units(config, model, shards, compute, sharded=True)
+    num_layers = model.hf_config.num_hidden_layers
+    # A trained weight's gradient is as large as the weight.
+    return sum(n * (unit.gradient + unit.moments) for n, unit in ((num_layers, layer), (1, head), (1, root)))
+
+
 def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[Moment]:
     """What a rank holds at each moment of a step that could be the largest, once the optimizer has its states."""
     compute = compute_dtype(config, machine.device)

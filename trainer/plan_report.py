@@ -20,6 +20,7 @@ from medtrain.trainer.plan import (
     Model,
     Moment,
     allowance,
+    checkpoint_copy,
     compute_dtype,
     moments,
     planned_step,
@@ -287,6 +288,7 @@ def plan_config(
         "parts_gib": {**{name: value / GIB for name, value in plan.largest.parts.items()},
                       "allowance": allowance(plan.largest.total, "cuda") / GIB},
         "moments_gib": {moment.name: moment.total / GIB for moment in plan.moments},
+        "checkpoint_copy_gib": checkpoint_copy(config, model, machine) / GIB,
         "largest_micro_batch_tokens": largest_micro_batch(plan, limit),
         "least_micro_batch_tokens": longest_item(config),
         "alternatives": [] if fits else alternatives(plan, limit),
@@ -321,6 +323,9 @@ def as_text(result: dict[str, Any]) -> str:
     order = sorted(result["moments_gib"].items(), key=lambda item: -item[1])
     named = ("reference pass", "optimizer step")
     lines += [f"  {name:<44}{value:11.2f}" for i, (name, value) in enumerate(order) if i < 6 or name in named]
+    if result["checkpoint_copy_gib"]:
+        lines += ["", f"{'host memory, the copy of a checkpoint':<46}{result['checkpoint_copy_gib']:11.2f}   "
+                  "checkpoint.async_save=false needs none"]  # fmt: skip
     largest, least = result["largest_micro_batch_tokens"], result["least_micro_batch_tokens"]
     some = (
         "none"

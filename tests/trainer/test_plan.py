@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import run
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
 
 from medtrain.benchmarks.plan_error import run_case, write_data
 from medtrain.trainer import plan_report
+from medtrain.trainer.checkpoint import Saver
 from medtrain.trainer.cli import main
 from medtrain.trainer.config import config_from_dict
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.plan import GIB, Machine, read_model, units
+from medtrain.trainer.plan import GIB, Machine, checkpoint_copy, read_model, units
 from medtrain.trainer.plan_report import alternatives, largest_micro_batch, make_plan, model_sizes, plan_config
 
 SMALL = {"model.init.hidden_size": 128, "model.init.intermediate_size": 352, "model.init.num_hidden_layers": 4}
@@ -78,6 +82,31 @@ def config_of(stage="cpt", path="checkpoints/Qwen2.5-72B", **sections):
 
 def plan_of(config, world_size):
     return make_plan(config, read_model(config, model_sizes(config.model)[0]), Machine(world_size))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lora__rank": 4}, {"optim__state": "8bit", "precision__weights": "bf16", "precision__compute": "bfloat16"}],
+)
+def test_the_copy_of_a_checkpoint_takes_the_host_memory_that_was_planned(changes, cpt_tree, tmp_path, monkeypatch):
+    cpt_tree["model"]["init"] |= {"hidden_size": 64, "intermediate_size": 128}
+    for name, value in changes.items():
+        section, key = name.split("__")
+        cpt_tree.setdefault(section, {})[key] = value
+    cpt_tree["optim"] |= {"steps": 2, "warmup_steps": 0}
+    taken, commit = [], Saver.commit
+
+    def counting(self):
+        tensors = [leaf for leaf in tree_leaves(self._copy) if isinstance(leaf, torch.Tensor)]
+        taken.append(sum(tensor.nbytes for tensor in tensors if tensor.dim()))  # but for AdamW's step counters
+        commit(self)
+
+    monkeypatch.setattr(Saver, "commit", counting)
+    result = run("cpt", cpt_tree, tmp_path / "run")
+    config = config_from_dict("cpt", cpt_tree | {"run": {"out": str(tmp_path / "run")}})
+    hf_config = AutoConfig.from_pretrained(result.model_dir)
+    assert taken == [checkpoint_copy(config, read_model(config, hf_config), Machine(1, "cpu"))]
+    assert checkpoint_copy(replace(config, checkpoint=replace(config.checkpoint, async_save=False)), None, None) == 0
 
 
 def test_weights_gradients_and_moments_of_72b_are_16_bytes_a_parameter():
