@@ -28,7 +28,7 @@ from medtrain.trainer.run_folder import commit, device_name, versions
 ARMS = ("cpt_rpo", "cpt_sft", "cpt_dpo", *FURTHER)
 MODES = ("answer", "explain", "stated")
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4)
-BETAS = {"cpt_rpo": (0.03, 0.3, 1.0), "cpt_dpo": (0.03, 0.3, 1.0), "cpt_ipo": (0.03, 0.3, 1.0), "cpt_simpo": (1.0, 4.0)}
+BETAS = {"cpt_rpo": (0.03, 0.3, 1.0), "cpt_dpo": (0.03, 0.3, 1.0)}
 
 Scores = dict[str, float]
 
