@@ -43,8 +43,8 @@ class Recipe:
     replay: float = 0.12
     replay_shares: dict[str, float] = field(default_factory=lambda: {"prose": 0.4, "answer": 0.3, "explain": 0.3})
 
-    # Preference stage: what the model gets wrong about train diseases, against the ground-truth explanation. All three
-    # preference losses share these settings. On development questions of two worlds, 60 steps at 8e-5 took explain
+    # Preference stage: what the model gets wrong about train diseases, against the ground-truth explanation. All
+    # preference losses share these settings but for what is ``tuned``. On development questions of two worlds, 60 steps at 8e-5 took explain
     # from 0.87 down to 0.68 and from 0.78 up to 0.99; 150 steps at 1e-4 to 0.92 and 0.99.
     num_paths: int = 12
     rpo_steps: int = 150
@@ -65,7 +65,20 @@ RECIPE = Recipe()
 
 # Explanations of several steps: two other facts of the disease, then the one asked for, and half of them also say whose
 # value a wrong option is. Half of the papers that explain are about passing diseases: without them hardly an explanation
-# after CPT names the disease asked about (0.01 against 0.35 state the fact, development questions of world 100). All else
-# is the demo's, for every arm alike. Frozen on world 100; report worlds 20, 21, ...
-STEPS = Recipe(corpus=Corpus(steps=3, contrast=0.5, passing=0.5), max_new_tokens=64)
+# after CPT names the disease asked about (0.01 against 0.35 state the fact, development questions of world 100). Each
+# arm's rate, and the betas of RPO and DPO, are the best of a grid on development questions of worlds 100 to 103
+# (benchmarks/results/demo-grid-cpu-2026-11-22.json). Frozen; report worlds 30, 31, ... (20 to 24 saw other betas and rates).
+_RPO = {"lr": 1e-4, "beta": 0.3}
+STEPS = Recipe(
+    corpus=Corpus(steps=3, contrast=0.5, passing=0.5),
+    max_new_tokens=64,
+    tuned={
+        "rpo": _RPO,
+        "cpt_rpo": _RPO,
+        "cpt_sft": {"lr": 1e-4},
+        "cpt_dpo": {"lr": 2e-5, "beta": 0.3},
+        "cpt_ipo": {"lr": 1e-5},
+        "cpt_simpo": {"lr": 1e-5},
+    },
+)
 RECIPES = {"plain": RECIPE, "steps": STEPS}
