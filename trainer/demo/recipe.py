@@ -44,8 +44,8 @@ class Recipe:
     replay_shares: dict[str, float] = field(default_factory=lambda: {"prose": 0.4, "answer": 0.3, "explain": 0.3})
 
     # Preference stage: what the model gets wrong about train diseases, against the ground-truth explanation. All
-    # preference losses share these settings but for what is ``tuned``. On development questions of two worlds, 60 steps at 8e-5 took explain
-    # from 0.87 down to 0.68 and from 0.78 up to 0.99; 150 steps at 1e-4 to 0.92 and 0.99.
+    # preference losses share these settings but for what is ``tuned``. On development questions of two worlds, 60 steps
+    # at 8e-5 took explain from 0.87 down to 0.68 and from 0.78 up to 0.99; 150 steps at 1e-4 to 0.92 and 0.99.
     num_paths: int = 12
     rpo_steps: int = 150
     rpo_pairs: int = 32
