@@ -72,7 +72,7 @@ def cpt(config: str, overrides: tuple[str, ...]) -> None:
     _train("cpt", config, overrides)
 
 
-@main.command()
+@main.command(short_help="Optimize preferences between reasoning paths.")
 @CONFIG
 @OVERRIDES
 def rpo(config: str, overrides: tuple[str, ...]) -> None:
@@ -84,7 +84,7 @@ for command in (exam.pairs, exam.evaluate, exam.score, exam.compare):
     main.add_command(command)
 
 
-@main.command()
+@main.command(short_help="The whole recipe in miniature on made-up medicine.")
 @click.option(
     "--out", type=click.Path(), default="demo-out", show_default=True, help="A new folder, or one to go on in."
 )
@@ -116,7 +116,7 @@ def demo(out: str, seed: int, num_seeds: int, recipe: str, further: str) -> None
         run_seeds(out, seed, num_seeds, recipe=RECIPES[recipe], further=arms)
 
 
-@main.command()
+@main.command(short_help="Write a checkpoint as a Hugging Face folder.")
 @click.argument("run_or_checkpoint", type=click.Path())
 @click.argument("out_dir", type=click.Path())
 @click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone, as a PEFT folder.")
@@ -132,7 +132,7 @@ def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
         click.echo(path)
 
 
-@main.command()
+@main.command(short_help="Write RUN/report.html again.")
 @click.argument("run", type=click.Path())
 @click.option(
     "--exam", "evals", multiple=True, type=click.Path(), metavar="DIR",
@@ -145,7 +145,7 @@ def report(run: str, evals: tuple[str, ...]) -> None:
     click.echo(write_report(run, evals=evals))
 
 
-@main.command()
+@main.command(short_help="Check settings, tokenizer, weights and data; train nothing.")
 @CONFIG
 @OVERRIDES
 @click.option(
@@ -161,7 +161,7 @@ def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
         click.echo(summary)
 
 
-@main.command()
+@main.command(short_help="Memory a rank by formula, without GPU, weights or data.")
 @CONFIG
 @OVERRIDES
 @click.option("--world-size", type=click.IntRange(1, 65536), default=8, show_default=True, help="Ranks, one a GPU.")
@@ -199,12 +199,12 @@ def plan(
         sys.exit(1)
 
 
-@main.group()
+@main.group(short_help="Measure the op and training steps beside their peers.")
 def bench() -> None:
     """Measure: the log-probability op beside its peers and a floor of bare GEMMs, and a training step beside TRL's."""
 
 
-@bench.command("kernels")
+@bench.command("kernels", short_help="Time, memory and error of the op in all its modes.")
 @click.option("--quick", is_flag=True, help="On a GPU: two shapes, nothing begun after 150 seconds.")
 @click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
 @click.option("--shapes", metavar="NxHxV,...", help="Tokens x hidden size x vocabulary, instead of the usual ones.")
@@ -225,7 +225,7 @@ def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, 
     _show_benchmark(result, path, failures(result["rows"]), "op")
 
 
-@bench.command("train")
+@bench.command("train", short_help="Our training step beside TRL's or Trainer's.")
 @click.option("--stage", type=click.Choice(["cpt", "rpo"]), default="rpo", show_default=True)
 @click.option(
     "--model", metavar="tiny|0.5b|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU."
@@ -258,7 +258,7 @@ def _show_benchmark(result: dict, path: Path, failed: list[str], what: str) -> N
         sys.exit(1)
 
 
-@bench.command("tune")
+@bench.command("tune", short_help="The op's fastest launch choices on this GPU.")
 @click.option(
     "--shapes", metavar="NxHxV,...", default="8192x3584x152064", show_default=True, help="As in `bench kernels`."
 )
@@ -276,7 +276,7 @@ def bench_tune(shapes: str) -> None:
         click.echo(f"    {hidden_size}: {launch},")
 
 
-@bench.command("table")
+@bench.command("table", short_help="A benchmark's tables as Markdown.")
 @click.argument("file", type=click.Path())
 def bench_table(file: str) -> None:
     """Draw the tables of a benchmark FILE.json as Markdown."""

@@ -211,3 +211,9 @@ def test_check_shows_decoded_windows_of_which_all_but_the_first_token_counts(cpt
     for text in ("患者⟦の 病 は a⟧", "a⟦</s>⟧", "咳⟦の 薬 </s>⟧"):
         assert text in result.stdout
     assert result.stdout.count("--- t: ") == 3
+
+
+def test_the_list_of_commands_cuts_no_summary():
+    for words in (["--help"], ["bench", "--help"]):
+        text = CliRunner().invoke(main, words, terminal_width=80).output
+        assert "..." not in text.split("Commands:")[1]

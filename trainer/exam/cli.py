@@ -20,7 +20,7 @@ def _say(line: str) -> None:
     click.echo(line, err=True)
 
 
-@click.command()
+@click.command(short_help="Sample reasoning and write preference pairs.")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 def pairs(config: str, overrides: tuple[str, ...]) -> None:
@@ -41,7 +41,7 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
     print_json(summary)
 
 
-@click.command("eval")
+@click.command("eval", short_help="Sit an exam, for the answer alone and with explanation.")
 @click.option("--model", required=True, type=click.Path(), help="A Hugging Face folder.")
 @click.option("--exam", required=True, type=click.Path(), help="Questions, JSON Lines or CSV.")
 @click.option("--out", required=True, type=click.Path(), help="Where exam.json and the outputs go.")
@@ -99,7 +99,7 @@ def score(exam: str, predictions: str, details: str | None, mapping: str | None)
     print_json(run_score(exam, predictions, details, mapping))
 
 
-@click.command()
+@click.command(short_help="Compare two exam results, question by question.")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @AS_JSON
