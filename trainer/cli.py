@@ -100,7 +100,11 @@ for command in (exam.pairs, exam.evaluate, exam.score, exam.compare):
     help="steps: explanations of several steps in varied wordings.",
 )  # fmt: skip
 @click.option("--arms", "further", default="", metavar="LIST", help="Further arms: ipo, simpo or ipo,simpo.")
-def demo(out: str, seed: int, num_seeds: int, recipe: str, further: str) -> None:
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=1, show_default=True,
+    help="With --seeds: so many worlds at a time, a CPU core each.",
+)  # fmt: skip
+def demo(out: str, seed: int, num_seeds: int, recipe: str, further: str, jobs: int) -> None:
     """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
     from medtrain.trainer.demo.recipe import RECIPES
     from medtrain.trainer.demo.run import FURTHER, run_demo
@@ -110,10 +114,12 @@ def demo(out: str, seed: int, num_seeds: int, recipe: str, further: str) -> None
     for arm in arms:
         if arm not in FURTHER:
             raise bad_input("not a known arm", field="--arms", found=arm.removeprefix("cpt_"), expected="ipo | simpo")
+    if jobs > 1 and num_seeds == 1:
+        raise bad_input("has no effect on one world", field="--jobs", found=jobs, expected="--seeds of 2 or more")
     if num_seeds == 1:
         run_demo(out, seed, recipe=RECIPES[recipe], further=arms)
     else:
-        run_seeds(out, seed, num_seeds, recipe=RECIPES[recipe], further=arms)
+        run_seeds(out, seed, num_seeds, recipe=RECIPES[recipe], further=arms, jobs=jobs)
 
 
 @main.command(short_help="Write a checkpoint as a Hugging Face folder.")

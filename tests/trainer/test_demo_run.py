@@ -197,6 +197,24 @@ def test_several_seeds_leave_a_table_over_them_and_go_on_where_they_were(finishe
         run_demo(work, seed=3, quiet=True, recipe=TINY)
 
 
+def test_seeds_at_the_same_time_give_what_one_after_another_gives(tmp_path, capsys):
+    tiny = dataclasses.replace(TINY, base_steps=60)
+    apart = seeds.run_seeds(tmp_path / "apart", 3, 2, recipe=tiny, quiet=True)
+    beside = seeds.run_seeds(tmp_path / "beside", 3, 2, recipe=tiny, jobs=2)
+    assert beside["arms"] == apart["arms"] and beside["contrasts"] == apart["contrasts"]
+    printed = capsys.readouterr().out
+    assert "seed 3: gap of CPT" in printed and "seed 4: gap of CPT" in printed
+
+
+def test_a_seed_that_is_refused_ends_the_others_too(finished, tmp_path):
+    (tmp_path / "seed-4").mkdir()
+    (tmp_path / "seed-4" / "letter.txt").write_text("not yours")
+    (tmp_path / "seed-3").symlink_to(finished[0])
+    with pytest.raises(InputError, match=r"seed-4: holds other things"):
+        seeds.run_seeds(tmp_path, 3, 2, recipe=TINY, jobs=2, quiet=True)
+    assert not (tmp_path / "four-arms.json").exists()
+
+
 def test_the_exam_while_training_asks_about_no_tested_disease(finished):
     out, _ = finished
     tested = set(make_world(3, TINY.sizes).diseases["test"])

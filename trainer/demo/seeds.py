@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from medtrain.trainer.demo.texts import states_fact
 from medtrain.trainer.demo.world import make_world
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
+from medtrain.trainer.processes import clean_context
 from medtrain.trainer.run_folder import commit, device_name, versions
 
 # Student's t at 97.5 % by degrees of freedom; beyond the list the normal distribution is near enough.
@@ -98,8 +100,11 @@ def run_seeds(
     quiet: bool = False,
     recipe: Recipe = RECIPE,
     further: Sequence[str] = (),
+    jobs: int = 1,
 ) -> dict:
     """Run the demo of each seed in ``OUT/seed-N``, as far as it is not there yet; returns what ``OUT/four-arms.json`` holds.
+
+    ``jobs`` seeds run at the same time, a process each; it changes no number.
 
     Prints the table over seeds and writes ``four-arms.json`` and ``four-arms.png``. ``further``: as of ``run_demo``. Raises
     :class:`InputError` where ``out`` holds a demo of one seed, or one of its folders something else than a demo of that seed.
@@ -107,16 +112,19 @@ def run_seeds(
     out = Path(out)
     if (out / "demo.json").exists():
         raise bad_input("holds a demo of one seed", file=out, expected="another --out folder")
+    if jobs > 1:
+        say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
+        _run_beside_one_another(out, range(first_seed, first_seed + num_seeds), recipe, further, jobs, say)
     tables, seconds = {}, {}
     threads = torch.get_num_threads()
     torch.set_num_threads(NUM_THREADS)  # as each demo does, and so that the result names what was used
     try:
         for seed in range(first_seed, first_seed + num_seeds):
             folder = out / f"seed-{seed}"
-            tables[seed] = run_demo(folder, seed, quiet, recipe, further)
+            tables[seed] = run_demo(folder, seed, quiet or jobs > 1, recipe, further)
             for arm, row in tables[seed].items():
                 row["stated"] = stated(folder, seed, recipe, arm)
-            seconds[seed] = round(sum(json.loads((folder / "times.json").read_text(encoding="utf-8")).values()), 1)
+            seconds[seed] = _seconds(folder)
         found = result(tables, seconds, recipe)
     finally:
         torch.set_num_threads(threads)
@@ -138,6 +146,30 @@ def run_seeds(
     if not quiet:
         print(f"\n{format_result(found)}\n\ntable: {path}   picture: {path.with_suffix('.png')}", flush=True)
     return found
+
+
+def _run_beside_one_another(
+    out: Path, seeds: Sequence[int], recipe: Recipe, further: Sequence[str], jobs: int, say: Callable[[str], None]
+) -> None:
+    """Run the demos of ``seeds``, ``jobs`` at a time; the first that fails ends it, what the others have done stays."""
+    say(f"{len(seeds)} worlds, {jobs} at a time, in {out}")
+    with ProcessPoolExecutor(min(jobs, len(seeds)), mp_context=clean_context(__name__)) as pool:
+        begun = {pool.submit(run_demo, out / f"seed-{seed}", seed, True, recipe, further): seed for seed in seeds}
+        try:
+            for demo in as_completed(begun):
+                cpt, rpo = (demo.result()[arm] for arm in ("cpt", "cpt_rpo"))
+                say(
+                    f"seed {begun[demo]}: gap of CPT {cpt['gap']:+.3f}, of CPT + RPO {rpo['gap']:+.3f}, "
+                    f"{_seconds(out / f'seed-{begun[demo]}'):.0f} s"
+                )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _seconds(folder: Path) -> float:
+    """What the stages of one demo took, in whichever of its runs."""
+    return round(sum(json.loads((folder / "times.json").read_text(encoding="utf-8")).values()), 1)
 
 
 def format_result(found: dict) -> str:
