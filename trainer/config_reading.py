@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -16,6 +17,20 @@ from medtrain.trainer.data.sources import Source
 from medtrain.trainer.errors import InputError, bad_input
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's last key of a name would silently take the place of the ones before it."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} a second time", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_tree(path: str | Path | None, overrides: typing.Sequence[str]) -> dict[str, Any]:
     """The YAML file as plain data, with the overrides applied."""
     tree: Any = {}
@@ -25,7 +40,7 @@ def read_tree(path: str | Path | None, overrides: typing.Sequence[str]) -> dict[
         except (OSError, UnicodeDecodeError) as error:
             raise bad_input("the config cannot be read", file=path, found=_reason(error)) from None
         try:
-            tree = yaml.safe_load(text)
+            tree = yaml.load(text, Loader=_UniqueKeys)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             raise bad_input(
@@ -179,6 +194,8 @@ def _convert(value: Any, hint: Any, name: str, file, given: set[str], known_keys
             value = float(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise bad_input("not a finite number", file=file, field=name, found=value)
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

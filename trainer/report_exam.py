@@ -96,10 +96,15 @@ def _table(exams: Exams, evals: Evals) -> str:
                 value = f"{one['points_ratio']:.3f}"
                 if "points_ratio_low" in one:
                     value += f" [{one['points_ratio_low']:.3f}, {one['points_ratio_high']:.3f}]"
-                lines.append([f"eval: {name}", MODES[mode], value, f"{one['points']} of {one['max_points']}",
+                by_choice = result.get("settings", {}).get("method") == "choice_logp"
+                how = MODES[mode] + (", by choice log-prob" if by_choice else "")
+                lines.append([f"eval: {name}", how, value, f"{one['points']} of {one['max_points']}",
                               one.get("truncated", ""), one["parse_failures"]])  # fmt: skip
         if result.get("explanation_gap") is not None:
-            lines.append([f"eval: {name}", "gap", f"{result['explanation_gap']:+.3f}", "", "", ""])
+            value = f"{result['explanation_gap']:+.3f}"
+            if "explanation_gap_low" in result:
+                value += f" [{result['explanation_gap_low']:+.3f}, {result['explanation_gap_high']:+.3f}]"
+            lines.append([f"eval: {name}", "gap", value, "", "", ""])
     columns = ["when", "mode", "share of points, 95 %#", "points#", "cut off#", "no answer read#"]
     return table(columns, lines, label="Exam results")
 

@@ -94,3 +94,17 @@ def test_the_name_that_other_trainers_use_is_led_to_ours(cpt_tree):
     cpt_tree["optim"]["learning_rate"] = 1.0
     with pytest.raises(InputError, match=r"'optim\.lr'"):
         config_from_dict("cpt", cpt_tree)
+
+
+@pytest.mark.parametrize("name", ["rpo.beta", "rpo.alpha", "optim.lr", "optim.weight_decay"])
+def test_numbers_are_finite(name, tmp_path):
+    for value in (".inf", "1e400", ".nan"):
+        with pytest.raises(InputError, match=rf"field '{name}': not a finite number"):
+            load_config("rpo", None, [f"{name}={value}"])
+
+
+def test_a_key_that_occurs_twice_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("rpo: {beta: 0.1}\noptim: {lr: 1e-5}\nrpo: {beta: 0.9}\n")
+    with pytest.raises(InputError, match=r"twice\.yaml: row 3: not valid YAML \(found the key rpo a second time"):
+        load_config("rpo", path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.exam.intervals import bootstrap_interval, paired_p_value
+from medtrain.trainer.exam.intervals import bootstrap_interval, p_text, paired_p_value
 from medtrain.trainer.exam.prompts import MODES
 from medtrain.trainer.exam.questions import read_jsonl
 
@@ -128,7 +128,7 @@ def as_text(result: dict) -> str:
         interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
         lines.append(
             f"{name:16}{row['a']:8.3f}{row['b']:8.3f}{row['difference']:+8.3f}"
-            f"  {interval:18}{row['p_value']:7.4f}{alone}"
+            f"  {interval:18}{p_text(row['p_value']):>7}{alone}"
         )
     lines.append(f"Shares of points over the same {next(iter(result['modes'].values()))['questions']} questions; gap = "
                  "answer - explain; p: exact paired permutation test.")  # fmt: skip

@@ -28,7 +28,7 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
-from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, read_demonstrations
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.scoring import to_jsonl
 from medtrain.trainer.files import file_sha256, write_bytes
@@ -64,23 +64,16 @@ def read_exam(config: Config, tokenizer, hf_config) -> Exam | None:
     settings = config.eval
     if config.data.exam is None:
         return None
-    style = load_style(settings.exam_prompt, chat=settings.exam_chat)
+    style = load_style(settings.exam_prompt, chat=settings.exam_chat, setting="eval.exam_prompt")
     everything = load_questions(config.data.exam, mapping=settings.exam_mapping)
     questions = [question for question in everything if question.text_only][: settings.exam_questions]
     if not questions:
         raise bad_input("no question without an image", file=config.data.exam, field="data.exam")
     shots = read_demonstrations(settings.exam_demonstrations, everything, style)
     limits = {"answer": settings.exam_max_answer_tokens, "explain": settings.exam_max_new_tokens}
-    widths = {}
-    for mode in MODES:
-        for question in questions:
-            ids = tokenizer(style.prompt(question, mode, tokenizer, shots), add_special_tokens=False).input_ids
-            width = len(ids) + limits[mode]
-            if not ids or width > hf_config.max_position_embeddings:
-                raise bad_input("the prompt does not fit the model", file=config.data.exam, found=f"question "
-                                f"{question.problem_id}, {mode}: {len(ids)} tokens and {limits[mode]} new ones",
-                                expected=f"1 to {hf_config.max_position_embeddings} (max_position_embeddings)")  # fmt: skip
-            widths[mode] = max(widths.get(mode, 0), width)
+    widths = prompt_widths(
+        style, questions, shots, tokenizer, limits, hf_config.max_position_embeddings, config.data.exam
+    )
     about = [file_sha256(config.data.exam), asdict(style), limits, [q.problem_id for q in questions]]
     for file in (settings.exam_demonstrations, settings.exam_mapping):
         about += [file_sha256(file)] if file is not None else []

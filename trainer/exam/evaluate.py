@@ -16,12 +16,13 @@ from pathlib import Path
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.choices import score_choices, summarize_choices
 from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
-from medtrain.trainer.exam.intervals import bootstrap_interval, paired_p_value
+from medtrain.trainer.exam.intervals import bootstrap_interval, p_text, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
-from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, read_demonstrations
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import claim, end_last_line, file_digest, model_digest, rows_of
 from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
+from medtrain.trainer.tokenizer import read_tokenizer
 
 METHODS = ("generate", "choice_logp")
 Progress = Callable[[str, int, int], None]
@@ -147,8 +148,13 @@ def evaluate(
     if not questions:
         raise bad_input("no question is left to ask", file=exam_path, found=f"text_only {text_only}, limit {limit}")
     shots = read_demonstrations(demonstrations, everything, style, modes)
+    new_tokens = {"answer": max_answer_tokens, "explain": max_new_tokens}
+    digest = model_digest(model_dir)
+    if method == "generate":
+        tokenizer, positions = read_tokenizer(Path(model_dir)), _positions(model_dir)
+        prompt_widths(style, questions, shots, tokenizer, {one: new_tokens[one] for one in modes}, positions, exam_path)
     identity = {
-        "model": model_digest(model_dir),
+        "model": digest,
         "exam": file_digest(exam_path),
         "demonstrations": file_digest(demonstrations),
         "style": json.loads(json.dumps(asdict(style))),
@@ -162,7 +168,14 @@ def evaluate(
         "mapping": file_digest(mapping),
     }
     out = Path(out)
-    claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)})
+    # A limit belongs to the outputs of its mode: where there are none it is free, where the mode is not sat now it stays.
+    free, recorded = set(), _recorded(out)
+    for one, name in (("answer", "max_answer_tokens"), ("explain", "max_new_tokens")):
+        if not any(out.glob(f"outputs-{one}.*")):
+            free.add(name)
+        elif one not in modes and name in recorded:
+            identity[name] = recorded[name]
+    claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)}, free)
     loaded: list[HFEngine | VLLMEngine] = []
 
     def engine_when_needed() -> HFEngine | VLLMEngine:
@@ -174,8 +187,7 @@ def evaluate(
     path = out / "exam.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for one in modes:
-        num_tokens = max_answer_tokens if one == "answer" else max_new_tokens
-        rows = _sit(engine_when_needed, questions, shots, one, style, method, num_tokens, out, progress)
+        rows = _sit(engine_when_needed, questions, shots, one, style, method, new_tokens[one], out, progress)
         results[one] = summarize_rows(questions, rows, one, style)
     result = {one: results[one] for one in MODES if one in results}
     both = len(result) == len(MODES)
@@ -187,6 +199,23 @@ def evaluate(
     result["settings"] = identity
     write_atomically(path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     return result
+
+
+def _positions(model_dir: str | Path) -> int | None:
+    """The model's max_position_embeddings, where its config has any."""
+    try:
+        config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise bad_input("cannot be read", file=Path(model_dir) / "config.json", found=str(error)) from error
+    return config.get("max_position_embeddings") if isinstance(config, dict) else None
+
+
+def _recorded(out: Path) -> dict:
+    """What ``run.json`` says of the results in ``out``; nothing where there is none (:func:`claim` says what is wrong)."""
+    try:
+        return dict(json.loads((out / "run.json").read_text(encoding="utf-8"))["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _gap_figures(rows_of_modes: list[list[dict]], questions: Sequence[Question]) -> dict:
@@ -317,7 +346,7 @@ def as_text(result: dict) -> str:
         lines.append(
             f"explanation gap (answer - explain) {result['explanation_gap']:+.3f}  95 % "
             f"[{result['explanation_gap_low']:+.3f}, {result['explanation_gap_high']:+.3f}]  "
-            f"p {result['explanation_gap_p_value']:.4f}"
+            f"p {p_text(result['explanation_gap_p_value'])}"
         )
     if result["skipped_image_questions"]:
         lines.append(f"left out: {result['skipped_image_questions']} questions that need an image")

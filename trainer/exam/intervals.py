@@ -51,3 +51,8 @@ def paired_p_value(differences: Sequence[int]) -> float:
         chances = wider
     sums = np.arange(len(chances)) - sum(sizes)
     return min(1.0, float(chances[abs(sums) >= abs(sum(differences))].sum()))
+
+
+def p_text(p_value: float) -> str:
+    """A p-value to four places; a smaller one as below 0.0001, for it is not 0."""
+    return f"{p_value:.4f}" if p_value >= 0.0001 else "<0.0001"

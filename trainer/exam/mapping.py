@@ -35,6 +35,18 @@ class Mapping:
     explanation: str | None = None
     text_only: str | None = None
 
+    def check_names(self, path: str | Path, rows: list[tuple[int, dict]], mapping: str | Path) -> None:
+        """Refuse a name that no row of the exam has: a choice, the points or the explanations would be lost in silence."""
+        there = list(dict.fromkeys(name for _, value in rows for name in value))
+        for setting in fields(self):
+            named = getattr(self, setting.name)
+            if setting.name == "answer_as" or named is None:
+                continue
+            for name in (named,) if isinstance(named, str) else named:
+                if rows and name not in there:
+                    raise bad_input("no row of the exam has this field", file=mapping, field=setting.name, found=name,
+                                    expected=f"one of {', '.join(there)} ({path})")  # fmt: skip
+
     def apply(self, path: str | Path, row: int, value: dict) -> dict:
         """A row in the form of IgakuQA, to be checked as such. Raises :class:`InputError` with file, row and field."""
 

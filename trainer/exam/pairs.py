@@ -8,6 +8,7 @@ exactly where generation begins, so that training scores what the model itself w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -30,7 +31,7 @@ from medtrain.trainer.exam.paths import (
 )
 from medtrain.trainer.exam.prompts import PromptStyle, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
-from medtrain.trainer.exam.records import file_digest, model_digest
+from medtrain.trainer.exam.records import model_digest
 from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
 from medtrain.trainer.tokenizer import read_tokenizer
 
@@ -93,14 +94,15 @@ def build_pairs(
     taken: list[_Pair] = []
     seen: set[tuple[str, str, str]] = set()
     paths_seen, reasons, left_out, with_pairs, repeated = Counter(), Counter(), 0, 0, 0
-    longer = 0.0
+    longer, made_so_far = 0.0, Counter()
     for question in questions:
         paths = paths_by_question.get(question.problem_id, ())
         graded = grade_paths(question, paths, style, unlisted_is_wrong)
         paths_seen.update(path.kind for path in graded)
         truth = _ground_truth(question, style) if strategy != "sampled" else None
         possible = _pair_up(question, graded, truth, strategy, seed)
-        made = _capped(*possible, max_per_question)
+        made = _capped(*possible, max_per_question, made_so_far)
+        made_so_far.update(pair.strategy for pair in made)
         if not made:
             reasons[_why_none(question, graded, truth, strategy)] += 1
             continue
@@ -206,8 +208,10 @@ def _pair_up(
     return explained, sampled
 
 
-def _capped(explained: list[_Pair], sampled: list[_Pair], cap: int) -> list[_Pair]:
-    share = max(cap - cap // 2, cap - len(sampled))
+def _capped(explained: list[_Pair], sampled: list[_Pair], cap: int, so_far: Counter) -> list[_Pair]:
+    """Half of the cap for each kind, as far as there are pairs; an odd one for the kind that has had fewer ``so_far``."""
+    odd = cap % 2 and so_far["explanation"] <= so_far["sampled"]
+    share = max(cap // 2 + odd, cap - len(sampled))
     made = explained[:share]
     return made + sampled[: cap - len(made)]
 
@@ -268,8 +272,9 @@ def run_pairs(
 
     Beside ``out`` (pairs.jsonl) stand pairs.paths.jsonl with every path and its grade, from which a run that was killed
     goes on and pairs of another strategy are made without sampling again, and pairs.summary.json. Questions that
-    need an image are left out and counted as ``skipped_image_questions``. Raises :class:`InputError`, after both were
-    written, where not one pair came about.
+    need an image are left out and counted as ``skipped_image_questions``. Raises :class:`InputError` before anything is
+    sampled where ``strategy`` needs explanations and there is none, and after the paths were written where not one pair
+    came about; ``out`` is then left as it was.
     """
     style, out = style or PromptStyle(), Path(out)
     _check(strategy, max_per_question, style, unlisted_is_wrong)
@@ -278,16 +283,18 @@ def run_pairs(
     if not asked:
         raise bad_input("no question is left to ask: all need an image", file=questions)
     shots = read_demonstrations(demonstrations, everything, style, ("explain",))
-    sampling = {
-        "model": model_digest(model), "questions": file_digest(questions), "mapping": file_digest(mapping),
-        "demonstrations": file_digest(demonstrations), "style": asdict(style), "engine": engine, "dtype": dtype,
-        "num_paths": num_paths, "temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens,
-        "batch_tokens": batch_tokens if engine == "hf" else None,  # its batches have random numbers of their own
-    }  # fmt: skip
+    _check_explanations(asked, questions, strategy, style, echo)
     tokenizer = read_tokenizer(Path(model))
     prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
+    sampling = {
+        "model": model_digest(model), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "style": asdict(style), "engine": engine, "dtype": dtype, "num_paths": num_paths, "temperature": temperature,
+        "seed": seed, "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
     stem = out.name.removesuffix(".jsonl")
-    file = PathFile(out.with_name(f"{stem}.paths.jsonl"), sampling)
+    # Its batches have random numbers of their own, but whoever runs out of memory must be able to go on with smaller ones.
+    about = {"batch_tokens": batch_tokens} if engine == "hf" else {}
+    file = PathFile(out.with_name(f"{stem}.paths.jsonl"), sampling, about)
     if out.exists() and not file.path.exists():
         raise bad_input("is there already, and no paths from which it was made", file=out, expected="another out")
     sample_into(
@@ -299,7 +306,8 @@ def run_pairs(
         i: [ReasoningPath(prompt, file.outputs[i, k].text, file.outputs[i, k].truncated) for k in range(num_paths)]
         for i, prompt in prompts.items()
     }
-    file.write_graded({q.problem_id: grade_paths(q, paths[q.problem_id], style, unlisted_is_wrong) for q in asked})
+    graded = {q.problem_id: grade_paths(q, paths[q.problem_id], style, unlisted_is_wrong) for q in asked}
+    file.write_graded(graded)
     rows, summary = build_pairs(
         asked,
         paths,
@@ -316,14 +324,38 @@ def run_pairs(
         row["provenance"] |= source
     summary["skipped_image_questions"] = len(everything) - len(asked)
     summary["files"] = {"pairs": str(out) if rows else None, "paths": str(file.path)}
-    summary["settings"] = {"strategy": strategy, "max_per_question": max_per_question, "sampling": sampling}
-    write_atomically(out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    summary["settings"] = {"strategy": strategy, "max_per_question": max_per_question, "sampling": sampling | about}
+    if rows or not out.exists():  # pairs of another strategy stay, with their summary
+        write_atomically(
+            out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
+        )
     if not rows:
-        out.unlink(missing_ok=True)  # of another strategy; the summary is no longer its own
-        first = paths[asked[0].problem_id][0].output
         why = ", ".join(f"{reason}: {count}" for reason, count in summary["without_pairs"].items())
         kinds = ", ".join(f"{count} {kind}" for kind, count in summary["paths"].items() if count)
         raise bad_input(f"no pair came about from {len(asked)} questions ({why}; paths: {kinds}); see {file.path}, "
-                        f"whose first path is {first[:120]!r}", file=questions)  # fmt: skip
+                        f"for example the path {_example(graded)[:120]!r}", file=questions)  # fmt: skip
     write_atomically(out, to_jsonl(rows))
     return summary
+
+
+def _check_explanations(
+    asked: Sequence[Question], file: str | Path, strategy: str, style: PromptStyle, echo: Callable[[str], None] | None
+) -> None:
+    """Say how many questions have a ground truth to prefer; refuse where the strategy has no other and there is none."""
+    if strategy == "sampled":
+        return
+    usable = sum(_ground_truth(question, style) is not None for question in asked)
+    given = sum(bool((question.explanation or "").strip()) for question in asked)
+    if echo is not None:
+        unread = f"; {given - usable} more are not read as the right answer" if given > usable else ""
+        echo(f"explanations: {usable} of {len(asked)} questions have one{unread}")
+    if not usable and strategy == "explanation":
+        problem = "no explanation is read as the right answer" if given else "no question has an explanation"
+        raise bad_input(problem, file=file, field="explanation", expected="explanations, or strategy=sampled")
+
+
+def _example(graded: Mapping[str, Sequence[GradedPath]]) -> str:
+    """A path of the commonest kind that is of no use, one with a text where there is one."""
+    useless = [path for paths in graded.values() for path in paths if path.kind not in ("right", "duplicate")]
+    counts = Counter(path.kind for path in useless)
+    return max(useless, key=lambda path: (bool(path.text), counts[path.kind])).text if useless else ""

@@ -122,10 +122,12 @@ def _names_no_choice(text: str, question: Question, style: PromptStyle) -> bool:
 
 
 class PathFile:
-    """The file that keeps paths; ``identity`` says how they are sampled, and a file of others is refused."""
+    """The file that keeps paths; ``identity`` says how they are sampled, and a file of others is refused. ``about`` is
+    written beside it and compared with nothing."""
 
-    def __init__(self, path: Path, identity: dict):
+    def __init__(self, path: Path, identity: dict, about: dict | None = None):
         self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.header = {"sampling": self.identity | (about or {})}
         self.outputs: dict[tuple[str, int], Output] = {}
         if not path.is_file():
             return
@@ -142,7 +144,7 @@ class PathFile:
     def add(self, paths: Sequence[tuple[str, int]], outputs: Sequence[Output]) -> None:
         """Append outputs, so that they outlive a kill."""
         if not self.path.is_file():
-            write_atomically(self.path, to_jsonl([{"sampling": self.identity}]))
+            write_atomically(self.path, to_jsonl([self.header]))
         end_last_line(self.path)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(to_jsonl(self._row(*one, output) for one, output in zip(paths, outputs, strict=True)))
@@ -150,7 +152,7 @@ class PathFile:
 
     def write_graded(self, graded: dict[str, list[GradedPath]]) -> None:
         """Write all paths again, in the order of the questions, each with how it was graded and from which words."""
-        rows: list[dict] = [{"sampling": self.identity}]
+        rows: list[dict] = [self.header]
         for problem_id, paths in graded.items():
             for path in paths:
                 row = self._row(problem_id, path.index, self.outputs[problem_id, path.index])

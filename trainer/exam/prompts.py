@@ -9,7 +9,7 @@ the official prompt of IgakuQA. Named styles are the files of ``configs/prompts`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -184,17 +184,18 @@ class PromptStyle:
         return {"cue": cue, "markers": (self.answer_marker,)}
 
 
-def load_style(prompt: str | Path | None, *, chat: bool = False) -> PromptStyle:
+def load_style(prompt: str | Path | None, *, chat: bool = False, setting: str = "prompt") -> PromptStyle:
     """The prompt style of a name (a file in configs/prompts) or of a YAML file; None is the default one.
 
-    ``chat`` turns the chat template on, whatever the file says. Raises :class:`InputError` for an unknown name or setting.
+    ``setting`` is what the user calls ``prompt``. ``chat`` turns the chat template on, whatever the file says. Raises
+    :class:`InputError` for an unknown name or setting.
     """
     if prompt is None:
         return PromptStyle(chat=chat)
     named, path = _NAMED / f"{prompt}.yaml", Path(prompt)
     if not named.is_file() and not path.is_file():
         names = ", ".join(sorted(file.stem for file in _NAMED.glob("*.yaml")))
-        raise bad_input("no such prompt style", field="prompt", found=str(prompt), expected=f"{names}, or a YAML file")
+        raise bad_input("no such prompt style", field=setting, found=str(prompt), expected=f"{names}, or a YAML file")
     path = named if named.is_file() else path
     tree = read_tree(path, ())
     stops = tree.pop("stops", list(PromptStyle.stops))
@@ -229,3 +230,30 @@ def read_demonstrations(
         for mode in modes:
             style.completion(shot, mode)
     return shots
+
+
+def prompt_widths(
+    style: PromptStyle,
+    questions: Sequence[Question],
+    demonstrations: Sequence[Question],
+    tokenizer,
+    new_tokens: Mapping[str, int],
+    limit: int | None,
+    file: str | Path,
+) -> dict[str, int]:
+    """Tokens of the longest prompt and its ``new_tokens``, by mode; ``limit``: the model's positions, where it has a limit.
+
+    Raises:
+        InputError: a prompt without a token, or one that does not fit with its output.
+    """
+    widths: dict[str, int] = {}
+    for mode, new in new_tokens.items():
+        for question in questions:
+            ids = tokenizer(style.prompt(question, mode, tokenizer, demonstrations), add_special_tokens=False).input_ids
+            width = len(ids) + new
+            if not ids or (limit is not None and width > limit):
+                raise bad_input("the prompt does not fit the model", file=file, found=f"question {question.problem_id}, "
+                                f"{mode}: {len(ids)} tokens and {new} new ones",
+                                expected=f"1 to {limit} together (max_position_embeddings)")  # fmt: skip
+            widths[mode] = max(widths.get(mode, 0), width)
+    return widths

@@ -132,9 +132,15 @@ def load_questions(
     """
     questions: list[Question] = []
     row_of: dict[str, int] = {}
-    rows = list(read_csv(path) if Path(path).suffix in (".csv", ".tsv") else read_jsonl(path))
+    suffix = Path(path).suffix.lower()
+    if suffix in (".xlsx", ".xls", ".ods", ".parquet"):
+        raise bad_input("not a form of exam that is read", file=path, found=suffix, expected=".jsonl, .csv or .tsv")
+    is_csv = suffix in (".csv", ".tsv")
+    rows = list(read_csv(path) if is_csv else read_jsonl(path))
     form = load_mapping(mapping) if mapping is not None else known_form(path, rows)
-    if form is None and Path(path).suffix in (".csv", ".tsv"):
+    if mapping is not None:
+        form.check_names(path, rows, mapping)
+    if form is None and is_csv and rows:
         raise bad_input("which columns hold what is not known", file=path, expected="a mapping (docs/exam.md)")
     for row, value in rows:
         mapped = value if form is None else form.apply(path, row, value)
@@ -150,7 +156,7 @@ def load_questions(
         row_of[question.problem_id] = row
         questions.append(question)
     if not questions:
-        raise bad_input("no questions", file=path, expected="one JSON object a line")
+        raise bad_input("no questions", file=path, expected="a row a question" if is_csv else "one JSON object a line")
     return questions
 
 

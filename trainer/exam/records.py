@@ -13,8 +13,11 @@ from medtrain.trainer.exam.scoring import write_atomically
 from medtrain.trainer.files import file_sha256
 
 
-def claim(out: Path, identity: dict, paths: dict) -> None:
-    """Make ``out`` this run's folder, or find that it is; refuse it where it holds another run's results."""
+def claim(out: Path, identity: dict, paths: dict, free: Collection[str] = ()) -> None:
+    """Make ``out`` this run's folder, or find that it is; refuse it where it holds another run's results.
+
+    ``free`` settings have made none of what is there and may differ; the record then has the new ones.
+    """
     run = out / "run.json"
     has_results = (out / "exam.json").exists() or any(out.glob("outputs-*.jsonl"))
     if has_results and not run.is_file():
@@ -26,11 +29,13 @@ def claim(out: Path, identity: dict, paths: dict) -> None:
         before = json.loads(run.read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise bad_input("cannot be read as the record of a run", file=run, found=str(error)) from error
-    differing = [name for name in identity if before.get(name) != identity[name]]
+    differing = [name for name in identity if before.get(name) != identity[name] and name not in free]
     if differing:
         raise bad_input(
             f"holds the results of another run: {', '.join(differing)} differ", file=out, expected="a new --out folder"
         )
+    if before != identity:
+        write_atomically(run, json.dumps({"identity": identity} | paths, ensure_ascii=False, indent=1) + "\n")
 
 
 def rows_of(path: Path, fields: Collection[str] = ("problem_id", "prompt", "output", "truncated")) -> Iterable[dict]:

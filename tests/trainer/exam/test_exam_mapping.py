@@ -1,5 +1,6 @@
 """Exams in other forms: MedQA, MedMCQA, and any CSV or JSON Lines file through a mapping."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,10 @@ def test_a_wrong_mapped_row_is_named_by_its_own_field(tmp_path, answer_as, chang
         ("{problem_text: q, choices: 3, answer: k}", "field 'choices': wrong type"),
         ("{problem_text: q, choices: c, answer: [k]}", "field 'answer': wrong type"),
         ("{problem_text: q, choices: c, answer: k, answer_as: number}", "field 'answer_as': not a known choice"),
-        ("{problem_text: gone, choices: c, answer: k}", "row 1: field 'gone': missing"),
+        (
+            "{problem_text: gone, choices: c, answer: k}",
+            "field 'problem_text': no row of the exam has this field (found gone",
+        ),
     ],
 )
 def test_a_wrong_mapping_is_named(tmp_path, mapping, message):
@@ -147,3 +151,38 @@ def test_csv_files_that_cannot_be_read_are_named(tmp_path):
 def test_medmcqa_as_csv_needs_no_mapping(tmp_path):
     (tmp_path / "q.csv").write_text("id,question,opa,opb,opc,opd,cop,exp\nm,Which?,w,x,y,z,4,\n")
     assert load_questions(tmp_path / "q.csv")[0].answer == ("d",)
+
+
+@pytest.mark.parametrize(
+    "setting", ["problem_text", "choices", "answer", "points", "kinki", "explanation", "text_only"]
+)
+def test_a_name_that_no_row_has_is_refused_and_not_taken_for_empty(setting, tmp_path):
+    (tmp_path / "exam.csv").write_text("nr,frage,o1,o2,o3,key,pkt\n1,Which?,x,y,z,a,2\n", encoding="utf-8")
+    right = {
+        "problem_id": "nr",
+        "problem_text": "frage",
+        "choices": ["o1", "o2", "o3"],
+        "answer": "key",
+        "points": "pkt",
+    }
+    mapping = tmp_path / "mapping.yaml"
+    mapping.write_text(json.dumps(right))
+    (question,) = load_questions(tmp_path / "exam.csv", mapping=mapping)
+    assert (question.choices, question.points) == (("x", "y", "z"), 2)
+    mapping.write_text(json.dumps(right | {setting: ["o1", "o2", "o33"] if setting == "choices" else "nix"}))
+    name = "o33" if setting == "choices" else "nix"
+    with pytest.raises(
+        InputError, match=rf"mapping\.yaml: field '{setting}': no row .*found {name}; expected one of nr, frage"
+    ):
+        load_questions(tmp_path / "exam.csv", mapping=mapping)
+
+
+def test_files_that_are_no_exam_are_named_for_what_they_are(tmp_path):
+    (tmp_path / "exam.xlsx").write_bytes(b"PK")
+    with pytest.raises(
+        InputError, match=r"not a form of exam that is read \(found \.xlsx; expected \.jsonl, \.csv or \.tsv"
+    ):
+        load_questions(tmp_path / "exam.xlsx")
+    (tmp_path / "empty.csv").write_text("id,question\n")
+    with pytest.raises(InputError, match=r"no questions \(expected a row a question"):
+        load_questions(tmp_path / "empty.csv")

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exam_models import CHAIN, QUESTIONS, STYLE, chain_model
+from exam_models import CHAIN, QUESTIONS, STYLE, chain_model, write_exam
+from helpers import write_jsonl
 
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam import pairs as pairs_module
@@ -219,7 +220,8 @@ def test_a_run_writes_pairs_with_provenance_every_path_with_its_grade_and_the_su
     rows, (header, *sampled) = read(tmp_path / "new/pairs.jsonl"), read(tmp_path / "new/pairs.paths.jsonl")
     assert sum(summary["pairs"].values()) == len(rows) > 0 and summary["skipped_image_questions"] == 1
     assert json.loads((tmp_path / "new/pairs.summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert (said[0], said[-1]) == ("paths: 0/24", "paths: 24/24") and len(sampled) == 24
+    assert said[:2] == ["explanations: 2 of 3 questions have one", "paths: 0/24"] and said[-1] == "paths: 24/24"
+    assert len(sampled) == 24
     texts = {(row["problem_id"], row["path"]): row for row in sampled}
     for row in rows:
         source = row["provenance"]
@@ -281,9 +283,62 @@ def test_where_no_pair_comes_about_the_paths_and_the_reasons_are_there_all_the_s
         run_pairs(checkpoint, exam, tmp_path / "none.jsonl", **RUN | {"max_new_tokens": 2})
     message = str(error.value)
     assert "no pair came about from 3 questions (every path was cut off: 3; paths: " in message and "\n" not in message
-    assert "none.paths.jsonl" in message and "'理由'" in message
+    assert "none.paths.jsonl" in message and "for example the path '理由'" in message
     assert not (tmp_path / "none.jsonl").exists() and (tmp_path / "none.summary.json").exists()
     assert {row["kind"] for row in read(tmp_path / "none.paths.jsonl")[1:]} == {"truncated", "duplicate"}
+
+
+def test_a_strategy_that_makes_nothing_leaves_the_pairs_that_are_there(tmp_path, checkpoint):
+    truths = [{**row, "explanation": "赤と白は薬。"} for row in read(write_exam(tmp_path / "exam.jsonl"))]
+    exam = write_jsonl(tmp_path / "truths.jsonl", [row for row in truths if row["answer"] == ["a", "c"]])
+    out = tmp_path / "pairs.jsonl"
+    run_pairs(checkpoint, exam, out, strategy="explanation", **RUN | {"num_paths": 1, "seed": 3})
+    before = [path.read_bytes() for path in (out, tmp_path / "pairs.summary.json")]
+    with pytest.raises(InputError, match="no pair came about"):
+        run_pairs(checkpoint, exam, out, strategy="sampled", **RUN | {"num_paths": 1, "seed": 3})
+    assert [path.read_bytes() for path in (out, tmp_path / "pairs.summary.json")] == before
+
+
+def test_no_explanations_are_told_before_anything_is_sampled(tmp_path, checkpoint, monkeypatch):
+    rows = read(write_exam(tmp_path / "exam.jsonl"))
+    none = write_jsonl(tmp_path / "none.jsonl", [{k: v for k, v in row.items() if k != "explanation"} for row in rows])
+    told = []
+    summary = run_pairs(checkpoint, none, tmp_path / "pairs.jsonl", strategy="both", echo=told.append, **RUN)
+    assert told[0] == "explanations: 0 of 3 questions have one" and set(summary["pairs"]) == {"sampled"}
+    monkeypatch.setattr(pairs_module, "load_engine", lambda *a, **k: pytest.fail("sampled"))
+    with pytest.raises(
+        InputError, match=r"none\.jsonl: field 'explanation': no question has an explanation .*strategy=sampled"
+    ):
+        run_pairs(checkpoint, none, tmp_path / "other.jsonl", strategy="explanation", **RUN)
+    assert not list(tmp_path.glob("other*"))
+    # What is asked is the same: explanations that come later cost no path.
+    full = write_jsonl(tmp_path / "full.jsonl", [row | {"explanation": "それは薬。"} for row in rows])
+    assert (
+        "explanation" in run_pairs(checkpoint, full, tmp_path / "pairs.jsonl", strategy="explanation", **RUN)["pairs"]
+    )
+
+
+def test_smaller_batches_go_on_with_the_paths_that_are_there(tmp_path, exam, checkpoint):
+    out = tmp_path / "pairs.jsonl"
+    run_pairs(checkpoint, exam, out, **RUN, batch_tokens=400)
+    lines = (tmp_path / "pairs.paths.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "pairs.paths.jsonl").write_text("".join(lines[:5]), encoding="utf-8")
+    run_pairs(checkpoint, exam, out, **RUN, batch_tokens=100)
+    after = (tmp_path / "pairs.paths.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(after) == len(lines)
+    assert [json.loads(line)["output"] for line in after[1:5]] == [json.loads(line)["output"] for line in lines[1:5]]
+    assert json.loads(after[0])["sampling"]["batch_tokens"] == 100
+
+
+def test_both_kinds_share_an_odd_cap_over_the_questions():
+    two = [
+        replace(question, explanation="青は薬。") for question in (QUESTIONS[0], replace(QUESTIONS[0], problem_id="4"))
+    ]
+    of_both = {"1": paths(*RIGHT, *WRONG), "4": paths(*RIGHT, *WRONG, prompt="Q")}
+    _, summary = build_pairs(two, of_both, strategy="both", max_per_question=1, style=STYLE)
+    assert summary["pairs"] == {"explanation": 1, "sampled": 1}
+    _, summary = build_pairs(two, of_both, strategy="both", max_per_question=3, style=STYLE)
+    assert summary["pairs"] == {"explanation": 3, "sampled": 3}
 
 
 def test_a_demonstration_that_is_asked_too_is_refused(tmp_path, exam, checkpoint):

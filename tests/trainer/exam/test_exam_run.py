@@ -324,6 +324,26 @@ def test_modes_may_be_run_one_after_the_other(checkpoint, exam, tmp_path):
     assert evaluate(checkpoint, exam, mode="explain", **settings)["explanation_gap"] == 0.0
 
 
+def test_a_limit_belongs_to_the_outputs_of_its_mode(checkpoint, exam, tmp_path):
+    settings = {"out": tmp_path / "out", "style": STYLE}
+    evaluate(checkpoint, exam, mode="answer", **settings, max_new_tokens=9)
+    result = evaluate(checkpoint, exam, mode="explain", **settings, max_new_tokens=40)
+    assert result["settings"]["max_new_tokens"] == 40
+    with pytest.raises(InputError, match="another run: max_new_tokens differ"):
+        evaluate(checkpoint, exam, **settings, max_new_tokens=41)
+    assert evaluate(checkpoint, exam, mode="answer", **settings)["settings"]["max_new_tokens"] == 40
+    with pytest.raises(InputError, match="another run: max_answer_tokens differ"):
+        evaluate(checkpoint, exam, mode="answer", **settings, max_answer_tokens=5)
+
+
+def test_a_prompt_that_does_not_fit_is_told_before_any_mode_is_sat(checkpoint, exam, tmp_path):
+    with pytest.raises(
+        InputError, match=r"exam\.jsonl: the prompt does not fit .*question 1, explain: .* 600 new ones"
+    ):
+        evaluate(checkpoint, exam, out=tmp_path / "out", style=STYLE, max_new_tokens=600)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_runs_folder_is_refused(checkpoint, exam, tmp_path, model, tokenizer):
     settings = {"out": tmp_path / "out", "mode": "answer", "style": STYLE, "max_new_tokens": 40}
     evaluate(checkpoint, exam, **settings)
