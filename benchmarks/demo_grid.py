@@ -20,7 +20,7 @@ import click
 import torch
 
 from medtrain.trainer.demo.recipe import RECIPES
-from medtrain.trainer.demo.run import FURTHER, NUM_THREADS, PREFERENCES, Demo, prefer, prepare, sit_exam
+from medtrain.trainer.demo.run import FURTHER, NUM_THREADS, PREFERENCES, Demo, claim, prefer, prepare, sit_exam
 from medtrain.trainer.demo.seeds import stated
 from medtrain.trainer.files import write_json
 from medtrain.trainer.run_folder import commit, device_name, versions
@@ -46,7 +46,7 @@ def examine(demo: Demo, name: str) -> Scores:
 def train_cell(demo: Demo, arm: str, rate: float, beta: float | None = None) -> Scores:
     """One arm in one world at one setting; ``beta`` None is the arm's own."""
     start, settings, _ = (PREFERENCES | FURTHER)[arm]
-    at = dataclasses.replace(demo, recipe=dataclasses.replace(demo.recipe, rpo_lr=rate, tuned={}))
+    at = dataclasses.replace(demo, recipe=dataclasses.replace(demo.recipe, rpo_lr=rate))
     prefer(at, cell_name(arm, rate, beta), start, **(settings | ({} if beta is None else {"beta": beta})))
     return examine(at, cell_name(arm, rate, beta))
 
@@ -101,7 +101,7 @@ def main(
     torch.set_num_threads(NUM_THREADS)
     demos = [Demo(folder / f"seed-{n}", n, RECIPES[recipe], click.echo) for n in range(seed, seed + worlds)]
     for demo in demos:
-        demo.out.mkdir(parents=True, exist_ok=True)
+        claim(demo)
     betas = {} if rates_only else BETAS
     found = run_grid(demos, arms.split(","), [float(rate) for rate in rates.split(",")], betas)
     click.echo(f"\n{'mean over worlds':28}" + "".join(f"{mode:>9}" for mode in MODES))

@@ -214,6 +214,7 @@ class PairsConfig:
     balance_length: bool = (
         True  # of what the cap leaves to choose from, pairs whose chosen sides are not the longer ones
     )
+    min_explanation: int = 1  # letters and digits beside the answer that a chosen path has at least
     temperature: float = 1.0
     max_new_tokens: int = 1024
     engine: Literal["hf", "vllm"] = "hf"
@@ -287,6 +288,10 @@ def load_pairs_config(path: str | Path, overrides: typing.Sequence[str] = ()) ->
     for name in ("num_paths", "max_per_question", "max_new_tokens", "batch_tokens"):
         if getattr(config, name) < 1:
             raise bad_input("out of range", file=path, field=name, found=getattr(config, name), expected="1 or more")
+    if config.min_explanation < 0:
+        raise bad_input(
+            "out of range", file=path, field="min_explanation", found=config.min_explanation, expected="0 or more"
+        )
     if config.temperature <= 0:
         raise bad_input(
             "out of range", file=path, field="temperature", found=config.temperature, expected="more than 0"

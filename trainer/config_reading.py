@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -20,15 +21,16 @@ from medtrain.trainer.errors import InputError, bad_input
 class _UniqueKeys(yaml.SafeLoader):
     """YAML's last key of a name would silently take the place of the ones before it."""
 
-    def construct_mapping(self, node, deep=False):
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} a second time", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:  # as written: nothing is merged yet
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value} a second time", key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def read_tree(path: str | Path | None, overrides: typing.Sequence[str]) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise bad_input("not an override", found=override, expected="KEY=VALUE, as in optim.lr=1e-5")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError:
         raise bad_input("the value is not valid YAML", field=key, found=text) from None
     node: Any = tree
@@ -115,8 +117,11 @@ def _all_keys(cls) -> list[str]:
         if name in ("stage", "given"):
             continue
         keys.append(name)
+        of_list = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
         if dataclasses.is_dataclass(hint):
-            keys += [f"{name}.{f.name}" for f in dataclasses.fields(hint)]
+            keys += [f"{name}.{key}" for key in _all_keys(hint)]
+        elif dataclasses.is_dataclass(of_list):
+            keys += [f"{name}.{f.name}" for f in dataclasses.fields(of_list)]
     return keys
 
 
@@ -148,7 +153,7 @@ def _unknown_key(name: str, file, keys: list[str]) -> InputError:
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     if not near:
         near = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
-    section = name.rpartition(".")[0]
+    section = re.sub(r"\.\d+(?=\.|$)", "", name).rpartition(".")[0]
     if near and near[0] != section:
         expected = f"the nearest known key, '{near[0]}'"
     else:
@@ -187,6 +192,9 @@ def _convert(value: Any, hint: Any, name: str, file, given: set[str], known_keys
     if origin is dict:
         if not isinstance(value, dict):
             raise bad_input("wrong type", file=file, field=name, found=value, expected="a mapping")
+        for key, one in value.items():
+            if isinstance(one, float) and not math.isfinite(one):
+                raise bad_input("not a finite number", file=file, field=f"{name}.{key}", found=one)
         return value
     if hint in (float, int) and isinstance(value, str):
         # YAML 1.1 reads 1e-5 (no dot) as a string.

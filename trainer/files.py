@@ -31,6 +31,12 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_rows(path: Path) -> list[Any]:
+    """The objects of a JSON Lines file that we wrote: its lines end with a line feed alone, as the texts in them may hold
+    what ``str.splitlines`` would split at (U+2028)."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, for what several processes may write at once: each beside ``path`` under a name of its own. At

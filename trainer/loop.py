@@ -117,7 +117,11 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         objective.watch(earlier)
     report = LiveReport(folder.root, display.say, enabled=world.is_main)
 
+    last_row: dict[str, Any] = {}
+
     def record(row: dict[str, Any]) -> None:
+        nonlocal last_row
+        last_row = last_row | row if last_row.get("step") == row["step"] else row
         if world.is_main:
             folder.append_metrics(row)
             board.write(row)
@@ -145,16 +149,15 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 display.say(line)
             report.refresh()
 
-    # Also where the run was stopped after a checkpoint and before what was due then.
-    if not world.from_main(lambda: folder.evaluated(done)):
-        evaluate(done)
-
+    owed = not world.from_main(lambda: folder.evaluated(done))
     flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
     began, spent = time.monotonic(), 0.0
     saver = Saver(folder.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
     display.start(done, steps)
     try:
+        if owed:  # before the first step, or where a run was stopped after a checkpoint and before what was due then
+            evaluate(done)
         with _stop_signal() as stop:
             for step in range(done, steps):
                 started = time.perf_counter()
@@ -190,7 +193,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                     saver.finish()
                     display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
                     report.write("by a signal; the same command goes on from here")
-                    return TrainResult(folder.root, folder.results(config)[-1], folder.last_row(), interrupted=True)
+                    return TrainResult(folder.root, folder.results(config)[-1], last_row, interrupted=True)
                 # After the checkpoint, which an exam that fails must not take with it.
                 evaluate(step + 1)
         saver.finish()
@@ -214,7 +217,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     report.write()
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))
-    return TrainResult(folder.root, folder.results(config)[-1], folder.last_row())
+    return TrainResult(folder.root, folder.results(config)[-1], last_row or folder.last_row())
 
 
 def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World, step: int) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from medtrain.trainer.config import config_from_dict, learned_settings, load_config
+from medtrain.trainer.config_reading import read_tree
 from medtrain.trainer.errors import InputError
 
 
@@ -108,3 +109,21 @@ def test_a_key_that_occurs_twice_is_refused_with_its_line(tmp_path):
     path.write_text("rpo: {beta: 0.1}\noptim: {lr: 1e-5}\nrpo: {beta: 0.9}\n")
     with pytest.raises(InputError, match=r"twice\.yaml: row 3: not valid YAML \(found the key rpo a second time"):
         load_config("rpo", path)
+
+
+def test_yaml_that_only_looks_as_if_a_key_occurred_twice_is_read(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("optim: &base {lr: 1.0e-5, steps: 3}\nrpo: {beta: 0.2}\n")
+    assert load_config("rpo", path, ["data.pairs=[{path: x}]", "model.path=x", "run.out=x"]).rpo.beta == 0.2
+    path.write_text("a: &a {lr: 1}\nb: &b {<<: *a, lr: 2}\nc: {<<: *b, lr: 3}\n")
+    assert read_tree(path, ())["c"] == {"lr": 3}
+    path.write_text("run: {out: {{name}}}\n")
+    with pytest.raises(InputError, match=r"merged\.yaml: row 1: not valid YAML"):
+        load_config("rpo", path)
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_config("rpo", None, ["optim={lr: 1, lr: 2}"])
+
+
+def test_an_unknown_key_of_a_list_entry_is_told_its_neighbours():
+    with pytest.raises(InputError, match=r"data\.pairs\.0\.qqq.*one of path, "):
+        load_config("rpo", None, ["data.pairs=[{path: x, qqq: 1}]"])

@@ -207,12 +207,12 @@ def test_seeds_at_the_same_time_give_what_one_after_another_gives(tmp_path, caps
 
 
 def test_a_seed_that_is_refused_ends_the_others_too(finished, tmp_path):
-    (tmp_path / "seed-4").mkdir()
-    (tmp_path / "seed-4" / "letter.txt").write_text("not yours")
-    (tmp_path / "seed-3").symlink_to(finished[0])
-    with pytest.raises(InputError, match=r"seed-4: holds other things"):
-        seeds.run_seeds(tmp_path, 3, 2, recipe=TINY, jobs=2, quiet=True)
-    assert not (tmp_path / "four-arms.json").exists()
+    (tmp_path / "seed-2").mkdir()
+    (tmp_path / "seed-2" / "letter.txt").write_text("not yours")
+    shutil.copytree(finished[0], tmp_path / "seed-3")
+    with pytest.raises(InputError, match=r"seed-2: holds other things"):
+        seeds.run_seeds(tmp_path, 2, 9, recipe=TINY, jobs=2, quiet=True)
+    assert not (tmp_path / "four-arms.json").exists() and not (tmp_path / "seed-10").exists()
 
 
 def test_the_exam_while_training_asks_about_no_tested_disease(finished):

@@ -65,9 +65,10 @@ RECIPE = Recipe()
 
 # Explanations of several steps: two other facts of the disease, then the one asked for, and half of them also say whose
 # value a wrong option is. Half of the papers that explain are about passing diseases: without them hardly an explanation
-# after CPT names the disease asked about (0.01 against 0.35 state the fact, development questions of world 100). Each
-# arm's rate, and the betas of RPO and DPO, are the best of a grid on development questions of worlds 100 to 103
-# (benchmarks/results/demo-grid-cpu-2026-11-22.json). Frozen; report worlds 30, 31, ... (20 to 24 saw other betas and rates).
+# after CPT names the disease asked about (0.01 against 0.35 state the fact, development questions of world 100). The
+# rates of the arms after CPT, and the betas of RPO and DPO, are the best of a grid on development questions of worlds
+# 100 to 103 (benchmarks/results/demo-grid-cpu-2026-11-22.json); those of IPO and SimPO are its lowest rate. Frozen;
+# report worlds 30, 31, ... (20 to 24 were run with other betas and rates).
 _RPO = {"lr": 1e-4, "beta": 0.3}
 STEPS = Recipe(
     corpus=Corpus(steps=3, contrast=0.5, passing=0.5),

@@ -19,7 +19,7 @@ from medtrain.trainer.demo.table import conclusions, draw_table, format_table, m
 from medtrain.trainer.demo.texts import STYLE, WorldFiles, names_in, write_jsonl, write_world
 from medtrain.trainer.demo.world import World, make_world
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import write_json
+from medtrain.trainer.files import read_rows, write_json
 
 # Every preference arm: the model it starts from, what differs from the recipe's RPO, and what it is.
 PREFERENCES = {
@@ -73,7 +73,7 @@ def run_demo(
     import torch
 
     demo = Demo(Path(out), seed, recipe, (lambda line: None) if quiet else lambda line: print(line, flush=True))
-    _claim(demo)
+    claim(demo)
     began = time.monotonic()
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, NUM_THREADS))
@@ -179,7 +179,7 @@ def make_pairs(demo: Demo, world: World, start: str) -> None:
         unlisted_is_wrong=True,
         dtype="float32",
     )
-    rows = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(raw)
     allowed = set(world.diseases["train"]) | set(world.diseases["general"])
     kept = [row for row in rows if names_in(world, row["prompt"] + row["chosen"] + row["rejected"]) <= allowed]
     write_jsonl(final, kept)
@@ -222,10 +222,7 @@ def sit_exam(demo: Demo, arm: str, kind: str) -> dict:
 def exam_rows(demo: Demo, arm: str, kind: str) -> dict[str, list[dict]]:
     """What :func:`sit_exam` left of each question, by mode."""
     folder = demo.out / "exams" / kind / arm
-    return {
-        mode: [json.loads(line) for line in (folder / f"outputs-{mode}.jsonl").read_text("utf-8").splitlines()]
-        for mode in ("answer", "explain")
-    }
+    return {mode: read_rows(folder / f"outputs-{mode}.jsonl") for mode in ("answer", "explain")}
 
 
 def num_parameters(model: Path) -> int:
@@ -288,15 +285,18 @@ def _stage(demo: Demo, name: str, what: str):
     demo.say(f"{name:8} {what:52} {seconds:5.1f} s{again}")
 
 
-def _claim(demo: Demo) -> None:
+def claim(demo: Demo) -> None:
     """Make the folder this demo's, or find that it is."""
     record = {"seed": demo.seed, "recipe": demo.recipe.plain()}
     path = demo.out / "demo.json"
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            before["recipe"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError):
             before = None
+        if before is not None:  # a setting that an older version did not know had what is now its default
+            before["recipe"] = json.loads(json.dumps(RECIPE.plain())) | before["recipe"]
         if before != json.loads(json.dumps(record)):
             raise bad_input(
                 "holds a demo of another seed or other settings", file=demo.out, expected="another --out folder"

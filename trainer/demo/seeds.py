@@ -22,7 +22,7 @@ from medtrain.trainer.demo.table import LABELS, draw_bars
 from medtrain.trainer.demo.texts import states_fact
 from medtrain.trainer.demo.world import make_world
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import write_json
+from medtrain.trainer.files import read_rows, write_json
 from medtrain.trainer.processes import clean_context
 from medtrain.trainer.run_folder import commit, device_name, versions
 
@@ -50,7 +50,7 @@ def stated(folder: Path, seed: int, recipe: Recipe, arm: str, kind: str = "test"
     """Share of an arm's explanations that state the fact asked for: the score alone does not say where an answer is from."""
     world = make_world(seed, recipe.sizes)
     path = folder / "exams" / kind / arm / "outputs-explain.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(path)
     return statistics.fmean(states_fact(world, row["prompt"], row["output"]) for row in rows)
 
 
@@ -61,7 +61,7 @@ def scores(table: dict, arm: str) -> dict[str, float]:
     return {"answer": answer, "explain": explain, "gap": row["gap"], "stated": row["stated"]}
 
 
-def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = RECIPE) -> dict:
+def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = RECIPE, jobs: int = 1) -> dict:
     """The JSON of all seeds: the arms, each seed's numbers, and arms against one another, seed by seed."""
     names = ("answer", "explain", "gap", "stated")
     arms = list(next(iter(tables.values())))
@@ -74,6 +74,7 @@ def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = 
         "versions": versions(),
         "seeds": list(tables),
         "seconds": list(seconds.values()),
+        "jobs": jobs,  # worlds at a time, that shared the machine
         "recipe": recipe.plain(),
         "interval": "95 % t interval of the mean over seeds",
         "questions": tables[next(iter(tables))]["base"]["answer"]["questions"],
@@ -125,7 +126,7 @@ def run_seeds(
             for arm, row in tables[seed].items():
                 row["stated"] = stated(folder, seed, recipe, arm)
             seconds[seed] = _seconds(folder)
-        found = result(tables, seconds, recipe)
+        found = result(tables, seconds, recipe, jobs)
     finally:
         torch.set_num_threads(threads)
     path = out / "four-arms.json"
@@ -162,7 +163,8 @@ def _run_beside_one_another(
                     f"seed {begun[demo]}: gap of CPT {cpt['gap']:+.3f}, of CPT + RPO {rpo['gap']:+.3f}, "
                     f"{_seconds(out / f'seed-{begun[demo]}'):.0f} s"
                 )
-        except BaseException:
+        except BaseException as error:
+            say(f"ends ({type(error).__name__}) when the worlds under way are done")
             pool.shutdown(cancel_futures=True)
             raise
 

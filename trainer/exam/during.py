@@ -31,7 +31,7 @@ from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
 from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.scoring import to_jsonl
-from medtrain.trainer.files import file_sha256, write_bytes
+from medtrain.trainer.files import file_sha256, read_rows, write_bytes
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.weights import generation_config
 
@@ -109,7 +109,7 @@ def sit_exam(
 
 def read_outputs(file: Path) -> dict[str, list[dict]]:
     """The rows of one exam, by mode, as :func:`sit_exam` wrote them."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(file)
     return {mode: [row for row in rows if row["mode"] == mode] for mode in MODES}
 
 

@@ -18,7 +18,14 @@ from medtrain.trainer.exam.choices import score_choices, summarize_choices
 from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
 from medtrain.trainer.exam.intervals import bootstrap_interval, p_text, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
-from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, prompt_widths, read_demonstrations
+from medtrain.trainer.exam.prompts import (
+    MODES,
+    PromptStyle,
+    load_style,
+    model_positions,
+    prompt_widths,
+    read_demonstrations,
+)
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import claim, end_last_line, file_digest, model_digest, rows_of
 from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
@@ -151,7 +158,7 @@ def evaluate(
     new_tokens = {"answer": max_answer_tokens, "explain": max_new_tokens}
     digest = model_digest(model_dir)
     if method == "generate":
-        tokenizer, positions = read_tokenizer(Path(model_dir)), _positions(model_dir)
+        tokenizer, positions = read_tokenizer(Path(model_dir)), model_positions(model_dir)
         prompt_widths(style, questions, shots, tokenizer, {one: new_tokens[one] for one in modes}, positions, exam_path)
     identity = {
         "model": digest,
@@ -186,6 +193,7 @@ def evaluate(
     # A mode that was run before stays: the folder is this run's, so it was asked the same.
     path = out / "exam.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results = {one: results[one] for one in MODES if one in results and (out / f"outputs-{one}.jsonl").is_file()}
     for one in modes:
         rows = _sit(engine_when_needed, questions, shots, one, style, method, new_tokens[one], out, progress)
         results[one] = summarize_rows(questions, rows, one, style)
@@ -199,15 +207,6 @@ def evaluate(
     result["settings"] = identity
     write_atomically(path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     return result
-
-
-def _positions(model_dir: str | Path) -> int | None:
-    """The model's max_position_embeddings, where its config has any."""
-    try:
-        config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise bad_input("cannot be read", file=Path(model_dir) / "config.json", found=str(error)) from error
-    return config.get("max_position_embeddings") if isinstance(config, dict) else None
 
 
 def _recorded(out: Path) -> dict:

@@ -158,7 +158,7 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, dict]]:
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
             for value in reader:
                 if None in value or None in value.values():
                     raise bad_input("not as many cells as the header", file=path, row=reader.line_num,

@@ -29,7 +29,7 @@ from medtrain.trainer.exam.paths import (
     sample_into,
     sample_paths,
 )
-from medtrain.trainer.exam.prompts import PromptStyle, read_demonstrations
+from medtrain.trainer.exam.prompts import PromptStyle, model_positions, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import model_digest
 from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
@@ -66,13 +66,14 @@ def build_pairs(
     seed: int = 0,
     style: PromptStyle | None = None,
     unlisted_is_wrong: bool = False,
+    min_explanation: int = 1,
 ) -> tuple[list[dict], dict]:
     """Grade paths and pair them up.
 
     Returns rows ``{prompt, chosen, rejected, question_id, strategy, provenance}`` in the order of the questions, at most
     ``max_per_question`` each (an even share of both kinds under ``both``, as far as there are enough), drawn by
     ``seed`` and question id alone; and a summary: ``pairs`` (by strategy), ``questions``, ``questions_with_pairs``,
-    ``without_pairs`` (reason -> questions), ``paths`` (right, wrong, unparsed, truncated, duplicate),
+    ``without_pairs`` (reason -> questions), ``paths`` (right, bare, wrong, unparsed, truncated, duplicate),
     ``left_out_by_cap``, ``duplicate_pairs`` (the same texts from another question) and ``lengths``.
 
     ``balance_length``: of the pairs that the cap leaves to choose from, those are taken that keep the sum of
@@ -80,6 +81,8 @@ def build_pairs(
     Every path is still used before one is used twice. ``lengths`` (characters) compares the rows with those of the draw
     alone; where the cap leaves no choice, the two are the same.
 
+    A right path that is ``bare``, with less than ``min_explanation`` letters and digits beside its answer, is not chosen:
+    preferring it would teach the model to leave the explanation out.
     A path that was cut off is neither chosen nor rejected, for training would put an eos where the model never ended.
     Nor is one whose answer cannot be read: that it is wrong would be a guess. Where the style has the text of a choice
     as the answer, ``unlisted_is_wrong`` counts it as wrong if it ends with one answer line and that names no choice at
@@ -97,7 +100,7 @@ def build_pairs(
     longer, made_so_far = 0.0, Counter()
     for question in questions:
         paths = paths_by_question.get(question.problem_id, ())
-        graded = grade_paths(question, paths, style, unlisted_is_wrong)
+        graded = grade_paths(question, paths, style, unlisted_is_wrong, min_explanation)
         paths_seen.update(path.kind for path in graded)
         truth = _ground_truth(question, style) if strategy != "sampled" else None
         possible = _pair_up(question, graded, truth, strategy, seed)
@@ -234,7 +237,9 @@ def _why_none(question: Question, graded: Sequence[GradedPath], truth: str | Non
     if not graded:
         return "no paths"
     kinds = {path.kind for path in graded}
-    if not kinds & {"right", "wrong"}:
+    if kinds <= {"bare", "duplicate"}:
+        return "no path with an explanation"
+    if not kinds & {"right", "bare", "wrong"}:
         return "no path with a readable answer" if "unparsed" in kinds else "every path was cut off"
     if "wrong" not in kinds:
         return "no wrong path"
@@ -243,7 +248,8 @@ def _why_none(question: Question, graded: Sequence[GradedPath], truth: str | Non
         explanation = "no explanation that is read as the right answer"
     if strategy == "explanation":
         return explanation
-    return "no right path" if strategy == "sampled" else f"no right path and {explanation}"
+    right = "no right path with an explanation" if "bare" in kinds else "no right path"
+    return right if strategy == "sampled" else f"{right} and {explanation}"
 
 
 def run_pairs(
@@ -261,6 +267,7 @@ def run_pairs(
     engine: str = "hf",
     style: PromptStyle | None = None,
     unlisted_is_wrong: bool = False,
+    min_explanation: int = 1,
     demonstrations: str | Path | None = None,
     mapping: str | Path | None = None,
     batch_tokens: int = 65_536,
@@ -285,6 +292,7 @@ def run_pairs(
     shots = read_demonstrations(demonstrations, everything, style, ("explain",))
     _check_explanations(asked, questions, strategy, style, echo)
     tokenizer = read_tokenizer(Path(model))
+    prompt_widths(style, asked, shots, tokenizer, {"explain": max_new_tokens}, model_positions(model), questions)
     prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
     sampling = {
         "model": model_digest(model), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -306,7 +314,9 @@ def run_pairs(
         i: [ReasoningPath(prompt, file.outputs[i, k].text, file.outputs[i, k].truncated) for k in range(num_paths)]
         for i, prompt in prompts.items()
     }
-    graded = {q.problem_id: grade_paths(q, paths[q.problem_id], style, unlisted_is_wrong) for q in asked}
+    graded = {
+        q.problem_id: grade_paths(q, paths[q.problem_id], style, unlisted_is_wrong, min_explanation) for q in asked
+    }
     file.write_graded(graded)
     rows, summary = build_pairs(
         asked,
@@ -317,6 +327,7 @@ def run_pairs(
         seed=seed,
         style=style,
         unlisted_is_wrong=unlisted_is_wrong,
+        min_explanation=min_explanation,
     )
     source = {"model": str(model), "model_digest": sampling["model"], "questions": str(questions),
               "temperature": temperature, "seed": seed}  # fmt: skip
@@ -324,7 +335,12 @@ def run_pairs(
         row["provenance"] |= source
     summary["skipped_image_questions"] = len(everything) - len(asked)
     summary["files"] = {"pairs": str(out) if rows else None, "paths": str(file.path)}
-    summary["settings"] = {"strategy": strategy, "max_per_question": max_per_question, "sampling": sampling | about}
+    summary["settings"] = {
+        "strategy": strategy,
+        "max_per_question": max_per_question,
+        "min_explanation": min_explanation,
+        "sampling": sampling | about,
+    }
     if rows or not out.exists():  # pairs of another strategy stay, with their summary
         write_atomically(
             out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
@@ -358,4 +374,5 @@ def _example(graded: Mapping[str, Sequence[GradedPath]]) -> str:
     """A path of the commonest kind that is of no use, one with a text where there is one."""
     useless = [path for paths in graded.values() for path in paths if path.kind not in ("right", "duplicate")]
     counts = Counter(path.kind for path in useless)
+    useless = useless or [path for paths in graded.values() for path in paths]
     return max(useless, key=lambda path: (bool(path.text), counts[path.kind])).text if useless else ""

@@ -19,7 +19,7 @@ from medtrain.trainer.exam.records import end_last_line, rows_of
 from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
 from medtrain.trainer.exam.statements import squeeze
 
-KINDS = ("right", "wrong", "unparsed", "truncated", "duplicate")
+KINDS = ("right", "bare", "wrong", "unparsed", "truncated", "duplicate")
 _FIELDS = ("problem_id", "path", "output", "truncated")
 
 
@@ -83,9 +83,14 @@ def sample_paths(
 
 
 def grade_paths(
-    question: Question, paths: Sequence[ReasoningPath], style: PromptStyle, unlisted_is_wrong: bool = False
+    question: Question,
+    paths: Sequence[ReasoningPath],
+    style: PromptStyle,
+    unlisted_is_wrong: bool = False,
+    min_explanation: int = 1,
 ) -> list[GradedPath]:
-    """Grade the paths of one question, in their order; a repeat of an earlier one is a ``duplicate``.
+    """Grade the paths of one question, in their order; a repeat of an earlier one is a ``duplicate``, and a right one with
+    less than ``min_explanation`` letters and digits beside its answer is ``bare``.
 
     ``unlisted_is_wrong``: see :func:`medtrain.trainer.exam.pairs.build_pairs`.
     """
@@ -103,8 +108,11 @@ def grade_paths(
         elif parsed.failure:
             unlisted = unlisted_is_wrong and parsed.failure == "no answer found"
             kind = "wrong" if unlisted and _names_no_choice(text, question, style) else "unparsed"
+        elif not grade_output(question, parsed):
+            kind = "wrong"
         else:
-            kind = "right" if grade_output(question, parsed) else "wrong"
+            beside = text.replace(parsed.read_from, "", 1)
+            kind = "right" if sum(letter.isalnum() for letter in beside) >= min_explanation else "bare"
         seen.add(text)
         graded.append(GradedPath(index, text, kind, parsed))
     return graded
@@ -183,7 +191,9 @@ def sample_into(
             echo(f"paths: {sum(one in file.outputs for one in wanted)}/{len(wanted)}")
 
     def keep(numbers: list[int], outputs: list[Output]) -> None:
-        file.add([wanted[number] for number in numbers], outputs)
+        # Of a batch that held some of another run's, those stay as they are.
+        new = [(wanted[n], output) for n, output in zip(numbers, outputs, strict=True) if wanted[n] not in file.outputs]
+        file.add([one for one, _ in new], [output for _, output in new])
         report()
 
     report()

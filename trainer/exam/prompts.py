@@ -9,6 +9,7 @@ the official prompt of IgakuQA. Named styles are the files of ``configs/prompts`
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,13 +224,22 @@ def read_demonstrations(
     if path is None:
         return []
     shots = load_questions(path, points_required=False)
-    texts = {question.problem_text for question in asked}
+    known = {(question.problem_text, question.choices) for question in asked}
     for row, shot in enumerate(shots, start=1):
-        if shot.problem_text in texts:
+        if (shot.problem_text, shot.choices) in known:
             raise bad_input("a demonstration that the exam asks", file=path, row=row, found=shot.problem_id)
         for mode in modes:
             style.completion(shot, mode)
     return shots
+
+
+def model_positions(model_dir: str | Path) -> int | None:
+    """The model's max_position_embeddings, where its config has any."""
+    try:
+        config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise bad_input("cannot be read", file=Path(model_dir) / "config.json", found=str(error)) from error
+    return config.get("max_position_embeddings") if isinstance(config, dict) else None
 
 
 def prompt_widths(

@@ -75,6 +75,14 @@ def tree_of(request, exam, style):
     return made
 
 
+def assert_one_evaluation_a_step(run_dir):
+    rows = RunFolder(run_dir).rows()
+    for kind in ("loss", "exam/explanation_gap"):
+        steps = [row["step"] for row in rows if kind in row]
+        assert steps == sorted(set(steps)), kind
+    assert not any("loss" in row and "exam/explanation_gap" in row for row in rows)
+
+
 def outputs(run_dir, step):
     return read_outputs(RunFolder(run_dir).exam(step))
 
@@ -188,6 +196,7 @@ def test_a_resumed_run_sits_no_exam_twice(tree_of, tmp_path):
     assert len(after) == 5 and {name: after[name] for name in before} == before
     whole, killed = (without_timing(read_metrics(tmp_path / f)) for f in ("whole", "killed"))
     assert whole == killed
+    assert_one_evaluation_a_step(tmp_path / "killed")
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -210,16 +219,20 @@ def test_an_exam_that_fails_leaves_the_checkpoint_of_its_step(background, tree_o
     assert len(sat) == 4  # that of step 2 once more, and the last
     whole, failed = (without_timing(read_metrics(tmp_path / f)) for f in ("whole", "failed"))
     assert whole == failed and "exam/explanation_gap" in failed[2]
+    assert_one_evaluation_a_step(tmp_path / "failed")
 
 
 def test_an_exam_left_out_by_a_stop_is_sat_when_the_run_goes_on(tree_of, tmp_path):
     tree = tree_of("cpt")
-    run("cpt", tree, tmp_path / "whole")
-    run_on_ranks(1, tmp_path, stopped_after, 1, "cpt", tree, tmp_path / "stopped")
+    tree["data"]["heldout"] = [{"path": tree["data"]["sources"][0]["path"], "name": "h"}]
+    tree["eval"]["every"] = 2
+    run_on_ranks(2, tmp_path, run, "cpt", tree, tmp_path / "whole")
+    run_on_ranks(2, tmp_path, stopped_after, 1, "cpt", tree, tmp_path / "stopped")
     assert not RunFolder(tmp_path / "stopped").exam(2).exists()
-    run("cpt", tree, tmp_path / "stopped")
+    run_on_ranks(2, tmp_path, run, "cpt", tree, tmp_path / "stopped")
     whole, stopped = (without_timing(read_metrics(tmp_path / f)) for f in ("whole", "stopped"))
     assert whole == stopped and "exam/explanation_gap" in stopped[2]
+    assert_one_evaluation_a_step(tmp_path / "stopped")
 
 
 def test_an_exam_of_an_own_form_is_read_through_its_mapping(tree_of, exam, tmp_path):
@@ -241,6 +254,13 @@ def test_an_exam_of_an_own_form_is_read_through_its_mapping(tree_of, exam, tmp_p
     del tree["eval"]["exam_mapping"]
     with pytest.raises(InputError, match=r"own\.jsonl"):
         run("rpo", tree, tmp_path / "without")
+
+
+def test_outputs_with_line_separators_of_unicode_are_read_back(tmp_path):
+    rows = [{"mode": mode, "output": "a\u2028b\u0085c"} for mode in MODES]
+    file = write_jsonl(tmp_path / "step-00000002.jsonl", rows)
+    assert "\u2028" in file.read_text(encoding="utf-8")
+    assert read_outputs(file) == {row["mode"]: [row] for row in rows}
 
 
 def test_another_exam_is_another_run(tree_of, exam, tmp_path):

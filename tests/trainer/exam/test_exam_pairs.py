@@ -78,7 +78,7 @@ def test_repeated_cut_off_and_unreadable_paths_make_no_pairs():
     given = paths(WRONG[0], WRONG[0], WRONG[0] + "\n ", " わからない") + [ReasoningPath("P", WRONG[1], truncated=True)]
     rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, strategy="both", style=STYLE)
     assert [row["rejected"] for row in rows] == [WRONG[0]]
-    assert summary["paths"] == {"right": 0, "wrong": 1, "unparsed": 1, "truncated": 1, "duplicate": 2}
+    assert summary["paths"] == {"right": 0, "bare": 0, "wrong": 1, "unparsed": 1, "truncated": 1, "duplicate": 2}
 
 
 def test_an_answer_that_is_no_choice_is_wrong_only_where_that_is_asked_for_and_certain():
@@ -100,7 +100,14 @@ def test_an_answer_that_is_no_choice_is_wrong_only_where_that_is_asked_for_and_c
     assert [row["rejected"] for row in rows] == [" 理由。答え: 白"] and summary["paths"]["wrong"] == 1
     rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings, unlisted_is_wrong=True)
     assert sorted(row["rejected"] for row in rows) == sorted([*certain, " 理由。答え: 白"])
-    assert summary["paths"] == {"right": 1, "wrong": 3, "unparsed": len(unclear), "truncated": 1, "duplicate": 0}
+    assert summary["paths"] == {
+        "right": 1,
+        "bare": 0,
+        "wrong": 3,
+        "unparsed": len(unclear),
+        "truncated": 1,
+        "duplicate": 0,
+    }
     with pytest.raises(InputError, match="unlisted_is_wrong"):
         build_pairs(QUESTIONS[:1], {"1": given}, style=STYLE, unlisted_is_wrong=True)
 
@@ -322,12 +329,32 @@ def test_smaller_batches_go_on_with_the_paths_that_are_there(tmp_path, exam, che
     out = tmp_path / "pairs.jsonl"
     run_pairs(checkpoint, exam, out, **RUN, batch_tokens=400)
     lines = (tmp_path / "pairs.paths.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "pairs.paths.jsonl").write_text("".join(lines[:5]), encoding="utf-8")
-    run_pairs(checkpoint, exam, out, **RUN, batch_tokens=100)
+    (tmp_path / "pairs.paths.jsonl").write_text("".join(lines[:6]), encoding="utf-8")
+    run_pairs(checkpoint, exam, out, **RUN, batch_tokens=170)
     after = (tmp_path / "pairs.paths.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     assert len(after) == len(lines)
-    assert [json.loads(line)["output"] for line in after[1:5]] == [json.loads(line)["output"] for line in lines[1:5]]
-    assert json.loads(after[0])["sampling"]["batch_tokens"] == 100
+    assert [json.loads(line)["output"] for line in after[1:6]] == [json.loads(line)["output"] for line in lines[1:6]]
+    assert json.loads(after[0])["sampling"]["batch_tokens"] == 170
+
+
+def test_a_right_answer_without_an_explanation_is_not_chosen():
+    bare, long = [" b", " 答え: b", " **答え: b**"], [" 理由。答え: b", " b\n青いから。"]
+    wrong = [" c"]
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *long, *wrong)}, strategy="sampled", style=STYLE)
+    assert {row["chosen"] for row in rows} == set(long) and {row["rejected"] for row in rows} == set(wrong)
+    assert (summary["paths"]["bare"], summary["paths"]["right"]) == (3, 2)
+    _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *wrong)}, strategy="sampled", style=STYLE)
+    assert summary["without_pairs"] == {"no right path with an explanation": 1}
+    _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare)}, strategy="sampled", style=STYLE)
+    assert summary["without_pairs"] == {"no path with an explanation": 1}
+    _, summary = build_pairs(
+        QUESTIONS[:1], {"1": paths(*long, *wrong)}, strategy="sampled", style=STYLE, min_explanation=3
+    )
+    assert summary["paths"]["bare"] == 1
+    rows, _ = build_pairs(
+        QUESTIONS[:1], {"1": paths(*bare, *wrong)}, strategy="sampled", style=STYLE, min_explanation=0
+    )
+    assert len(rows) == 3
 
 
 def test_both_kinds_share_an_odd_cap_over_the_questions():
