@@ -134,7 +134,7 @@ def draw_bars(bars: dict[str, dict[str, tuple[float, float, float]]], path: Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(9.0, 1.3 * len(bars)), 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     colors = {"answer": "#4c78a8", "explain": "#f58518"}
