@@ -180,7 +180,7 @@ def _header(run: Run, warnings: list[str]) -> str:
         ("parameters", sizes),
         ("started", run.manifest["starts"][0]["time"].replace("T", " ").replace("+00:00", " UTC")),
         ("device", f"{start['world_size']} × {start['device']}"),
-        ("commit", (start.get("commit") or "")[:12]),
+        ("commit", re.sub(r"^(.{12})[0-9a-f]*", r"\1", start.get("commit") or "")),
         ("versions", ", ".join(f"{n} {versions[n]}" for n in ("medtrain", "torch", "transformers") if n in versions)),
         ("paths taken", ", ".join(f"{name} {path}" for name, path in start.get("paths", {}).items())),
     ]

@@ -248,7 +248,7 @@ def _why_none(question: Question, graded: Sequence[GradedPath], truth: str | Non
         explanation = "no explanation that is read as the right answer"
     if strategy == "explanation":
         return explanation
-    right = "no right path with an explanation" if "bare" in kinds else "no right path"
+    right = "no right path that explains" if "bare" in kinds else "no right path"
     return right if strategy == "sampled" else f"{right} and {explanation}"
 
 

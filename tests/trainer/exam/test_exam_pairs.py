@@ -344,7 +344,7 @@ def test_a_right_answer_without_an_explanation_is_not_chosen():
     assert {row["chosen"] for row in rows} == set(long) and {row["rejected"] for row in rows} == set(wrong)
     assert (summary["paths"]["bare"], summary["paths"]["right"]) == (3, 2)
     _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *wrong)}, strategy="sampled", style=STYLE)
-    assert summary["without_pairs"] == {"no right path with an explanation": 1}
+    assert summary["without_pairs"] == {"no right path that explains": 1}
     _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare)}, strategy="sampled", style=STYLE)
     assert summary["without_pairs"] == {"no path with an explanation": 1}
     _, summary = build_pairs(
