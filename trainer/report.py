@@ -19,6 +19,7 @@ from typing import Any
 from medtrain.trainer.config import Config
 from medtrain.trainer.data.ledger import describe
 from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.exam.records import read_outputs
 from medtrain.trainer.files import write_bytes
 from medtrain.trainer.heldout import ForgettingAlarm
 from medtrain.trainer.pair_stats import LikelihoodAlarm
@@ -111,8 +112,7 @@ def _read(folder: RunFolder, stopped: str, evals: Sequence[str | Path]) -> Run:
         for file in sorted(folder.root.glob("exam/step-*.jsonl")):
             step = int(re.sub(r"\D", "", file.stem))
             if step <= last:
-                outputs = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-                exams[step] = {mode: [row for row in outputs if row["mode"] == mode] for mode in MODES}
+                exams[step] = read_outputs(file)
         finished = (
             bool(rows) and last == manifest["steps"] and all(place.is_dir() for place in _results(folder, manifest))
         )

@@ -30,8 +30,9 @@ from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
 from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
+from medtrain.trainer.exam.records import read_outputs
 from medtrain.trainer.exam.scoring import to_jsonl
-from medtrain.trainer.files import file_sha256, read_rows, write_bytes
+from medtrain.trainer.files import file_sha256, write_bytes
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.weights import generation_config
 
@@ -105,12 +106,6 @@ def sit_exam(
         metrics |= {f"exam/{mode}/{name}": found[name] for name in ("points_ratio", "parse_failures", "truncated")}
     metrics["exam/explanation_gap"] = metrics["exam/answer/points_ratio"] - metrics["exam/explain/points_ratio"]
     return metrics | {"exam/seconds": time.perf_counter() - began}
-
-
-def read_outputs(file: Path) -> dict[str, list[dict]]:
-    """The rows of one exam, by mode, as :func:`sit_exam` wrote them."""
-    rows = read_rows(file)
-    return {mode: [row for row in rows if row["mode"] == mode] for mode in MODES}
 
 
 def _sit(model: _CausalLM, tokenizer, exam: Exam, mode: str, world: World) -> list[dict]:

@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
+from medtrain.trainer.exam.prompts import MODES
 from medtrain.trainer.exam.scoring import write_atomically
-from medtrain.trainer.files import file_sha256
+from medtrain.trainer.files import file_sha256, read_rows
 
 
 def claim(out: Path, identity: dict, paths: dict, free: Collection[str] = ()) -> None:
@@ -49,6 +50,12 @@ def rows_of(path: Path, fields: Collection[str] = ("problem_id", "prompt", "outp
             continue
         if isinstance(row, dict) and set(fields) <= set(row):
             yield row
+
+
+def read_outputs(file: Path) -> dict[str, list[dict]]:
+    """The rows of one exam during training, by mode, as :func:`medtrain.trainer.exam.during.sit_exam` wrote them."""
+    rows = read_rows(file)
+    return {mode: [row for row in rows if row["mode"] == mode] for mode in MODES}
 
 
 def end_last_line(path: Path) -> None:
