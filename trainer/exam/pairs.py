@@ -196,10 +196,11 @@ def _pair_up(
 ) -> tuple[list[_Pair], list[_Pair]]:
     """All pairs with the ground truth, and all of sampled paths, in the order of use."""
     draw = random.Random(f"{seed}:{question.problem_id}")
-    right = [path for path in graded if path.kind == "right"]
+    right = [path for path in graded if path.kind in ("right", "bare")]
     wrong = [path for path in graded if path.kind == "wrong"]
     draw.shuffle(right)
     draw.shuffle(wrong)
+    right = [path for path in right if path.kind == "right"]  # after the draw, so that min_explanation changes no other
     explained = [_Pair("explanation", truth, path.text, None, path) for path in wrong] if truth is not None else []
     sampled = []
     if strategy != "explanation":
