@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -21,9 +20,8 @@ import torch
 
 from medtrain.trainer.demo.recipe import RECIPES
 from medtrain.trainer.demo.run import FURTHER, NUM_THREADS, PREFERENCES, Demo, claim, prefer, prepare, sit_exam
-from medtrain.trainer.demo.seeds import stated
+from medtrain.trainer.demo.seeds import about, stated
 from medtrain.trainer.files import write_json
-from medtrain.trainer.run_folder import commit, device_name, versions
 
 ARMS = ("cpt_rpo", "cpt_sft", "cpt_dpo", *FURTHER)
 MODES = ("answer", "explain", "stated")
@@ -109,17 +107,8 @@ def main(
         click.echo(f"{name:28}" + "".join(f"{row[mode]:9.3f}" for mode in MODES))
     click.echo(f"best by score with explanation: {found['best']}")
     if out is not None:
-        about = {
-            "device": device_name(torch.device("cpu")),
-            "threads": NUM_THREADS,
-            "date": datetime.now(UTC).date().isoformat(),
-            "commit": commit(),
-            "versions": versions(),
-            "recipe": RECIPES[recipe].plain(),
-            "worlds": [demo.seed for demo in demos],
-            "questions": "of development diseases",
-        }
-        write_json(out, about | found)
+        asked = {"worlds": [demo.seed for demo in demos], "questions": "of development diseases"}
+        write_json(out, about(RECIPES[recipe]) | asked | found)
         click.echo(out)
 
 

@@ -146,29 +146,27 @@ def killed_in_a_child(function, *args) -> None:
     assert child.exitcode == -signal.SIGKILL
 
 
-def _killed(stage, tree, out, at_step) -> None:
-    """Run until the row of ``at_step`` is written, then die as SIGKILL dies: nothing is flushed, nothing is closed."""
+def _signal_after(step, number) -> None:
+    """Let this process, a forked child, send itself a signal when the row of ``step`` is written."""
     write = RunFolder.append_metrics
 
-    def dying(self, row):
+    def signalling(self, row):
         write(self, row)
-        if row["step"] == at_step:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if row["step"] == step:
+            os.kill(os.getpid(), number)
 
-    RunFolder.append_metrics = dying
+    RunFolder.append_metrics = signalling
+
+
+def _killed(stage, tree, out, at_step) -> None:
+    """Run until the row of ``at_step`` is written, then die as SIGKILL dies: nothing is flushed, nothing is closed."""
+    _signal_after(at_step, signal.SIGKILL)
     run(stage, tree, out)
 
 
 def stopped_after(step, stage, tree, out) -> None:
     """Run until the row of ``step`` is written, and ask it to stop as a scheduler does."""
-    write = RunFolder.append_metrics
-
-    def asking(self, row):
-        write(self, row)
-        if row["step"] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    RunFolder.append_metrics = asking
+    _signal_after(step, signal.SIGTERM)
     assert run(stage, tree, out).interrupted
 
 

@@ -117,11 +117,9 @@ def _all_keys(cls) -> list[str]:
         if name in ("stage", "given"):
             continue
         keys.append(name)
-        of_list = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
-        if dataclasses.is_dataclass(hint):
-            keys += [f"{name}.{key}" for key in _all_keys(hint)]
-        elif dataclasses.is_dataclass(of_list):
-            keys += [f"{name}.{f.name}" for f in dataclasses.fields(of_list)]
+        section = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+        if dataclasses.is_dataclass(section):
+            keys += [f"{name}.{key}" for key in _all_keys(section)]
     return keys
 
 

@@ -33,7 +33,7 @@ from medtrain.trainer.model import num_parameters
 from medtrain.trainer.prepare import Prepared, compute_dtype_of, prepare, start
 from medtrain.trainer.progress import Display, count, evaluation_lines, summary
 from medtrain.trainer.report import LiveReport
-from medtrain.trainer.run_folder import RunFolder, commit, device_name, versions
+from medtrain.trainer.run_folder import RunFolder, commit, device_name, last_step, versions
 from medtrain.trainer.schedule import lr_factor
 from medtrain.trainer.step import FlopsPerToken, optimizer_step, peak_flops
 from medtrain.trainer.weights import export_model
@@ -79,7 +79,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if complete:
         if world.is_main:
             display.say(summary(folder, config, 0, 0.0))
-        return TrainResult(folder.root, folder.results(config)[-1], folder.last_row())
+        return TrainResult(folder.root, folder.results(config)[-1], last_step(folder.rows()))
     if world.is_main:
         _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
     _check_shared(folder, world)
@@ -113,15 +113,15 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if world.is_main:
         folder.cut_metrics(done if last is not None else -1)
     board = _Tensorboard(folder, done) if world.is_main else None
-    for earlier in folder.rows() if world.is_main and last is not None else ():
-        objective.watch(earlier)
+    earlier = folder.rows() if world.is_main and last is not None else []
+    for row in earlier:
+        objective.watch(row)
+    last_row = world.from_main(lambda: last_step(earlier))
     report = LiveReport(folder.root, display.say, enabled=world.is_main)
-
-    last_row: dict[str, Any] = {}
 
     def record(row: dict[str, Any]) -> None:
         nonlocal last_row
-        last_row = last_row | row if last_row.get("step") == row["step"] else row
+        last_row = last_step([last_row, row])
         if world.is_main:
             folder.append_metrics(row)
             board.write(row)
@@ -149,7 +149,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 display.say(line)
             report.refresh()
 
-    owed = not world.from_main(lambda: folder.evaluated(done))
+    owed = last_row.get("step") != done or not any(key.startswith(("heldout/", "exam/")) for key in last_row)
     flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
     peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
     began, spent = time.monotonic(), 0.0
@@ -217,7 +217,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     report.write()
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))
-    return TrainResult(folder.root, folder.results(config)[-1], last_row or folder.last_row())
+    return TrainResult(folder.root, folder.results(config)[-1], last_row)
 
 
 def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World, step: int) -> None:

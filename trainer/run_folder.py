@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from medtrain.trainer.checkpoint import complete_checkpoints
 from medtrain.trainer.config import Config, learned_settings
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import PARTIAL, sync_file, write_bytes, write_json
+from medtrain.trainer.files import PARTIAL, read_rows, sync_file, write_bytes, write_json
 
 PACKAGES = (
     "medtrain",
@@ -139,21 +140,7 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far: one a step, and one after it where something was evaluated."""
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
-
-    def last_row(self) -> dict[str, Any]:
-        """All that the rows hold of the last step."""
-        last: dict[str, Any] = {}
-        for row in self.rows():
-            last = last | row if last.get("step") == row["step"] else row
-        return last
-
-    def evaluated(self, step: int) -> bool:
-        """Whether the rows hold held-out numbers or an exam of this step."""
-        if not self.metrics.is_file():
-            return False
-        found = (row for row in self.rows() if row["step"] == step)
-        return any(key.startswith(("heldout/", "exam/")) for row in found for key in row)
+        return read_rows(self.metrics)
 
     def sync_metrics(self) -> None:
         """Let the rows so far reach the disk: a checkpoint is about to say that they are there."""
@@ -163,6 +150,14 @@ class RunFolder:
     def append_metrics(self, row: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def last_step(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """All that rows of metrics.jsonl hold of the last step among them."""
+    last: dict[str, Any] = {}
+    for row in rows:
+        last = last | row if last.get("step") == row.get("step") else row
+    return last
 
 
 def _short(value: Any) -> str:

@@ -61,21 +61,27 @@ def scores(table: dict, arm: str) -> dict[str, float]:
     return {"answer": answer, "explain": explain, "gap": row["gap"], "stated": row["stated"]}
 
 
-def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = RECIPE, jobs: int = 1) -> dict:
-    """The JSON of all seeds: the arms, each seed's numbers, and arms against one another, seed by seed."""
-    names = ("answer", "explain", "gap", "stated")
-    arms = list(next(iter(tables.values())))
-    by_seed = {arm: {seed: scores(table, arm) for seed, table in tables.items()} for arm in arms}
+def about(recipe: Recipe) -> dict:
+    """What computed a result of the demo."""
     return {
         "device": device_name(torch.device("cpu")),
         "threads": NUM_THREADS,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "versions": versions(),
+        "recipe": recipe.plain(),
+    }
+
+
+def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = RECIPE, jobs: int = 1) -> dict:
+    """The JSON of all seeds: the arms, each seed's numbers, and arms against one another, seed by seed."""
+    names = ("answer", "explain", "gap", "stated")
+    arms = list(next(iter(tables.values())))
+    by_seed = {arm: {seed: scores(table, arm) for seed, table in tables.items()} for arm in arms}
+    return about(recipe) | {
         "seeds": list(tables),
         "seconds": list(seconds.values()),
         "jobs": jobs,  # worlds at a time, that shared the machine
-        "recipe": recipe.plain(),
         "interval": "95 % t interval of the mean over seeds",
         "questions": tables[next(iter(tables))]["base"]["answer"]["questions"],
         "arms": {

@@ -222,6 +222,24 @@ def test_an_exam_that_fails_leaves_the_checkpoint_of_its_step(background, tree_o
     assert_one_evaluation_a_step(tmp_path / "failed")
 
 
+def test_a_run_that_only_owed_its_last_exam_returns_the_whole_last_step(tree_of, tmp_path, monkeypatch):
+    tree, sit = tree_of("rpo"), loop.sit_exam
+    whole = run("rpo", tree, tmp_path / "whole")
+
+    def failing(policy, tokenizer, exam, world, file, source):
+        if file.stem.endswith("4"):
+            raise RuntimeError("out of memory")
+        return sit(policy, tokenizer, exam, world, file, source)
+
+    monkeypatch.setattr(loop, "sit_exam", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("rpo", tree, tmp_path / "failed")
+    monkeypatch.setattr(loop, "sit_exam", sit)
+    again = run("rpo", tree, tmp_path / "failed")
+    assert {"loss", "exam/explanation_gap"} <= again.metrics.keys()
+    assert without_timing([again.metrics]) == without_timing([whole.metrics])
+
+
 def test_an_exam_left_out_by_a_stop_is_sat_when_the_run_goes_on(tree_of, tmp_path):
     tree = tree_of("cpt")
     tree["data"]["heldout"] = [{"path": tree["data"]["sources"][0]["path"], "name": "h"}]
