@@ -110,7 +110,7 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
                         found=config.optim.warmup_steps, expected=f"below the {steps} steps")  # fmt: skip
     paths = {
         "attention": select_backend(world.device, compute_dtype, config.model.compile),
-        "layers": select_layers(config.model, hf_config, world.device),
+        "layers": select_layers(config.model, hf_config, world.device, display.say),
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
