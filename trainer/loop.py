@@ -145,7 +145,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         if found:
             row = {"step": step} | found
             record(row)
-            for line in evaluation_lines(row):
+            for line in evaluation_lines(row, folder.exam(step)):
                 display.say(line)
             report.refresh()
 

@@ -30,6 +30,7 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
+from medtrain.trainer.exam.generate import INVALID, HFEngine
 from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import read_outputs
@@ -90,6 +91,9 @@ def sit_exam(
 ) -> dict[str, Any]:
     """Let the policy sit the exam and write its outputs to ``file``; returns metrics. All ranks must call this.
 
+    Before, the first question proves the way outputs are made (:meth:`HFEngine.cache_agrees`); where it fails, the rows and
+    the metrics say ``invalid``.
+
     ``file`` has one row a question and mode; where it is there already, from before this run was stopped, it is read
     instead. ``source`` is the checkpoint the run began with, whose generation settings name the ends of outputs.
     """
@@ -97,12 +101,18 @@ def sit_exam(
     rows = world.from_main(lambda: read_outputs(file) if file.is_file() else None)
     if rows is None:
         with _as_causal_lm(policy, generation_config(tokenizer, source), world) as model:
+            prompt = exam.style.prompt(exam.questions[0], "explain", tokenizer, exam.demonstrations)
+            agrees = HFEngine(model, tokenizer).cache_agrees(prompt, exam.max_new_tokens["explain"])
             rows = {mode: _sit(model, tokenizer, exam, mode, world) for mode in MODES}
+        if not agrees:
+            rows = {mode: [row | {"invalid": INVALID} for row in rows[mode]] for mode in MODES}
         policy.reshard_all()
         if world.is_main:
             file.parent.mkdir(exist_ok=True)
             write_bytes(file, to_jsonl(row for mode in MODES for row in rows[mode]).encode())
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"exam/questions": len(exam.questions)}
+    if any("invalid" in row for row in rows["explain"]):
+        metrics["exam/invalid"] = 1
     for mode in MODES:
         found = summarize_rows(exam.questions, rows[mode], mode, exam.style)
         metrics |= {f"exam/{mode}/{name}": found[name] for name in ("points_ratio", "parse_failures", "truncated")}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.choices import score_choices, summarize_choices
-from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
+from medtrain.trainer.exam.generate import INVALID, HFEngine, Output, VLLMEngine, load_engine
 from medtrain.trainer.exam.intervals import bootstrap_interval, p_text, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import (
@@ -28,7 +28,7 @@ from medtrain.trainer.exam.prompts import (
 )
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import claim, end_last_line, file_digest, model_digest, rows_of
-from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
+from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, unread_note, write_atomically
 from medtrain.trainer.tokenizer import read_tokenizer
 
 METHODS = ("generate", "choice_logp")
@@ -185,14 +185,20 @@ def evaluate(
     claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)}, free)
     loaded: list[HFEngine | VLLMEngine] = []
 
+    path = out / "exam.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    invalid = results.get("invalid")
+
     def engine_when_needed() -> HFEngine | VLLMEngine:
+        nonlocal invalid
         if not loaded:
             loaded.append(load_engine(model_dir, engine, device=device, dtype=dtype, batch_tokens=batch_tokens))
+            if isinstance(loaded[0], HFEngine) and method == "generate":
+                prompt = style.prompt(questions[0], modes[-1], loaded[0].tokenizer, shots)
+                invalid = None if loaded[0].cache_agrees(prompt, new_tokens[modes[-1]]) else INVALID
         return loaded[0]
 
     # A mode that was run before stays: the folder is this run's, so it was asked the same.
-    path = out / "exam.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     results = {one: results[one] for one in MODES if one in results and (out / f"outputs-{one}.jsonl").is_file()}
     for one in modes:
         rows = _sit(engine_when_needed, questions, shots, one, style, method, new_tokens[one], out, progress)
@@ -202,6 +208,8 @@ def evaluate(
     result["explanation_gap"] = result["answer"]["points_ratio"] - result["explain"]["points_ratio"] if both else None
     if both:
         result |= _gap_figures([list(rows_of(out / f"outputs-{one}.jsonl")) for one in MODES], questions)
+    if invalid is not None:
+        result["invalid"] = invalid
     result["questions_in_exam"] = len(everything)
     result["skipped_image_questions"] = sum(not q.text_only for q in everything) if text_only else 0
     result["settings"] = identity
@@ -347,6 +355,10 @@ def as_text(result: dict) -> str:
             f"[{result['explanation_gap_low']:+.3f}, {result['explanation_gap_high']:+.3f}]  "
             f"p {p_text(result['explanation_gap_p_value'])}"
         )
+    for mode in (mode for mode in MODES if mode in result):
+        lines += filter(None, [unread_note(mode, result[mode], f"outputs-{mode}.jsonl")])
+    if "invalid" in result:
+        lines.append(f"these figures are invalid: {result['invalid']}")
     if result["skipped_image_questions"]:
         lines.append(f"left out: {result['skipped_image_questions']} questions that need an image")
     return "\n".join(lines)

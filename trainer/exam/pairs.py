@@ -32,7 +32,7 @@ from medtrain.trainer.exam.paths import (
 from medtrain.trainer.exam.prompts import PromptStyle, model_positions, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import model_digest
-from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
+from medtrain.trainer.exam.scoring import grade_output, to_jsonl, unread_note, write_atomically
 from medtrain.trainer.tokenizer import read_tokenizer
 
 __all__ = ["STRATEGIES", "ReasoningPath", "build_pairs", "run_pairs", "sample_paths"]
@@ -342,6 +342,10 @@ def run_pairs(
         "min_explanation": min_explanation,
         "sampling": sampling | about,
     }
+    seen = summary["paths"]
+    totals = {"questions": sum(seen.values()), "parse_failures": seen["unparsed"], "truncated": seen["truncated"]}
+    if echo is not None and (note := unread_note("paths", totals, file.path)):
+        echo(note)
     if rows or not out.exists():  # pairs of another strategy stay, with their summary
         write_atomically(
             out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.exam.generate import HFEngine, OnOutputs, Output, VLLMEngine
+from medtrain.trainer.exam.generate import INVALID, HFEngine, OnOutputs, Output, VLLMEngine
 from medtrain.trainer.exam.parse import Parsed, parse_output
 from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question
@@ -200,4 +200,10 @@ def sample_into(
     known = [one for one in wanted if one in file.outputs]
     if len(known) == len(wanted):
         return
-    sample_paths(load_engine(), questions, num_paths=num_paths, known=known, on_outputs=keep, **settings)
+    engine = load_engine()
+    if isinstance(engine, HFEngine):
+        style, shots = settings["style"], settings["demonstrations"]
+        prompt = style.prompt(questions[0], "explain", engine.tokenizer, shots)
+        if not engine.cache_agrees(prompt, settings["max_new_tokens"]):
+            raise bad_input(f"nothing was sampled: {INVALID}", file=file.path)
+    sample_paths(engine, questions, num_paths=num_paths, known=known, on_outputs=keep, **settings)
