@@ -77,7 +77,9 @@ def use_liger(decoder: nn.Module) -> None:
     modeling = sys.modules[type(decoder).__module__]  # before it is sharded: FSDP changes the class
     own = dict(vars(modeling))
     try:
-        apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=decoder)
+        apply(
+            rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=decoder
+        )
         rotary = getattr(modeling, ROTARY)
     finally:
         vars(modeling).update(own)
