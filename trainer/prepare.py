@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 
 from medtrain.kernels.logps import reset_clamped_rows, select_path
 from medtrain.trainer.attention import select_backend
+from medtrain.trainer.chat import fix_time
 from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
@@ -45,7 +47,7 @@ if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything read and checked, nothing yet written."""
+    """Everything read and checked, nothing yet written. ``first_start``: what the chat template has for now."""
 
     tokenizer: Any
     hf_config: Any
@@ -58,6 +60,7 @@ class Prepared:
     compute_dtype: torch.dtype
     fp8: Fp8 | None
     paths: dict[str, str]
+    first_start: datetime
 
 
 def prepare(config: Config, world: World, display: Display, *, verify: bool = False) -> Prepared:
@@ -86,11 +89,15 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     if getattr(config.data, name) > limit:
         raise bad_input("longer than the model's positions", field=f"data.{name}", found=getattr(config.data, name),
                         expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
-    exam = world.from_main(lambda: read_exam(config, tokenizer, hf_config))
+    first_start = world.from_main(RunFolder(config.run.out).first_start)
+    renderer = fix_time(tokenizer, first_start)
+    exam = world.from_main(lambda: read_exam(config, renderer, hf_config))
+    if renderer is not tokenizer and (config.stage == "rpo" or (exam is not None and exam.style.chat)):
+        display.say(f"the chat template writes a date: {first_start:%Y-%m-%d}, that of the run's first start")
     if config.stage == "cpt":
         objective: Objective = Cpt(config, tokenizer, world, display.say, verify=verify)
     else:
-        objective = Rpo(config, tokenizer, world, display.say)
+        objective = Rpo(config, renderer, world, display.say)
     if exam is not None:
         objective.digests["data.exam"] = exam.digest
     if checkpoint is not None:
@@ -115,7 +122,7 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
         "compute": str(compute_dtype).removeprefix("torch."),
     }
     return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, exam, steps, compute_dtype, fp8,
-                    paths)  # fmt: skip
+                    paths, first_start)  # fmt: skip
 
 
 def start(

@@ -54,7 +54,9 @@ def test_cpt_then_rpo_of_every_kind_and_an_export_that_loads(base, rpo_tree, tmp
             tree[section] = tree.get(section, {}) | values
         run_on_ranks(2, tmp_path, run, "rpo", tree, out)
         rows = [row for row in read_metrics(out) if "loss" in row]
-        assert rows[0]["rewards/margin"] == pytest.approx(0, abs=0.05) and math.isfinite(rows[-1]["loss"]), kind
+        # The reference is that of the model without FP8.
+        assert rows[0]["rewards/margin"] == pytest.approx(0, abs=0.3 if kind == "fp8" else 1e-3), kind
+        assert math.isfinite(rows[-1]["loss"]), kind
         model = AutoModelForCausalLM.from_pretrained(out / "model")
         assert torch.isfinite(model(torch.tensor([[3, 5, 7]])).logits).all(), kind
         again = export_run(out, tmp_path / f"{kind}-again")
