@@ -72,6 +72,8 @@ def run_demo(
     """
     import torch
 
+    from medtrain.trainer.report import write_report
+
     demo = Demo(Path(out), seed, recipe, (lambda line: None) if quiet else lambda line: print(line, flush=True))
     claim(demo)
     began = time.monotonic()
@@ -86,6 +88,8 @@ def run_demo(
         arms = (*ARMS, *further)
         with _stage(demo, "exam", f"{len(arms)} models, with and without explanation"):
             table = {arm: sit_exam(demo, arm, "test") for arm in arms}
+            for arm in arms:
+                write_report(demo.out / arm, evals=[demo.out / "exams" / "test" / arm])
     finally:
         torch.set_num_threads(threads)
     write_json(demo.out / "table.json", table)
@@ -216,6 +220,8 @@ def sit_exam(demo: Demo, arm: str, kind: str) -> dict:
         max_answer_tokens=4,
         dtype="float32",
     )
+    if "invalid" in result:
+        demo.say(f"         {arm}: these figures are invalid: {result['invalid']}")
     return {"answer": result["answer"], "explain": result["explain"], "gap": result["explanation_gap"]}
 
 
