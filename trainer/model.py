@@ -124,6 +124,9 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
     """
     if config.path is not None:
         folder = Path(config.path)
+        if (folder / "adapter_config.json").is_file():  # transformers would put it on the weights, or on others
+            raise bad_input("an adapter is no model", file=folder / "adapter_config.json",
+                            expected="the model alone in model.path, its adapter in lora.path")  # fmt: skip
         if not (folder / "config.json").is_file():
             raise bad_input(
                 "not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it"
@@ -143,6 +146,9 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
     if getattr(hf_config, "quantization_config", None) is not None:
         raise bad_input("a quantized checkpoint cannot be trained", **where, found="quantization_config",
                         expected="weights in float32, float16 or bfloat16")  # fmt: skip
+    if getattr(hf_config, "transformers_weights", None) is not None:
+        raise bad_input("another name for the file of weights is not supported", **where, field="transformers_weights",
+                        found=hf_config.transformers_weights, expected="model.safetensors or its index")  # fmt: skip
     layer_types = getattr(hf_config, "layer_types", None) or []
     window = getattr(hf_config, "sliding_window", None) if hf_config.model_type == "mistral" else None
     if any(kind != "full_attention" for kind in layer_types) or window is not None:
