@@ -42,22 +42,28 @@ def prove_architecture(hf_config: PreTrainedConfig, longest: int, where: dict[st
         where: says in an error whose config it is (arguments of :func:`bad_input`).
 
     Raises:
-        InputError: the packed path computes another model than Hugging Face does.
+        InputError: the packed path computes another model than Hugging Face does, or that computes none of this config.
     """
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):  # Hugging Face draws weights, which are drawn anew
-        theirs = AutoModelForCausalLM.from_config(
-            small_config(hf_config), dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+    generator = torch.Generator().manual_seed(0)
+    pairs = _random_pairs(generator)
+    try:
+        with torch.random.fork_rng(devices=[]):  # Hugging Face draws weights, which are drawn anew
+            theirs = AutoModelForCausalLM.from_config(
+                small_config(hf_config), dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+        weights = dict(theirs.named_parameters())
+        for name, param in weights.items():  # also what would begin at 0 or 1, where leaving it out would not show
+            if param.ndim == 1:
+                param.normal_(float(name.endswith(".weight")), 0.5, generator=generator)
+            else:
+                param.normal_(0.0, 2 * param.shape[-1] ** -0.5, generator=generator)
+        expected = {last: _hugging_face_logps(theirs, pairs, last) for last in {REACH, max(REACH, longest - 1)}}
+    except Exception as error:  # of transformers, whatever it is
+        raise bad_input("Hugging Face computes no model of this config", **where,
+                        found=f"{type(error).__name__}: {error}") from error  # fmt: skip
     alone = World(0, 1, torch.device("cpu"), None)
     ours = build_model(ModelConfig(), small_config(hf_config), alone, torch.float32, backend="sdpa")
-    generator = torch.Generator().manual_seed(0)
-    weights = dict(theirs.named_parameters())
-    for name, param in weights.items():  # also what would begin at 0 or 1, where leaving it out would not show
-        if param.ndim == 1:
-            param.normal_(float(name.endswith(".weight")), 0.5, generator=generator)
-        else:
-            param.normal_(0.0, 2 * param.shape[-1] ** -0.5, generator=generator)
     names = {name for name, _ in ours.named_parameters()}
     if names != weights.keys():
         raise bad_input("this architecture is not computed as Hugging Face computes it", **where,
@@ -65,22 +71,20 @@ def prove_architecture(hf_config: PreTrainedConfig, longest: int, where: dict[st
                         f"{sorted(names ^ weights.keys())[0]}")  # fmt: skip
     for name, param in ours.named_parameters():
         param.copy_(weights[name])
-    pairs = _random_pairs(generator)
     largest = 0.0
-    for last in sorted({REACH, max(REACH, longest - 1)}):
-        expected = _hugging_face_logps(theirs, pairs, last)
+    for last in sorted(expected):
         for share in (False, True):
-            difference = float((_packed_logps(ours, pairs, last, share=share) - expected).abs().max())
+            difference = float((_packed_logps(ours, pairs, last, share=share) - expected[last]).abs().max())
             if not difference <= TOLERANCE:  # so that NaN is wrong too
                 raise _mismatch(hf_config, where, difference, last, share)
             largest = max(largest, difference)
-    return {"model_type": hf_config.model_type, "tokens": len(expected), "positions": last + 1,
+    return {"model_type": hf_config.model_type, "tokens": len(expected[last]), "positions": last + 1,
             "largest_difference": largest, "tolerance": TOLERANCE,
             "seconds": time.perf_counter() - started}  # fmt: skip
 
 
 def small_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
-    """``hf_config`` with every kind of layer, its head size and grouping of heads, and otherwise few of everything.
+    """``hf_config`` with every kind of layer, its own head size and grouping of heads, and otherwise few of everything.
 
     Its epsilon is large: the real one is lost beside activations of order 1, and another would not show.
     """
@@ -131,7 +135,9 @@ def _hugging_face_logps(model: torch.nn.Module, pairs: PairSet, last: int) -> to
                 ids[None, :-1], torch.ones_like(positions)[None], position_ids=positions[None], use_cache=False
             ).logits[0, -len(completion) :]
             pieces.append(logits.double().log_softmax(-1).gather(1, ids[-len(completion) :, None])[:, 0])
-    return torch.cat(pieces)
+    if not (logps := torch.cat(pieces)).isfinite().all():
+        raise ValueError("log-probabilities that are not finite")
+    return logps
 
 
 def _mismatch(

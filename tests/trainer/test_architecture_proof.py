@@ -190,3 +190,10 @@ def test_a_head_that_is_not_tied_is_refused(monkeypatch):
     monkeypatch.setattr(architecture_proof, "build_model", untied)
     with pytest.raises(InputError, match=r"qwen2, whose parameters have other names here: lm_head\.weight"):
         proved(config_of(tie_word_embeddings=True))
+
+
+def test_what_hugging_face_cannot_compute_is_refused():
+    config = config_of()
+    config.rope_parameters["rope_theta"] = 0.0
+    with pytest.raises(InputError, match=r"computes no model of this config .*not finite"):
+        proved(config)
