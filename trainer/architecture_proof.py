@@ -146,7 +146,7 @@ def _mismatch(
     rope = getattr(hf_config, "rope_parameters", None) or {}
     if last > REACH:
         cause = (
-            f"likely cause: rope_type {rope.get('rope_type')} has other frequencies for long documents, and those of all lengths are "
+            f"likely cause: rope_type {rope.get('rope_type')} has other frequencies for long documents, and all lengths are "
             f"packed together; right up to original_max_position_embeddings, {rope.get('original_max_position_embeddings')}"
         )
     elif share:
