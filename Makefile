@@ -4,26 +4,44 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT_DIR ?= benchmarks/results
 
-.PHONY: demo test lint gpu-check clean
+.PHONY: demo test test-newest test-lowest lint gpu-check clean
 
-# The stamp is remade when the requirements or this file change, so a pull never leaves an old environment behind.
-$(VENV)/.installed: setup.py pyproject.toml Makefile
+# An environment of its own, with the extra $(2), installed with pip's options $(1).
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "medtrain needs Python 3.11 or newer; found $$($(PYTHON) --version). Say: make PYTHON=python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	[ -x $(@D)/bin/python ] || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(1) -e '.[dev,$(2)]'
 	@touch $@
+endef
+
+# The stamps are remade when the requirements or this file change, so a pull never leaves an old environment behind.
+REQUIREMENTS := setup.py pyproject.toml constraints.txt Makefile
+LINUX := $(filter Linux,$(shell uname))
+$(VENV)/.installed: $(REQUIREMENTS)
+	$(call install,-c constraints.txt,dev)
 
 # The tests against peers (TRL, Liger) need the peers; they need Triton, so elsewhere those tests skip.
 $(VENV)/.installed-peers: $(VENV)/.installed
-	[ "$$(uname)" != Linux ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
-	@touch $@
+	$(call install,-c constraints.txt,$(if $(LINUX),bench,dev))
+
+# The two ends of setup.py's ranges.
+$(VENV)-newest/.installed: $(REQUIREMENTS)
+	$(call install,--upgrade --upgrade-strategy eager,$(if $(LINUX),liger,dev))
+
+$(VENV)-lowest/.installed: $(REQUIREMENTS)
+	sed -nE 's/^ *.([a-z]+)>=([0-9.]+),<.*/\1==\2/p' setup.py > $(VENV)-lowest.txt
+	$(call install,-c $(VENV)-lowest.txt,$(if $(LINUX),liger,dev))
 
 demo: $(VENV)/.installed
 	$(BIN)/medtrain demo
 
 test: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest
+
+# What we rely on of each library, with the newest and with the lowest versions that setup.py allows.
+test-newest test-lowest: test-%: $(VENV)-%/.installed
+	$(VENV)-$*/bin/python -m pytest tests/contracts
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -43,4 +61,4 @@ gpu-check:
 	exit $$status
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-lowest.txt build *.egg-info

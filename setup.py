@@ -12,23 +12,25 @@ setup(
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["medtrain", "medtrain.*"]),
     package_data={"": ["*.yaml", "*.sh", "*.json", "*.md"]},
+    # Ranges that were tested at both ends: lines `"name>=lowest,<next",`, which `make test-lowest` reads. In between stands
+    # constraints.txt.
     install_requires=[
         "torch>=2.11,<2.14",
         'triton>=3.6,<3.8; platform_system == "Linux"',
-        "transformers>=5.17,<6",
-        "peft>=0.18,<1",
+        "transformers>=5.17,<5.25",
+        "peft>=0.18,<0.22",
         "torchao>=0.17,<0.19",
-        "safetensors>=0.5",
-        "click>=8.1",
-        "pyyaml>=6",
-        "numpy>=1.26",
-        "pyarrow>=16",
-        "rich>=13",
-        "tensorboard>=2.16",
-        "matplotlib>=3.8",
+        "safetensors>=0.8,<0.9",
+        "numpy>=2.0,<2.6",
+        "pyarrow>=16,<27",
+        "click>=8.4.2,<9",
+        "pyyaml>=6.0.1,<7",
+        "rich>=13,<16",
+        "tensorboard>=2.20,<2.22",
+        "matplotlib>=3.9,<4",
     ],
     extras_require={
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "setuptools>=68"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6", "setuptools>=68"],
         # Faster norms, rotary embedding and SwiGLU on CUDA (model.kernels).
         "liger": ["liger-kernel>=0.8.5,<0.9"],
         # Peers of `medtrain bench kernels`, at the versions its goals name; nothing else imports them.

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 _KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 NAME = "medtrain_varlen"  # the attn_implementation of every model that medtrain builds
@@ -190,15 +190,18 @@ def varlen_attention(
     scaling: float,
     layout: PackedLayout | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: object,
+    position_ids: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in place of its own attention: query [1, heads, T, dim] -> ([1, T, heads, dim], None).
 
-    A missing layout, a mask, dropout or a window would silently be another computation, so each is refused.
+    ``position_ids`` and ``use_cache`` change nothing here: rotary embedding is done, and no cache is kept. A missing layout
+    or anything else (a mask, dropout, a window, sinks) would silently be another computation, so each is refused.
     """
-    if layout is None or attention_mask is not None or dropout or sliding_window is not None:
-        raise ValueError("packed attention takes a layout and no mask, dropout or sliding window")
+    unknown = [name for name, value in others.items() if value is not None]
+    if layout is None or attention_mask is not None or dropout or unknown:
+        raise ValueError(f"packed attention takes a layout and no mask, dropout or others {unknown}")
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     attend = _BACKENDS[layout.backend]
     if attend is _sdpa and torch.compiler.is_compiling():
@@ -206,4 +209,4 @@ def varlen_attention(
     return attend(q, k, v, layout, scaling).unsqueeze(0), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, varlen_attention)
+AttentionInterface.register(NAME, varlen_attention)

@@ -1,19 +1,23 @@
-"""Liger's Triton kernels for norms, rotary embedding and SwiGLU, put into a decoder's own modules.
+"""Liger's Triton kernels for norms, rotary embedding and SwiGLU, put into one decoder by Liger's own
+``apply_liger_kernel_to_MODEL_TYPE``.
 
-Only ``forward`` functions are replaced, module by module: parameters, names, and every other model of the process stay as
-they are. Rotary embedding is a function that each attention's ``forward`` finds among its module's globals; the replaced
-forward is the same code with another one there.
+Liger patches the modules of the model it is given and, for models yet to come, the classes and the rotary function in
+transformers' modeling module. Every other model of the process is to stay as it is, Hugging Face's own forward on the CPU
+that proves the weights among them: the module gets its own names back at once, and has Liger's rotary function only while
+an attention of this decoder runs.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import types
+import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn as nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from medtrain.trainer.config import ModelConfig
 from medtrain.trainer.errors import bad_input
@@ -21,56 +25,74 @@ from medtrain.trainer.errors import bad_input
 ROTARY = "apply_rotary_pos_emb"
 
 
-def select_layers(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device) -> str:
-    """Whose layers these settings take on this device: ``torch``, ``liger`` or ``compiled``.
+def select_layers(
+    config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device, say: Callable[[str], None]
+) -> str:
+    """Whose layers these settings take on this device: ``torch``, ``liger`` or ``compiled``. Where ``auto`` would take
+    Liger's on this device and cannot, it says why.
 
     Raises:
         InputError: Liger asked for where it cannot be.
     """
     if config.compile:
         return "compiled"
-    if config.kernels == "torch":
+    if config.kernels == "torch" or (config.kernels == "auto" and device.type != "cuda"):
         return "torch"
-    missing = None
-    if device.type != "cuda":
-        missing = f"{device.type}: its kernels are for CUDA"
-    elif importlib.util.find_spec("liger_kernel") is None:
-        missing = "not installed: pip install 'liger-kernel>=0.8.5,<0.9'"
-    elif hf_config.hidden_act not in ("silu", "swish"):
-        missing = f"hidden_act {hf_config.hidden_act}: its kernel is for silu"
+    missing = _missing(hf_config, device)
     if missing is None:
         return "liger"
     if config.kernels == "liger":
         raise bad_input(
             "Liger's kernels cannot be used", field="model.kernels", found=missing, expected="auto or torch"
         )
+    say(f"note: model.kernels=auto takes torch's layers, not Liger's: {missing}")
     return "torch"
 
 
-def use_liger(model: nn.Module) -> None:
-    """Replace the forwards of a decoder's norms, MLPs and rotary embedding (Qwen2, Qwen3, Llama, Mistral)."""
-    from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
+def _missing(hf_config: PreTrainedConfig, device: torch.device) -> str | None:
+    """Why Liger's kernels cannot be used; None where they can: they are put into such a decoder, on meta, to see."""
+    if device.type != "cuda":
+        return f"{device.type}: its kernels are for CUDA"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "not installed: pip install 'liger-kernel>=0.8.5,<0.9'"
+    if hf_config.hidden_act not in ("silu", "swish"):
+        return f"hidden_act {hf_config.hidden_act}: its kernel is for silu"
+    try:
+        with torch.device("meta"):
+            use_liger(AutoModel.from_config(hf_config))
+    except Exception as error:  # another version of Liger or transformers: whatever it is, torch's layers are there
+        return f"{type(error).__name__}: {error}"
+    return None
 
-    def norm(module, hidden_states):
-        # Not in place: autograd does not promise that nobody else holds the gradient that comes in.
-        return LigerRMSNormFunction.apply(hidden_states, module.weight, module.variance_epsilon, 0.0, "llama", False)
 
-    def mlp(module, x):
-        return module.down_proj(LigerSiLUMulFunction.apply(module.gate_proj(x), module.up_proj(x)))
+def use_liger(decoder: nn.Module) -> None:
+    """Let Liger replace the forwards of a decoder's norms, MLPs and rotary embedding; parameters and names stay.
 
-    for module in model.modules():
-        name = type(module).__name__
-        if name.endswith("RMSNorm"):
-            module.forward = functools.partial(norm, module)
-        elif name.endswith("MLP"):
-            module.forward = functools.partial(mlp, module)
-        elif name.endswith("Attention"):
-            forward = type(module).forward
-            if ROTARY not in forward.__code__.co_names:
-                raise ValueError(f"{name}.forward has no {ROTARY}: another version of transformers?")
-            scope = {**forward.__globals__, ROTARY: LigerRopeFunction.apply}
-            again = types.FunctionType(
-                forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
-            )
-            again.__kwdefaults__ = forward.__kwdefaults__
-            module.forward = types.MethodType(again, module)
+    Raises:
+        Exception: Liger has nothing for this model type, or no longer patches what this relies on.
+    """
+    import liger_kernel.transformers
+
+    apply = getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{decoder.config.model_type}")
+    modeling = sys.modules[type(decoder).__module__]  # before it is sharded: FSDP changes the class
+    own = dict(vars(modeling))
+    try:
+        apply(
+            rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=decoder
+        )
+        rotary = getattr(modeling, ROTARY)
+    finally:
+        vars(modeling).update(own)
+    if rotary is own.get(ROTARY):
+        raise RuntimeError(f"Liger left {modeling.__name__}.{ROTARY} as it was")
+    for layer in decoder.layers:
+        layer.self_attn.forward = functools.partial(_with_rotary, modeling, rotary, layer.self_attn.forward)
+
+
+def _with_rotary(modeling: ModuleType, rotary: Callable, forward: Callable, *args, **kwargs):
+    own = getattr(modeling, ROTARY)
+    setattr(modeling, ROTARY, rotary)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        setattr(modeling, ROTARY, own)

@@ -14,12 +14,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medtrain.trainer.chat import fix_time, now
 from medtrain.trainer.checkpoint import Saver, load_checkpoint
 from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
@@ -117,6 +117,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     for row in earlier:
         objective.watch(row)
     last_row = world.from_main(lambda: last_step(earlier))
+    renderer = fix_time(prepared.tokenizer, prepared.first_start)
     report = LiveReport(folder.root, display.say, enabled=world.is_main)
 
     def record(row: dict[str, Any]) -> None:
@@ -139,13 +140,11 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             if objective.heldout and due(config.eval.every):
                 found |= objective.evaluate(policy, world)
             if prepared.exam is not None and due(config.eval.exam_every):
-                found |= sit_exam(
-                    policy, prepared.tokenizer, prepared.exam, world, folder.exam(step), config.model.path
-                )
+                found |= sit_exam(policy, renderer, prepared.exam, world, folder.exam(step), config.model.path)
         if found:
             row = {"step": step} | found
             record(row)
-            for line in evaluation_lines(row):
+            for line in evaluation_lines(row, folder.exam(step)):
                 display.say(line)
             report.refresh()
 
@@ -221,9 +220,10 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
 
 
 def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World, step: int) -> None:
+    earlier = folder.starts()
     start = {
         "from_step": step,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": (now() if earlier else prepared.first_start).isoformat(),
         "command": sys.argv,
         "commit": commit(),
         "versions": versions(),
@@ -243,7 +243,7 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
             "adapters": None if prepared.adapters is None else prepared.adapters.about(),
             "fp8": None if prepared.fp8 is None else prepared.fp8.about(),
             # One entry each time the run was started, so that a curve can be traced to what computed it.
-            "starts": [*folder.starts(), start],
+            "starts": [*earlier, start],
         }
     )
     write_json(folder.ledger, prepared.objective.ledger)

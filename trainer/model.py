@@ -64,16 +64,18 @@ class PolicyModel(nn.Module):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def forward(self, batch=None, *, padded: dict[str, Any] | None = None) -> torch.Tensor:
+    def forward(self, batch=None, *, padded: dict[str, Any] | None = None) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """Log-probabilities (nats, float32 [N]) of ``batch.targets`` at positions ``batch.counted``.
 
         Args:
             batch: a :class:`~medtrain.trainer.data.batch.MicroBatch` on the model's device.
             padded: instead, what transformers' ``generate`` hands a backbone: rows padded on the left, and their KV cache.
-                Gives the logits [rows, 1, V] of the last position (medtrain.trainer.exam.during).
+                Gives the logits [rows, 1, V] of the last position, and the decoder's other outputs, its KV cache, by name
+                (medtrain.trainer.exam.during).
         """
         if padded is not None:
-            return self.lm_head(self.model(**padded).last_hidden_state[:, -1:], None)
+            rest = dict(self.model(**padded))
+            return self.lm_head(rest.pop("last_hidden_state")[:, -1:], None), rest
         layout = attention.packed_layout(batch, self.backend)
         output = self.model(
             input_ids=batch.input_ids.unsqueeze(0),

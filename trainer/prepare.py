@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from medtrain.kernels.logps import reset_clamped_rows, select_path
 from medtrain.trainer.architecture_proof import prove_architecture
 from medtrain.trainer.attention import select_backend
+from medtrain.trainer.chat import fix_time
 from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
@@ -46,7 +48,7 @@ if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything read and checked, nothing yet written."""
+    """Everything read and checked, nothing yet written. ``first_start``: what the chat template has for now."""
 
     tokenizer: Any
     hf_config: Any
@@ -60,6 +62,7 @@ class Prepared:
     fp8: Fp8 | None
     paths: dict[str, str]
     architecture: dict[str, Any] | None  # its proof; None where none was asked for
+    first_start: datetime
 
 
 def prepare(config: Config, world: World, display: Display, *, verify: bool = False) -> Prepared:
@@ -94,11 +97,15 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
             {"field": "model.init"} if config.model.path is None else {"file": Path(config.model.path) / "config.json"}
         )
         architecture = world.from_main(lambda: prove_architecture(hf_config, getattr(config.data, name), where))
-    exam = world.from_main(lambda: read_exam(config, tokenizer, hf_config))
+    first_start = world.from_main(RunFolder(config.run.out).first_start)
+    renderer = fix_time(tokenizer, first_start)
+    exam = world.from_main(lambda: read_exam(config, renderer, hf_config))
+    if renderer is not tokenizer and (config.stage == "rpo" or (exam is not None and exam.style.chat)):
+        display.say(f"the chat template writes a date: {first_start:%Y-%m-%d}, that of the run's first start")
     if config.stage == "cpt":
         objective: Objective = Cpt(config, tokenizer, world, display.say, verify=verify)
     else:
-        objective = Rpo(config, tokenizer, world, display.say)
+        objective = Rpo(config, renderer, world, display.say)
     if exam is not None:
         objective.digests["data.exam"] = exam.digest
     if checkpoint is not None:
@@ -118,12 +125,12 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
                         found=config.optim.warmup_steps, expected=f"below the {steps} steps")  # fmt: skip
     paths = {
         "attention": select_backend(world.device, compute_dtype, config.model.compile),
-        "layers": select_layers(config.model, hf_config, world.device),
+        "layers": select_layers(config.model, hf_config, world.device, display.say),
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
     return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, exam, steps, compute_dtype, fp8,
-                    paths, architecture)  # fmt: skip
+                    paths, architecture, first_start)  # fmt: skip
 
 
 def start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medtrain.kernels.logps import clamped_rows
 from medtrain.trainer.config import Config
+from medtrain.trainer.exam.generate import INVALID
+from medtrain.trainer.exam.scoring import unread_note
 from medtrain.trainer.run_folder import RunFolder
 
 SECONDS_BETWEEN_LINES = 15.0  # where the output is not a terminal
@@ -79,8 +82,9 @@ def describe(row: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def evaluation_lines(row: dict[str, Any]) -> list[str]:
-    """The held-out numbers and the exam of one row of metrics.jsonl, a line each where they are there."""
+def evaluation_lines(row: dict[str, Any], outputs: Path) -> list[str]:
+    """The held-out numbers and the exam of one row of metrics.jsonl, a line each where they are there. ``outputs``: of the
+    exam at this step."""
     lines, shown = [], []
     for key, value in row.items():
         if not key.startswith("heldout/") or value is None or key.endswith(("_change", "_stderr")):
@@ -97,6 +101,11 @@ def evaluation_lines(row: dict[str, Any]) -> list[str]:
             f"  (cut off {row['exam/answer/truncated']} and {row['exam/explain/truncated']}, unread "
             f"{row['exam/answer/parse_failures']} and {row['exam/explain/parse_failures']}, {duration(row['exam/seconds'])})"
         )
+        for mode in ("answer", "explain"):
+            counts = {name: row[f"exam/{mode}/{name}"] for name in ("parse_failures", "truncated")}
+            lines += filter(None, [unread_note(mode, counts | {"questions": row["exam/questions"]}, outputs)])
+        if "exam/invalid" in row:
+            lines.append(f"the exam's figures at step {row['step']} are invalid: {INVALID}")
     return lines
 
 

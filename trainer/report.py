@@ -251,6 +251,14 @@ def _warnings(run: Run) -> list[str]:
         alarm = None
     if alarm is not None:
         found += [line.removeprefix("warning: ") for row in run.rows for line in (alarm.watch(row) or "").splitlines()]
+    for step, exam in run.exams.items():
+        if any("invalid" in row for row in exam["explain"]):
+            found.append(f"exam at step {step:,}: its figures are invalid: {exam['explain'][0]['invalid']}")
+    found += [
+        f"eval {name}: its figures are invalid: {result['invalid']}"
+        for name, result in run.evals
+        if "invalid" in result
+    ]
     for step in [*run.exams][-1:]:
         for mode, rows in run.exams[step].items():
             for what, number in (

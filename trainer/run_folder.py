@@ -11,11 +11,13 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medtrain.trainer.chat import now
 from medtrain.trainer.checkpoint import complete_checkpoints
 from medtrain.trainer.config import Config, learned_settings
 from medtrain.trainer.errors import bad_input
@@ -108,6 +110,18 @@ class RunFolder:
     def starts(self) -> list[dict[str, Any]]:
         """What the manifest says of earlier starts of this run."""
         return json.loads(self.manifest.read_text(encoding="utf-8"))["starts"] if self.manifest.is_file() else []
+
+    def first_start(self) -> datetime:
+        """When this run was started first, to the second and in the time zone it was in; now, where it was not yet.
+
+        Raises:
+            InputError: an unreadable manifest.
+        """
+        try:
+            starts = self.starts()
+            return datetime.fromisoformat(starts[0]["time"]) if starts else now()
+        except (ValueError, KeyError, TypeError):
+            raise bad_input("unreadable manifest", file=self.manifest) from None
 
     def write_manifest(self, content: dict[str, Any]) -> None:
         self.root.mkdir(parents=True, exist_ok=True)

@@ -18,17 +18,21 @@ from pathlib import Path
 
 import numpy as np
 
+from medtrain.trainer.data.chats import HISTORY_SHORTENED, KEY_LEFT_OUT, render_chat, why_no_prefix
 from medtrain.trainer.data.encode import eos_id, tokenize_texts
 from medtrain.trainer.data.sources import Row, Source, check_text, kind_of, read_rows
 from medtrain.trainer.errors import InputError, bad_input
 
 OVERLONG = ("error", "drop", "cut_completion", "cut_prompt")
-UNUSABLE = ("empty", "identical", "prompt not a prefix")
+UNUSABLE = ("empty", "identical", "prompt not a prefix", "left out by the chat template")
 BOS_DOUBLED = "BOS more than once"
 EOS_DOUBLED = "EOS twice at the end: the text has its own"
 EOS_MISSING = "no EOS from the chat template, one was added"
 PROMPT_REPEATED = "both completions begin with the prompt's text"
-NOTED = (BOS_DOUBLED, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED)
+COLUMN_UNREAD = "the row's own '{}' is not read"
+NOTED = (BOS_DOUBLED, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED, HISTORY_SHORTENED, KEY_LEFT_OUT, COLUMN_UNREAD)
+# Columns that other trainers put into the prompt.
+_UNREAD = ("system", "tools", "images", "chat_template_kwargs")
 _FIELDS = ("prompt", "chosen", "rejected")
 _ROWS_PER_CALL = 256
 
@@ -102,7 +106,8 @@ def load_pairs(
     ``error`` raises; ``drop`` refuses the pair; ``cut_completion`` keeps of both sides what fits after the prompt, eos
     last; ``cut_prompt`` cuts the prompt, which both share, from the left. Where cutting leaves no room for the other
     part, or makes both sides equal, the pair is refused. ``unusable``: ``error`` raises, ``drop`` refuses a pair that is
-    empty, identical, or whose prompt the chat template does not keep as the beginning. Raises InputError naming file,
+    empty, identical, whose prompt the chat template does not keep as the beginning, or of whose completions, system or
+    user messages it leaves something out. Raises InputError naming file,
     row, field and counts by reason, and if no pair is left.
     """
     if overlong not in OVERLONG:
@@ -115,7 +120,7 @@ def load_pairs(
     noted: dict[str, int] = {}
     too_long: list[tuple[Row, int]] = []
     first_unusable: _Unusable | None = None
-    for batch in _batches(read_rows(source.path, _FIELDS)):
+    for batch in _batches(read_rows(source.path, _FIELDS, _UNREAD)):
         for row, tokenized in zip(batch, _tokenize(batch, tokenizer, eos), strict=True):
             pair = tokenized.pair
             before = sum(map(len, pair))
@@ -213,14 +218,18 @@ def _batches(rows):
 def _tokenize(batch: Sequence[Row], tokenizer, eos: int) -> list[_Tokenized]:
     checked = [_check(row) for row in batch]
     texts: list[str] = []
+    lost: list[tuple[list[InputError], list[str]]] = []
     for row, (chat, _) in zip(batch, checked, strict=True):
-        texts += _render(row, tokenizer) if chat else [row.fields[field] for field in _FIELDS]
+        rendered, *more = render_chat(row, tokenizer) if chat else ([row.fields[field] for field in _FIELDS], [], [])
+        texts += rendered
+        lost.append(more)
     ids = tokenize_texts(tokenizer, texts)
     found = []
     for k, (row, (chat, unusable)) in enumerate(zip(batch, checked, strict=True)):
         prompt, *sides = ids[3 * k : 3 * k + 3]
         where = {"file": row.file, "row": row.number}
-        noted = []
+        left_out, noted = lost[k]
+        noted += [COLUMN_UNREAD.format(name) for name in _UNREAD if row.fields.get(name)]
         if chat:
             prompt_text, *side_texts = texts[3 * k : 3 * k + 3]
             for side, (whole, text) in enumerate(zip(sides, side_texts, strict=True)):
@@ -231,13 +240,14 @@ def _tokenize(batch: Sequence[Row], tokenizer, eos: int) -> list[_Tokenized]:
                     # on from the prompt's own tokens, so that is where its text is divided.
                     completion = tokenize_texts(tokenizer, [text[len(prompt_text) :]])[0]
                 else:
-                    problem = "the prompt is not a prefix of prompt and completion in the chat template"
-                    error = bad_input(problem, **where, field=_FIELDS[1 + side])
+                    error = bad_input(why_no_prefix(prompt_text, text), **where, field=_FIELDS[1 + side])
                     unusable = unusable or _Unusable("prompt not a prefix", error)
                     completion = whole
                 sides[side] = _until_eos(completion, tokenizer, eos)
                 if eos not in completion:
                     noted.append(EOS_MISSING)
+            if left_out:
+                unusable = unusable or _Unusable("left out by the chat template", left_out[0])
         else:
             prompt_text, *side_texts = (row.fields[field] for field in _FIELDS)
             if all(text.startswith(prompt_text) for text in side_texts):
@@ -322,26 +332,3 @@ def _check_messages(messages: list, row: Row, field: str, empty: list[InputError
             field=f"prompt[{len(messages) - 1}].role",
             expected="user",
         )
-
-
-def _render(row: Row, tokenizer) -> list[str]:
-    """Return the chat template's text of prompt, prompt + chosen and prompt + rejected."""
-    where = {"file": row.file, "row": row.number}
-    if not tokenizer.chat_template:
-        expected = "strings, or a tokenizer with a chat template"
-        raise bad_input(
-            "the tokenizer has no chat template", **where, field="prompt", found="a list", expected=expected
-        )
-    # Parquet fills keys that other rows have with null.
-    prompt, chosen, rejected = (
-        [{key: value for key, value in message.items() if value is not None} for message in row.fields[field]]
-        for field in _FIELDS
-    )
-    try:
-        return [
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
-            tokenizer.apply_chat_template(prompt + chosen, tokenize=False),
-            tokenizer.apply_chat_template(prompt + rejected, tokenize=False),
-        ]
-    except Exception as error:  # a template raises what it likes
-        raise bad_input(f"the chat template fails: {error}", **where) from error

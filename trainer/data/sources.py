@@ -100,15 +100,15 @@ def source_files(path: str | Path) -> list[Path]:
     return files
 
 
-def read_rows(path: str | Path, fields: Sequence[str]) -> Iterator[Row]:
-    """Yield the rows of a source, each with at least ``fields``.
+def read_rows(path: str | Path, fields: Sequence[str], if_there: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield the rows of a source, each with at least ``fields``, and with those of ``if_there`` that it has.
 
     Raises InputError naming file and row: unreadable files, broken JSON, a row that is no object, invalid UTF-8, a
     missing field, no rows at all.
     """
     empty = True
     for file in source_files(path):
-        for row in read_range(file, fields):
+        for row in read_range(file, fields, if_there=if_there):
             empty = False
             yield row
     if empty:
@@ -116,7 +116,13 @@ def read_rows(path: str | Path, fields: Sequence[str]) -> Iterator[Row]:
 
 
 def read_range(
-    file: Path, fields: Sequence[str], begin: int = 0, end: int | None = None, *, lines_before: int = 0
+    file: Path,
+    fields: Sequence[str],
+    begin: int = 0,
+    end: int | None = None,
+    *,
+    lines_before: int = 0,
+    if_there: Sequence[str] = (),
 ) -> Iterator[Row]:
     """Yield the rows of a range of one file, as :func:`read_rows` does those of a source.
 
@@ -126,7 +132,7 @@ def read_range(
     rows = (
         _read_jsonl(file, begin, end, lines_before)
         if file.suffix == ".jsonl"
-        else _read_arrow(file, fields, begin, end)
+        else _read_arrow(file, fields, if_there, begin, end)
     )
     for row in rows:
         for field in fields:
@@ -222,8 +228,11 @@ def _read_jsonl(file: Path, begin: int, end: int | None, lines_before: int) -> I
             yield Row(file, number, fields)
 
 
-def _read_arrow(file: Path, fields: Sequence[str], begin: int, end: int | None) -> Iterator[Row]:
-    """Yield the columns ``fields`` of a parquet file, or of an Arrow stream as ``datasets`` writes it, row by row."""
+def _read_arrow(
+    file: Path, fields: Sequence[str], if_there: Sequence[str], begin: int, end: int | None
+) -> Iterator[Row]:
+    """Yield the columns ``fields``, and those of ``if_there`` that exist, of a parquet file, or of an Arrow stream as
+    ``datasets`` writes it, row by row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -234,6 +243,7 @@ def _read_arrow(file: Path, fields: Sequence[str], begin: int, end: int | None) 
         for field in fields:
             if field not in schema.names:
                 raise bad_input("missing", file=file, row=1, field=field, found=", ".join(schema.names))
+        fields = [*fields, *(name for name in if_there if name in schema.names)]
         stop = math.inf if end is None else end
         if parquet:
             groups, number = [], 0

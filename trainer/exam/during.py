@@ -11,6 +11,7 @@ The training is not touched: no gradient, no random number, and every parameter 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import time
 from collections.abc import Iterator
@@ -24,10 +25,12 @@ import torch.nn as nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from medtrain.trainer import attention
 from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
+from medtrain.trainer.exam.generate import INVALID, HFEngine
 from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import read_outputs
@@ -88,6 +91,9 @@ def sit_exam(
 ) -> dict[str, Any]:
     """Let the policy sit the exam and write its outputs to ``file``; returns metrics. All ranks must call this.
 
+    Before, the first question proves the way outputs are made (:meth:`HFEngine.cache_agrees`); where it fails, the rows and
+    the metrics say ``invalid``.
+
     ``file`` has one row a question and mode; where it is there already, from before this run was stopped, it is read
     instead. ``source`` is the checkpoint the run began with, whose generation settings name the ends of outputs.
     """
@@ -95,12 +101,18 @@ def sit_exam(
     rows = world.from_main(lambda: read_outputs(file) if file.is_file() else None)
     if rows is None:
         with _as_causal_lm(policy, generation_config(tokenizer, source), world) as model:
+            prompt = exam.style.prompt(exam.questions[0], "explain", tokenizer, exam.demonstrations)
+            agrees = HFEngine(model, tokenizer).cache_agrees(prompt, exam.max_new_tokens["explain"])
             rows = {mode: _sit(model, tokenizer, exam, mode, world) for mode in MODES}
+        if not agrees:
+            rows = {mode: [row | {"invalid": INVALID} for row in rows[mode]] for mode in MODES}
         policy.reshard_all()
         if world.is_main:
             file.parent.mkdir(exist_ok=True)
             write_bytes(file, to_jsonl(row for mode in MODES for row in rows[mode]).encode())
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"exam/questions": len(exam.questions)}
+    if any("invalid" in row for row in rows["explain"]):
+        metrics["exam/invalid"] = 1
     for mode in MODES:
         found = summarize_rows(exam.questions, rows[mode], mode, exam.style)
         metrics |= {f"exam/{mode}/{name}": found[name] for name in ("points_ratio", "parse_failures", "truncated")}
@@ -143,6 +155,7 @@ class _CausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = ends
         self.synced_gpus = world.size > 1
         self.hidden = (policy,)  # in a tuple, or it would be a submodule, which is put into evaluation mode and counted
+        self.decoder_takes = inspect.signature(policy.model.forward).parameters.keys() - {"kwargs"}
         self.place = nn.Parameter(
             torch.empty(0, device=policy.device), requires_grad=False
         )  # says what device this is on
@@ -155,22 +168,32 @@ class _CausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(*args, synced_gpus=self.synced_gpus, **kwargs)
 
     def forward(
-        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
-        logits_to_keep: int = 1, **_: object,
+        self, input_ids, attention_mask=None, position_ids=None, logits_to_keep: int = 1, return_dict: bool = True,
+        **inputs: object,
     ) -> CausalLMOutputWithPast:  # fmt: skip
+        """The logits of the last position, for the inputs ``generate`` prepares: all of them go on to the decoder, under
+        whatever names this version of transformers has for them (the KV cache has had two), and what the decoder returns
+        beside its hidden states comes back.
+
+        Raises:
+            TypeError: an input that the decoder does not name, and would ignore.
+        """
+        unknown = inputs.keys() - self.decoder_takes
+        if unknown or logits_to_keep != 1 or not return_dict:
+            passed = {"logits_to_keep": logits_to_keep, "return_dict": return_dict} | dict.fromkeys(unknown, "...")
+            raise TypeError(f"generate passes {passed}: not what {type(self.hidden[0].model).__name__} takes")
         # The engine generates in inference mode; a weight that FSDP gathered in it could not be trained on afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            padded = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-                      "past_key_values": past_key_values, "use_cache": use_cache}  # fmt: skip
-            return CausalLMOutputWithPast(logits=self.hidden[0](padded=padded), past_key_values=past_key_values)
+            padded = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **inputs}
+            logits, rest = self.hidden[0](padded=padded)
+            return CausalLMOutputWithPast(logits=logits, **rest)
 
 
 @contextmanager
 def _as_causal_lm(policy: PolicyModel, ends: dict, world: World) -> Iterator[_CausalLM]:
     """The policy as :class:`_CausalLM`, with transformers' own attention instead of the packed one while this lasts."""
-    packed = policy.config._attn_implementation
-    policy.config._attn_implementation = "sdpa"
+    policy.model.set_attn_implementation("sdpa")
     try:
         yield _CausalLM(policy, GenerationConfig.from_dict(ends), world)
     finally:
-        policy.config._attn_implementation = packed
+        policy.model.set_attn_implementation(attention.NAME)

@@ -11,11 +11,13 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
+from medtrain.trainer.chat import fix_time, now
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.choices import score_choices, summarize_choices
-from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
+from medtrain.trainer.exam.generate import INVALID, HFEngine, Output, VLLMEngine, load_engine
 from medtrain.trainer.exam.intervals import bootstrap_interval, p_text, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import (
@@ -28,7 +30,7 @@ from medtrain.trainer.exam.prompts import (
 )
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import claim, end_last_line, file_digest, model_digest, rows_of
-from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, write_atomically
+from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, unread_note, write_atomically
 from medtrain.trainer.tokenizer import read_tokenizer
 
 METHODS = ("generate", "choice_logp")
@@ -133,6 +135,7 @@ def evaluate(
     limit: int | None = None,
     mapping: str | Path | None = None,
     progress: Progress | None = None,
+    echo: Callable[[str], None] | None = None,
 ) -> dict:
     """Let the checkpoint in ``model_dir`` sit the exam in ``exam_path`` and write ``out``; returns ``exam.json``.
 
@@ -141,7 +144,8 @@ def evaluate(
     worked questions, with explanations for explain mode. ``text_only`` leaves out questions that need an image, none of
     which is here; how many is said in ``skipped_image_questions``. ``limit`` takes the first so many of the rest.
     ``mapping`` is the YAML file for an exam of an own form (:func:`load_questions`). ``progress(mode, done, total)`` is
-    called as outputs come in. Raises :class:`InputError` for a user's mistake.
+    called as outputs come in, ``echo`` with a line where the chat template writes a date: that of the first start, kept in
+    ``run.json``. Raises :class:`InputError` for a user's mistake.
     """
     style = style or PromptStyle()
     modes = MODES if mode == "both" else (mode,)
@@ -157,9 +161,19 @@ def evaluate(
     shots = read_demonstrations(demonstrations, everything, style, modes)
     new_tokens = {"answer": max_answer_tokens, "explain": max_new_tokens}
     digest = model_digest(model_dir)
+    out = Path(out)
+    recorded = _recorded(out)
+    first_start = datetime.fromisoformat(recorded["first_start"]) if "first_start" in recorded else now()
+    tokenizer = read_tokenizer(Path(model_dir))
+    renderer = fix_time(tokenizer, first_start)
+    if renderer is not tokenizer and style.chat and echo is not None:
+        echo(f"the chat template writes a date: {first_start:%Y-%m-%d}, that of the first start")
     if method == "generate":
-        tokenizer, positions = read_tokenizer(Path(model_dir)), model_positions(model_dir)
-        prompt_widths(style, questions, shots, tokenizer, {one: new_tokens[one] for one in modes}, positions, exam_path)
+        positions = model_positions(model_dir)
+        prompt_widths(style, questions, shots, renderer, {one: new_tokens[one] for one in modes}, positions, exam_path)
+    else:  # a template that fails does so before anything is written
+        for question in questions:
+            style.prompt(question, mode, renderer, shots)
     identity = {
         "model": digest,
         "exam": file_digest(exam_path),
@@ -174,25 +188,32 @@ def evaluate(
         "limit": limit,
         "mapping": file_digest(mapping),
     }
-    out = Path(out)
     # A limit belongs to the outputs of its mode: where there are none it is free, where the mode is not sat now it stays.
-    free, recorded = set(), _recorded(out)
+    free, asked_before = set(), recorded.get("identity", {})
     for one, name in (("answer", "max_answer_tokens"), ("explain", "max_new_tokens")):
         if not any(out.glob(f"outputs-{one}.*")):
             free.add(name)
-        elif one not in modes and name in recorded:
-            identity[name] = recorded[name]
-    claim(out, identity, {"model_path": str(model_dir), "exam_path": str(exam_path)}, free)
+        elif one not in modes and name in asked_before:
+            identity[name] = asked_before[name]
+    paths = {"model_path": str(model_dir), "exam_path": str(exam_path), "first_start": first_start.isoformat()}
+    claim(out, identity, paths, free)
     loaded: list[HFEngine | VLLMEngine] = []
 
+    path = out / "exam.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    invalid = results.get("invalid")
+
     def engine_when_needed() -> HFEngine | VLLMEngine:
+        nonlocal invalid
         if not loaded:
             loaded.append(load_engine(model_dir, engine, device=device, dtype=dtype, batch_tokens=batch_tokens))
+            loaded[0].tokenizer = fix_time(loaded[0].tokenizer, first_start)
+            if isinstance(loaded[0], HFEngine) and method == "generate":
+                prompt = style.prompt(questions[0], modes[-1], loaded[0].tokenizer, shots)
+                invalid = None if loaded[0].cache_agrees(prompt, new_tokens[modes[-1]]) else INVALID
         return loaded[0]
 
     # A mode that was run before stays: the folder is this run's, so it was asked the same.
-    path = out / "exam.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     results = {one: results[one] for one in MODES if one in results and (out / f"outputs-{one}.jsonl").is_file()}
     for one in modes:
         rows = _sit(engine_when_needed, questions, shots, one, style, method, new_tokens[one], out, progress)
@@ -202,6 +223,8 @@ def evaluate(
     result["explanation_gap"] = result["answer"]["points_ratio"] - result["explain"]["points_ratio"] if both else None
     if both:
         result |= _gap_figures([list(rows_of(out / f"outputs-{one}.jsonl")) for one in MODES], questions)
+    if invalid is not None:
+        result["invalid"] = invalid
     result["questions_in_exam"] = len(everything)
     result["skipped_image_questions"] = sum(not q.text_only for q in everything) if text_only else 0
     result["settings"] = identity
@@ -210,11 +233,12 @@ def evaluate(
 
 
 def _recorded(out: Path) -> dict:
-    """What ``run.json`` says of the results in ``out``; nothing where there is none (:func:`claim` says what is wrong)."""
+    """``run.json`` of the results in ``out``; nothing where there is none (:func:`claim` says what is wrong)."""
     try:
-        return dict(json.loads((out / "run.json").read_text(encoding="utf-8"))["identity"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return record if isinstance(record, dict) and isinstance(record.get("identity"), dict) else {}
 
 
 def _gap_figures(rows_of_modes: list[list[dict]], questions: Sequence[Question]) -> dict:
@@ -325,6 +349,7 @@ def run_eval(
         limit=limit,
         mapping=mapping,
         progress=progress,
+        echo=echo,
     )
 
 
@@ -347,6 +372,10 @@ def as_text(result: dict) -> str:
             f"[{result['explanation_gap_low']:+.3f}, {result['explanation_gap_high']:+.3f}]  "
             f"p {p_text(result['explanation_gap_p_value'])}"
         )
+    for mode in (mode for mode in MODES if mode in result):
+        lines += filter(None, [unread_note(mode, result[mode], f"outputs-{mode}.jsonl")])
+    if "invalid" in result:
+        lines.append(f"these figures are invalid: {result['invalid']}")
     if result["skipped_image_questions"]:
         lines.append(f"left out: {result['skipped_image_questions']} questions that need an image")
     return "\n".join(lines)

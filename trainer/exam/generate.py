@@ -22,6 +22,11 @@ ENGINES = ("hf", "vllm")
 _STEPS_BETWEEN_STOP_CHECKS = 8
 _VLLM_PORTION = 512
 _LOGITS_AT_ONCE = 2**28  # float32: 1 GiB
+# Greedy tokens that are made with and without the KV cache, and how far their logits may be apart, as a share of the
+# largest: rounding in bfloat16 makes a hundredth or two; a token made without its context is another one altogether.
+_CACHE_TOKENS = 8
+_CACHE_TOLERANCE = 0.05
+INVALID = "with and without the KV cache the model goes on in different ways after the first question"
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,27 @@ class HFEngine:
                 if on_outputs is not None:
                     on_outputs(batch, made)
         return outputs
+
+    def cache_agrees(self, prompt: str, max_new_tokens: int) -> bool:
+        """Whether the first greedy tokens after ``prompt`` have the same logits with the KV cache as without it, up to
+        rounding: that what ``generate`` hands on from token to token reaches the model."""
+        from transformers import GenerationConfig
+
+        input_ids, mask = self._left_padded(self.tokenizer([prompt], add_special_tokens=False).input_ids)
+        num = min(_CACHE_TOKENS, max_new_tokens)
+        made = []
+        with self._generating():
+            for use_cache in (True, False):
+                config = GenerationConfig(
+                    max_new_tokens=num, min_new_tokens=num, do_sample=False, use_cache=use_cache, output_logits=True,
+                    return_dict_in_generate=True, eos_token_id=self.eos or None, pad_token_id=self.pad,
+                )  # fmt: skip
+                made.append(self.model.generate(input_ids, attention_mask=mask, generation_config=config))
+        tokens = [one.sequences[0, input_ids.shape[1] :] for one in made]
+        same = int((tokens[0] == tokens[1]).cumprod(0).sum())
+        # Where a tie is broken another way the logits still agree; what follows it is another text.
+        cached, plain = (torch.cat(one.logits)[: same + 1].float() for one in made)
+        return bool((cached - plain).abs().max() <= _CACHE_TOLERANCE * plain.abs().max())
 
     def logps(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """Sum of the log-probs (nats) of each completion's tokens after its prompt, tokenised apart and without eos."""

@@ -15,10 +15,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
+from medtrain.trainer.chat import fix_time, now
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.exam.generate import load_engine
+from medtrain.trainer.exam.generate import HFEngine, VLLMEngine, load_engine
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.paths import (
     KINDS,
@@ -26,13 +28,14 @@ from medtrain.trainer.exam.paths import (
     PathFile,
     ReasoningPath,
     grade_paths,
+    recorded_header,
     sample_into,
     sample_paths,
 )
 from medtrain.trainer.exam.prompts import PromptStyle, model_positions, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import model_digest
-from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
+from medtrain.trainer.exam.scoring import grade_output, to_jsonl, unread_note, write_atomically
 from medtrain.trainer.tokenizer import read_tokenizer
 
 __all__ = ["STRATEGIES", "ReasoningPath", "build_pairs", "run_pairs", "sample_paths"]
@@ -292,22 +295,35 @@ def run_pairs(
         raise bad_input("no question is left to ask: all need an image", file=questions)
     shots = read_demonstrations(demonstrations, everything, style, ("explain",))
     _check_explanations(asked, questions, strategy, style, echo)
+    stem = out.name.removesuffix(".jsonl")
+    path = out.with_name(f"{stem}.paths.jsonl")
     tokenizer = read_tokenizer(Path(model))
-    prompt_widths(style, asked, shots, tokenizer, {"explain": max_new_tokens}, model_positions(model), questions)
-    prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
+    first_start = datetime.fromisoformat(recorded_header(path).get("first_start") or now().isoformat())
+    renderer = fix_time(tokenizer, first_start)
+    # Its batches have random numbers of their own, but whoever runs out of memory must be able to go on with smaller ones.
+    about = {"batch_tokens": batch_tokens} if engine == "hf" else {}
+    if style.chat and renderer is not tokenizer:
+        about["first_start"] = first_start.isoformat()
+        if echo is not None:
+            echo(f"the chat template writes a date: {first_start:%Y-%m-%d}, that of the first start")
+    prompt_widths(style, asked, shots, renderer, {"explain": max_new_tokens}, model_positions(model), questions)
+    prompts = {question.problem_id: style.prompt(question, "explain", renderer, shots) for question in asked}
     sampling = {
         "model": model_digest(model), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "style": asdict(style), "engine": engine, "dtype": dtype, "num_paths": num_paths, "temperature": temperature,
         "seed": seed, "max_new_tokens": max_new_tokens,
     }  # fmt: skip
-    stem = out.name.removesuffix(".jsonl")
-    # Its batches have random numbers of their own, but whoever runs out of memory must be able to go on with smaller ones.
-    about = {"batch_tokens": batch_tokens} if engine == "hf" else {}
-    file = PathFile(out.with_name(f"{stem}.paths.jsonl"), sampling, about)
+    file = PathFile(path, sampling, about)
     if out.exists() and not file.path.exists():
         raise bad_input("is there already, and no paths from which it was made", file=out, expected="another out")
+
+    def load() -> HFEngine | VLLMEngine:
+        loaded = load_engine(model, engine, device=device, dtype=dtype, batch_tokens=batch_tokens)
+        loaded.tokenizer = fix_time(loaded.tokenizer, first_start)
+        return loaded
+
     sample_into(
-        file, lambda: load_engine(model, engine, device=device, dtype=dtype, batch_tokens=batch_tokens), asked,
+        file, load, asked,
         num_paths=num_paths, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, style=style,
         demonstrations=shots, echo=echo,
     )  # fmt: skip
@@ -342,6 +358,10 @@ def run_pairs(
         "min_explanation": min_explanation,
         "sampling": sampling | about,
     }
+    seen = summary["paths"]
+    totals = {"questions": sum(seen.values()), "parse_failures": seen["unparsed"], "truncated": seen["truncated"]}
+    if echo is not None and (note := unread_note("paths", totals, file.path)):
+        echo(note)
     if rows or not out.exists():  # pairs of another strategy stay, with their summary
         write_atomically(
             out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n"

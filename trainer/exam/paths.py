@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.exam.generate import HFEngine, OnOutputs, Output, VLLMEngine
+from medtrain.trainer.exam.generate import INVALID, HFEngine, OnOutputs, Output, VLLMEngine
 from medtrain.trainer.exam.parse import Parsed, parse_output
 from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question
@@ -129,6 +129,12 @@ def _names_no_choice(text: str, question: Question, style: PromptStyle) -> bool:
     return not any(squeeze(choice) in answer for choice in question.choices)
 
 
+def recorded_header(path: Path) -> dict:
+    """How the paths of a file were sampled; nothing where there is no such file, or no paths in it."""
+    header = next(iter(rows_of(path, ("sampling",))), None)
+    return header["sampling"] if header else {}
+
+
 class PathFile:
     """The file that keeps paths; ``identity`` says how they are sampled, and a file of others is refused. ``about`` is
     written beside it and compared with nothing."""
@@ -139,10 +145,10 @@ class PathFile:
         self.outputs: dict[tuple[str, int], Output] = {}
         if not path.is_file():
             return
-        header = next(iter(rows_of(path, ("sampling",))), None)
-        if header is None:
+        recorded = recorded_header(path)
+        if not recorded:
             raise bad_input("not a file of sampled paths", file=path, expected="another out, or this file moved away")
-        differing = [name for name in self.identity if header["sampling"].get(name) != self.identity[name]]
+        differing = [name for name in self.identity if recorded.get(name) != self.identity[name]]
         if differing:
             raise bad_input(f"holds paths that were sampled otherwise: {', '.join(differing)} differ", file=path,
                             expected="another out, or this file moved away")  # fmt: skip
@@ -200,4 +206,10 @@ def sample_into(
     known = [one for one in wanted if one in file.outputs]
     if len(known) == len(wanted):
         return
-    sample_paths(load_engine(), questions, num_paths=num_paths, known=known, on_outputs=keep, **settings)
+    engine = load_engine()
+    if isinstance(engine, HFEngine):
+        style, shots = settings["style"], settings["demonstrations"]
+        prompt = style.prompt(questions[0], "explain", engine.tokenizer, shots)
+        if not engine.cache_agrees(prompt, settings["max_new_tokens"]):
+            raise bad_input(f"nothing was sampled: {INVALID}", file=file.path)
+    sample_paths(engine, questions, num_paths=num_paths, known=known, on_outputs=keep, **settings)

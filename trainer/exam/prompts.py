@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from medtrain.trainer.chat import left_out, squeeze
 from medtrain.trainer.config_reading import build, read_tree
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.questions import Question, load_questions
@@ -146,7 +147,7 @@ class PromptStyle:
         """The whole prompt as one string, to be tokenised with ``add_special_tokens=False``.
 
         A tokenizer that begins every text with its bos token gets that token as text. Raises :class:`InputError` where
-        ``chat`` is set and the tokenizer has no chat template.
+        ``chat`` is set and the tokenizer has no chat template, or one that fails or leaves out part of a message.
         """
         if mode not in MODES:
             raise bad_input("unknown mode", found=mode, expected=" or ".join(MODES))
@@ -171,7 +172,16 @@ class PromptStyle:
             messages.append({"role": "user", "content": opening + self.render_question(shot) + closing})
             messages.append({"role": "assistant", "content": self.completion(shot, mode)})
         messages.append({"role": "user", "content": opening + self.render_question(question) + closing})
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template raises what it likes
+            raise bad_input(f"the chat template fails: {error}", field="chat") from error
+        rendered = squeeze(prompt)
+        for message in messages:
+            if (missing := left_out(message["content"], rendered)) is not None:
+                problem = f"the chat template leaves out or changes part of the {message['role']} message"
+                raise bad_input(f"{problem}, from {missing[:60]!r} on", field="chat")
+        return prompt
 
     def stop(self, mode: str) -> Stop:
         """Where outputs of this mode end. A chat model ends its turn itself and may restate the question before."""

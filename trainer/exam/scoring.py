@@ -143,6 +143,18 @@ def summarize(graded: Iterable[Graded]) -> dict:
     }
 
 
+def unread_note(mode: str, result: Mapping[str, int], where: str | Path) -> str | None:
+    """A line where more than half of a mode's outputs were not read or were cut off: its figures say little of the model.
+
+    ``result`` has ``questions``, ``parse_failures`` and ``truncated``; ``where`` are the outputs to look at.
+    """
+    unread, truncated, total = result["parse_failures"], result["truncated"], result["questions"]
+    if 2 * max(unread, truncated) <= total:
+        return None
+    return (f"note: {mode}: no answer was read in {unread} of {total} outputs, {truncated} were cut off at their length limit; "
+            f"look at some in {where} before you trust these figures")  # fmt: skip
+
+
 def summarize_by(graded: Iterable[Graded], key: str) -> dict[str, dict]:
     """:func:`summarize` for each ``"section"`` or ``"year"`` in exam order; questions without one are left out."""
     groups: dict[str, list[Graded]] = {}

@@ -1,5 +1,7 @@
 """Liger's layers in a policy: its kernels in Triton's interpreter, the same numbers, names and weights; other models stay."""
 
+import sys
+
 import pytest
 import torch
 from helpers import SIZES, documents
@@ -36,17 +38,17 @@ class _Scalar(float):
 @pytest.fixture
 def interpreted(monkeypatch):
     """What Triton's interpreter lacks of what Liger's norm asks for: scalars that are cast, and libdevice."""
-    from liger_kernel import ops
     from liger_kernel.ops import rms_norm, swiglu
+    from liger_kernel.transformers import rms_norm as layer
 
-    own = ops.LigerRMSNormFunction
+    own = layer.LigerRMSNormFunction
 
     class WithScalars:
         @staticmethod
         def apply(x, weight, eps, offset, *rest):
             return own.apply(x, weight, _Scalar(eps), _Scalar(offset), *rest)
 
-    monkeypatch.setattr(ops, "LigerRMSNormFunction", WithScalars)
+    monkeypatch.setattr(layer, "LigerRMSNormFunction", WithScalars)
     monkeypatch.setattr(rms_norm, "rsqrt", _rsqrt)
     monkeypatch.setattr(swiglu, "float", _Scalar, raising=False)  # in front of the built-in one
 
@@ -88,21 +90,28 @@ def test_log_probs_and_gradients_are_those_of_torchs_layers(model_type, mode, ad
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_norms_mlps_and_rotary_are_replaced_and_names_and_other_models_are_not(monkeypatch):
+def test_norms_mlps_and_rotary_are_replaced_and_names_and_other_models_are_not(interpreted, monkeypatch):
+    from liger_kernel.ops import LigerRopeFunction
+
+    rotated = []
+    rotate = LigerRopeFunction.apply
+    monkeypatch.setattr(LigerRopeFunction, "apply", lambda *args: rotated.append(args) or rotate(*args))
+    modeling = sys.modules["transformers.models.qwen2.modeling_qwen2"]
+    own = dict(vars(modeling))
     plain, liger = policy_of("torch"), policy_of("liger")
+    assert vars(modeling) == own
     assert plain.state_dict().keys() == liger.state_dict().keys()
     replaced = {name for name, module in liger.named_modules() if "forward" in vars(module)}
     layer = "model.layers.0"
     assert replaced == {
         f"{layer}.self_attn", f"{layer}.mlp", f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm",
     }  # fmt: skip
-    from liger_kernel.ops import LigerRopeFunction
-
-    attention = liger.model.layers[0].self_attn
-    assert attention.forward.__func__.__globals__["apply_rotary_pos_emb"] == LigerRopeFunction.apply
+    batch = windows_batch(documents()[:1])
+    liger(batch)
+    assert len(rotated) == 1 and vars(modeling) == own
+    plain(batch)
     theirs = AutoModelForCausalLM.from_config(plain.config)
-    assert not any("forward" in vars(module) for module in theirs.modules())
-    assert type(theirs.model.layers[0].self_attn).forward.__globals__["apply_rotary_pos_emb"] != LigerRopeFunction.apply
+    assert len(rotated) == 1 and not any("forward" in vars(module) for module in theirs.modules())
 
 
 @pytest.mark.parametrize(
@@ -116,17 +125,40 @@ def test_norms_mlps_and_rotary_are_replaced_and_names_and_other_models_are_not(m
     ],
 )
 def test_the_layers_are_chosen_once(settings, device, layers):
-    config = ModelConfig(init={**SIZES, "vocab_size": 24}, **settings)
-    assert select_layers(config, load_model_config(config, None), device) == layers
+    config, said = ModelConfig(init={**SIZES, "vocab_size": 24}, **settings), []
+    assert select_layers(config, load_model_config(config, None), device, said.append) == layers
+    assert said == []
 
 
-def test_liger_without_its_kernels_or_with_another_activation_is_refused(cpt_tree, monkeypatch):
+def _no_longer_there(**_):
+    raise AttributeError("no attribute 'Qwen2RMSNorm'")
+
+
+@pytest.mark.parametrize(
+    ("apply", "words"),
+    [
+        (_no_longer_there, "AttributeError: no attribute 'Qwen2RMSNorm'"),
+        (lambda **_: None, "RuntimeError: Liger left transformers.models.qwen2.modeling_qwen2.apply_rotary_pos_emb as it was"),
+        (None, "not installed: pip install"),
+    ],
+)  # fmt: skip
+def test_where_liger_cannot_be_put_in_auto_takes_torchs_layers_and_says_why(apply, words, monkeypatch):
+    if apply is None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr("liger_kernel.transformers.apply_liger_kernel_to_qwen2", apply)
+    config, said = ModelConfig(init={**SIZES, "vocab_size": 24}), []
+    hf_config = load_model_config(config, None)
+    assert select_layers(config, hf_config, CUDA, said.append) == "torch"
+    assert len(said) == 1 and words in said[0]
+    with pytest.raises(InputError, match="model.kernels"):
+        select_layers(ModelConfig(init=config.init, kernels="liger"), hf_config, CUDA, said.append)
+
+
+def test_liger_without_a_gpu_or_with_another_activation_is_refused(cpt_tree):
     cpt_tree["model"]["kernels"] = "liger"
     with pytest.raises(InputError, match="model.kernels.*found cpu"):
         check(config_from_dict("cpt", cpt_tree))
     gelu = ModelConfig(init={**SIZES, "vocab_size": 24, "hidden_act": "gelu"}, kernels="liger")
     with pytest.raises(InputError, match="hidden_act gelu"):
-        select_layers(gelu, load_model_config(gelu, None), CUDA)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install"):
-        select_layers(gelu, load_model_config(gelu, None), CUDA)
+        select_layers(gelu, load_model_config(gelu, None), CUDA, print)
