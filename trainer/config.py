@@ -37,8 +37,9 @@ class ModelConfig:
     kernels: Literal["auto", "torch", "liger"] = "auto"
     keep_bytes: int | None = None  # budget of the head op for kept exponentials (0: keep nothing); default: 1 GiB
     export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the compute precision
-    # before the first step, `path` against what was loaded: every tensor's bits, and Hugging Face's forward where it fits
-    proof: Literal["auto", "tensors", "none"] = "auto"  # tensors: no forward
+    # before the first step: a small model of the same architecture against Hugging Face's; then `path` against what was
+    # loaded: every tensor's bits, and Hugging Face's forward where it fits
+    proof: Literal["auto", "tensors", "none"] = "auto"  # tensors: no forward of `path`
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,6 @@ class Config:
             "rpo": ("data.sources", "data.seq_len", "data.workers", "optim.batch_tokens"),
         }[self.stage]  # fmt: skip
         names = {name for name in self.given if name.startswith(other)}
-        if self.model.init is not None:
-            names |= self.given & {"model.proof"}
         if not self.data.heldout:
             names |= self.given & {"eval.every"}
         if self.optim.schedule != "wsd" and "optim.decay_steps" in self.given:

@@ -116,6 +116,13 @@ def _check_sizes(hf_config: PreTrainedConfig, where: dict[str, Any]) -> None:
         found = getattr(hf_config, size, None)
         if found is not None and not (isinstance(found, int) and found >= 1):
             raise bad_input(f"{size} is no size", **where, found=found, expected="a whole number, 1 or more")
+    hidden, heads = hf_config.hidden_size, hf_config.num_attention_heads
+    kv_heads = hf_config.num_key_value_heads or heads
+    head_dim = getattr(hf_config, "head_dim", None) or hidden // heads
+    if head_dim < 2 or head_dim % 2 or heads % kv_heads:
+        raise bad_input("sizes that do not fit together", **where,
+                        found=f"{heads} heads of {head_dim}, {kv_heads} key-value heads",
+                        expected="an even size a head, key-value heads that divide the heads")  # fmt: skip
 
 
 def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
@@ -126,6 +133,9 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
     """
     if config.path is not None:
         folder = Path(config.path)
+        if (folder / "adapter_config.json").is_file():  # transformers would put it on the weights, or on others
+            raise bad_input("an adapter is no model", file=folder / "adapter_config.json",
+                            expected="the model alone in model.path, its adapter in lora.path")  # fmt: skip
         if not (folder / "config.json").is_file():
             raise bad_input(
                 "not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it"
@@ -133,7 +143,9 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
         try:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise bad_input("unreadable config", file=folder / "config.json", found=str(error).split("\n")[0]) from None
+            raise bad_input(
+                "unreadable config", file=folder / "config.json", found=" ".join(str(error).split())
+            ) from None
         where = {"file": folder / "config.json"}
     else:
         hf_config = _config_from_sizes(config.init, tokenizer)
@@ -145,6 +157,9 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
     if getattr(hf_config, "quantization_config", None) is not None:
         raise bad_input("a quantized checkpoint cannot be trained", **where, found="quantization_config",
                         expected="weights in float32, float16 or bfloat16")  # fmt: skip
+    if getattr(hf_config, "transformers_weights", None) is not None:
+        raise bad_input("another name for the file of weights is not supported", **where, field="transformers_weights",
+                        found=hf_config.transformers_weights, expected="model.safetensors or its index")  # fmt: skip
     layer_types = getattr(hf_config, "layer_types", None) or []
     window = getattr(hf_config, "sliding_window", None) if hf_config.model_type == "mistral" else None
     if any(kind != "full_attention" for kind in layer_types) or window is not None:
@@ -176,13 +191,14 @@ def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     try:
         hf_config = AutoConfig.for_model(**sizes)
     except Exception as error:
-        raise bad_input("sizes that do not fit together", field="model.init", found=str(error).split("\n")[0]) from None
+        raise bad_input(
+            "sizes that do not fit together", field="model.init", found=" ".join(str(error).split())
+        ) from None
     _check_sizes(hf_config, {"field": "model.init"})
-    heads, hidden = hf_config.num_attention_heads, hf_config.hidden_size
-    if hidden % heads or (hidden // heads) % 2 or heads % hf_config.num_key_value_heads:
+    if hf_config.hidden_size % hf_config.num_attention_heads:
         raise bad_input("sizes that do not fit together", field="model.init",
-                        found=f"hidden_size {hidden}, {heads} heads, {hf_config.num_key_value_heads} key-value heads",
-                        expected="an even size a head, key-value heads that divide the heads")  # fmt: skip
+                        found=f"hidden_size {hf_config.hidden_size}, {hf_config.num_attention_heads} heads",
+                        expected="heads that divide it")  # fmt: skip
     if tokenizer is not None:
         hf_config.eos_token_id = tokenizer.eos_token_id
         hf_config.bos_token_id = tokenizer.bos_token_id
@@ -265,9 +281,17 @@ def build_model(
 
 
 def parameter_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's parameters, a tied head once, under the embedding's name."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    """Names and shapes of the model's parameters, a tied head once, under the embedding's name.
+
+    Raises:
+        InputError: transformers builds no model from this config.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    except Exception as error:  # of transformers, whatever it is: an activation or a rope_type that it does not know
+        raise bad_input("Hugging Face builds no model from this config", field="model",
+                        found=f"{type(error).__name__}: {error}") from error  # fmt: skip
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medtrain.kernels.logps import reset_clamped_rows, select_path
+from medtrain.trainer.architecture_proof import prove_architecture
 from medtrain.trainer.attention import select_backend
 from medtrain.trainer.chat import fix_time
 from medtrain.trainer.config import Config
@@ -60,6 +61,7 @@ class Prepared:
     compute_dtype: torch.dtype
     fp8: Fp8 | None
     paths: dict[str, str]
+    architecture: dict[str, Any] | None  # its proof; None where none was asked for
     first_start: datetime
 
 
@@ -77,7 +79,7 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     shapes = parameter_shapes(hf_config)
     checkpoint = Checkpoint(config.model.path) if config.model.path is not None else None
     if checkpoint is not None:
-        checkpoint.check(shapes, tied=hf_config.tie_word_embeddings)
+        world.from_main(lambda: checkpoint.check(shapes, tied=hf_config.tie_word_embeddings))
     adapters = plan_adapters(config.lora, shapes)
     fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)
     check_state(config.optim.state, shapes)
@@ -89,6 +91,12 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     if getattr(config.data, name) > limit:
         raise bad_input("longer than the model's positions", field=f"data.{name}", found=getattr(config.data, name),
                         expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
+    architecture = None
+    if config.model.proof != "none":
+        where = (
+            {"field": "model.init"} if config.model.path is None else {"file": Path(config.model.path) / "config.json"}
+        )
+        architecture = world.from_main(lambda: prove_architecture(hf_config, getattr(config.data, name), where))
     first_start = world.from_main(RunFolder(config.run.out).first_start)
     renderer = fix_time(tokenizer, first_start)
     exam = world.from_main(lambda: read_exam(config, renderer, hf_config))
@@ -122,7 +130,7 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
         "compute": str(compute_dtype).removeprefix("torch."),
     }
     return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, exam, steps, compute_dtype, fp8,
-                    paths, first_start)  # fmt: skip
+                    paths, architecture, first_start)  # fmt: skip
 
 
 def start(
@@ -156,10 +164,13 @@ def start(
         from medtrain.trainer.fp8 import Guard  # torchao, for those who ask for it
 
         guard = Guard(config.precision, policy, world)
-    proof = None
+    proof = None if prepared.architecture is None else {"architecture": prepared.architecture}
     with guard.without_fp8() if guard is not None else nullcontext():  # the reference is of the model that is exported
-        if prove_it and prepared.checkpoint is not None and config.model.proof != "none":
-            proof = prove(policy, prepared.checkpoint, prepared.adapters, world, forward=config.model.proof == "auto")
+        if proof is not None:
+            if prove_it and prepared.checkpoint is not None:
+                proof |= prove(
+                    policy, prepared.checkpoint, prepared.adapters, world, forward=config.model.proof == "auto"
+                )
             display.say(describe(proof))
         prepared.objective.prepare(policy, world, reference, display.say)
     return policy, make_optimizer(policy, config), guard, proof
@@ -189,6 +200,8 @@ def check(config: Config, samples: int = 0) -> str:
             "paths:  " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items()),
             "nothing is wrong",
         ]
+        if prepared.architecture is not None:
+            lines.insert(-1, describe({"architecture": prepared.architecture}).replace("proof:", "proof: "))
         if prepared.fp8 is not None:
             lines.insert(2, "fp8:    " + prepared.fp8.describe())
         if prepared.adapters is not None:

@@ -2,7 +2,8 @@
 
 Every tensor is gathered as the forward gathers it and compared bit for bit with the files' bytes, which are read anew and
 without the code that loaded them. Where the model is small enough for the host, log-probabilities of a few tokens are
-compared with those of ``AutoModelForCausalLM`` in float32: bytes in the right place may still be used wrongly.
+compared with those of ``AutoModelForCausalLM`` in float32: bytes in the right place may still be used wrongly. For a model
+of any size, medtrain.trainer.architecture_proof compares a small one of its kind.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World, whole
+from medtrain.trainer.errors import bad_input
 from medtrain.trainer.lora import Adapters, is_adapter, is_packed, weight_name, without_adapters
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.quant import quantize
@@ -49,7 +51,7 @@ def prove(
         forward: compare with Hugging Face's forward too, where the model fits and is not rounded to 4 bits.
 
     Raises:
-        RuntimeError: the policy is not the checkpoint.
+        InputError: the policy is not the checkpoint; says what differs and the likely cause.
     """
     started = time.perf_counter()
     names = _check_tensors(policy, checkpoint, world)
@@ -60,7 +62,21 @@ def prove(
 
 
 def describe(proof: dict) -> str:
-    """One line for a person."""
+    """One line for a person, of what :func:`prove` and ``prove_architecture`` (under ``architecture``) found."""
+    parts = []
+    if "architecture" in proof:
+        small = proof["architecture"]
+        parts.append(
+            f"a small {small['model_type']}, packed and up to position {small['positions'] - 1:,}, is Hugging Face's within "
+            f"{small['largest_difference']:.1e} nats a token"
+        )
+    if "tensors" in proof:
+        parts.append(_describe_checkpoint(proof))
+    seconds = sum(part.get("seconds", 0.0) for part in (proof, proof.get("architecture", {})))
+    return f"proof: {'; '.join(parts)}; {seconds:.1f} s"
+
+
+def _describe_checkpoint(proof: dict) -> str:
     forward = proof["forward"]
     if isinstance(forward, dict):
         forward = (
@@ -70,7 +86,7 @@ def describe(proof: dict) -> str:
     else:
         forward = f"no forward beside Hugging Face's: {forward}"
     unused = f", {len(proof['unused'])} tensors of the files unused" if proof["unused"] else ""
-    return f"proof: {proof['tensors']} tensors are the files' own{unused}; {forward}; {proof['seconds']:.1f} s"
+    return f"{proof['tensors']} tensors are the files' own{unused}; {forward}"
 
 
 @torch.no_grad()
@@ -89,7 +105,8 @@ def _check_tensors(policy: PolicyModel, checkpoint: Checkpoint, world: World) ->
     differ = [name for name, count in zip(names, world.sum(wrong), strict=True) if count > 0]
     if differ:
         others = f" and {len(differ) - 1} others" if len(differ) > 1 else ""
-        raise RuntimeError(f"the loaded weights are not those of {checkpoint.folder}: {differ[0]}{others} differ")
+        raise bad_input(f"the loaded weights are not those of the files: {differ[0]}{others} differ; likely cause: the files "
+                        "changed while they were read, or a defective disk or memory", file=checkpoint.folder)  # fmt: skip
     return names
 
 
@@ -147,33 +164,50 @@ def _check_forward(
         ours = policy(windows_batch([ids.numpy().astype("uint32")]).to(policy.device)).cpu()
     policy.reshard_all()
 
-    def compare() -> tuple[float, float, float] | str:
-        try:
-            theirs, their_loss = _hugging_face_logps(checkpoint.folder, ids, policy.compute_dtype)
-        except Exception as error:  # whatever it is, the other ranks wait for an answer
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        difference = (ours.double() - theirs).abs()
-        return float(difference.mean()), float(difference.max()), max(TOLERANCE, TIMES_THEIR_LOSS * their_loss)
+    return world.from_main(lambda: _compare(ours, ids, policy, checkpoint))
 
-    found = world.from_main(compare)
-    if isinstance(found, str):
-        raise RuntimeError(
-            f"Hugging Face's forward of {checkpoint.folder} failed ({found}); model.proof=tensors skips it"
-        )
-    mean, largest, tolerance = found
+
+def _compare(ours: torch.Tensor, ids: torch.Tensor, policy: PolicyModel, checkpoint: Checkpoint) -> dict[str, Any]:
+    """On rank 0, beside transformers' own model in float32 on the CPU."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+        theirs, their_loss = _hugging_face_logps(model, ids, policy.compute_dtype)
+    except Exception as error:  # whatever it is, the other ranks wait for an answer
+        raise bad_input("Hugging Face's forward failed; model.proof=tensors goes without it", file=checkpoint.folder,
+                        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                        ) from error  # fmt: skip
+    difference = (ours.double() - theirs).abs()
+    mean, largest = float(difference.mean()), float(difference.max())
+    tolerance = max(TOLERANCE, TIMES_THEIR_LOSS * their_loss)
     if not mean <= tolerance:  # so that NaN is wrong too
-        raise RuntimeError(
-            f"the loaded policy is not Hugging Face's model of {checkpoint.folder}: log-probabilities of {len(ours)} tokens "
-            f"differ by {mean:.2e} nats in the mean, {largest:.2e} at most; allowed in the mean: {tolerance:.1e}; "
-            "model.proof=tensors skips this comparison"
-        )
+        raise bad_input(
+            f"the loaded policy is not Hugging Face's model; likely cause: {_cause(model, policy, checkpoint)}; "
+            "model.proof=tensors goes without this comparison", file=checkpoint.folder,
+            found=f"log-probabilities of {len(ours)} tokens {mean:.2e} nats apart in the mean, {largest:.2e} at most",
+            expected=f"at most {tolerance:.1e} in the mean")  # fmt: skip
     return {"tokens": len(ours), "mean_difference": mean, "largest_difference": largest, "tolerance": tolerance}
 
 
-def _hugging_face_logps(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """float64 log-probabilities of ``ids`` after the first, by transformers' own model in float32 on the CPU; and how far,
-    in the mean, it is from them itself when it computes in ``dtype``."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+def _cause(model: torch.nn.Module, policy: PolicyModel, checkpoint: Checkpoint) -> str:
+    """Where ``model``, as Hugging Face loaded it, and ``policy``, whose tensors are the files', part."""
+    for name, param in model.named_parameters():
+        if name not in checkpoint.where:
+            return f"transformers has a tensor {name} that the files lack"
+        if not _is_stored(param, checkpoint, name, packed=False):
+            return f"transformers reads {name} otherwise than the files have it"
+    ours = dict(policy.named_buffers())
+    for name, buffer in model.named_buffers():  # on a GPU the last bits are others
+        if name not in ours or not torch.allclose(buffer, ours[name].cpu(), rtol=1e-4):
+            return f"other values of {name}, which no file holds (rotary frequencies: rope_theta, rope_type and its factors)"
+    return (
+        f"the computation itself, in {policy.compute_dtype} on {policy.device.type} with {policy.backend} attention, since all "
+        "weights and rotary frequencies agree"
+    )
+
+
+def _hugging_face_logps(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """float64 log-probabilities of ``ids`` after the first, by ``model`` in float32; and how far, in the mean, it is from them
+    itself when it computes in ``dtype``, in which it is left."""
 
     def logps() -> torch.Tensor:
         logits = model(ids[:-1].unsqueeze(0), use_cache=False).logits[0].double()

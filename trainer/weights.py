@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -29,28 +30,29 @@ from medtrain.trainer.quant import dequantize, quantize
 MAX_FILE_BYTES = 5_000_000_000  # of an exported safetensors file, as transformers splits them
 BLOCK_BYTES = 64 * 2**20  # cast and written at once
 CHECKSUMS = "SHA256SUMS"  # beside exported weights, as the program sha256sum writes and checks them
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint:
-    """A Hugging Face safetensors folder, its headers read and its files known to be whole.
+    """A Hugging Face safetensors folder, its headers read and its files known to be whole: those that transformers reads,
+    ``model.safetensors`` or what the index names. Without either, all ``*.safetensors`` there.
 
     Attributes: ``folder``; ``files`` (sorted paths); ``where`` (tensor name -> path), ``shapes``, ``dtypes``.
+
+    Raises:
+        InputError: no weights, a damaged file, a tensor in two files, an index that is not of these files.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise bad_input("unreadable index", file=index, found=str(error)) from None
-            self.files = [self.folder / name for name in names]
-        else:
-            self.files = sorted(self.folder.glob("*.safetensors"))
+        index = _read_index(self.folder)
+        self.files = sorted({self.folder / name for name in index.values()} or self.folder.glob("*.safetensors"))
         if not self.files:
-            raise bad_input("no weights here", file=self.folder, expected="*.safetensors")
+            others = sorted(p.name for kind in ("bin", "pt", "pth", "gguf") for p in self.folder.glob(f"*.{kind}"))
+            raise bad_input("no weights here", file=self.folder, found=", ".join(others) or None,
+                            expected="*.safetensors, as transformers' save_pretrained writes them")  # fmt: skip
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -58,16 +60,31 @@ class Checkpoint:
             try:
                 with safe_open(path, framework="np") as file:  # headers alone; "pt" would map the file writably
                     for name in file.keys():
+                        if name in self.where:
+                            raise bad_input("a tensor in two files", file=self.folder, field=name,
+                                            found=f"{self.where[name].name} and {path.name}",
+                                            expected="one file that holds it")  # fmt: skip
                         self.where[name] = path
                         part = file.get_slice(name)
                         self.shapes[name] = tuple(part.get_shape())
                         self.dtypes[name] = part.get_dtype()
             except FileNotFoundError:
-                raise bad_input("missing", file=path, expected=f"a file, as {index.name} says") from None
+                raise bad_input("missing", file=path, expected=f"a file, as {INDEX} says" if index else "a file, no dead link"
+                                ) from None  # fmt: skip
             except (SafetensorError, OSError) as error:
                 size = path.stat().st_size
                 raise bad_input("damaged or truncated safetensors file", file=path, found=f"{size} bytes, {error}",
                                 expected="as many bytes as its header says") from None  # fmt: skip
+        for name, file_name in index.items():
+            if self.where.get(name) != self.folder / file_name:
+                raise bad_input("the index is not of these files", file=self.folder / INDEX, field=name, found=file_name,
+                                expected=self.where[name].name if name in self.where else "a file that holds it"
+                                )  # fmt: skip
+        if not index and self.folder / SINGLE in self.files:  # what stands beside it, transformers does not read either
+            self.files = [self.folder / SINGLE]
+            self.where = {name: path for name, path in self.where.items() if path in self.files}
+            self.shapes = {name: self.shapes[name] for name in self.where}
+            self.dtypes = {name: self.dtypes[name] for name in self.where}
 
     def digest(self) -> str:
         """sha256 over the files' contents (in name order).
@@ -92,19 +109,63 @@ class Checkpoint:
         """Compare with the model's parameter shapes before anything is allocated.
 
         Raises:
-            InputError: a parameter without a tensor, or of another shape.
+            InputError: a parameter without a tensor, or of another shape; a tied head of which the files hold another.
         """
         for name, shape in shapes.items():
-            if name == "lm_head.weight" and tied:
+            if name == HEAD and tied:
                 continue
             if name not in self.shapes:
-                raise bad_input("missing tensor", file=self.folder, field=name, expected=f"shape {list(shape)}")
+                tie = ", or tie_word_embeddings: true in config.json" if name == HEAD else ""
+                raise bad_input("missing tensor", file=self.folder, field=name, expected=f"shape {list(shape)}{tie}")
             if self.shapes[name] != shape:
                 raise bad_input("wrong shape", file=self.where[name], field=name, found=list(self.shapes[name]),
                                 expected=str(list(shape)))  # fmt: skip
             if self.dtypes[name] not in DTYPES:
                 raise bad_input("quantized weights cannot be trained", file=self.where[name], field=name,
                                 found=self.dtypes[name], expected="F32, F16 or BF16")  # fmt: skip
+        if tied and HEAD in self.where and not self._same_bits(HEAD, EMBEDDING):
+            raise bad_input("another head than the embedding, which config.json ties it to", file=self.where[HEAD], field=HEAD,
+                            expected=f"the bits of {EMBEDDING}, or tie_word_embeddings: false")  # fmt: skip
+
+    def _same_bits(self, *names: str) -> bool:
+        """Whether two tensors of the files are one; read block by block."""
+        shape, dtype = self.shapes[names[0]], self.dtypes[names[0]]
+        if (self.shapes[names[1]], self.dtypes[names[1]]) != (shape, dtype):
+            return False
+        per_block = max(1, BLOCK_BYTES // (math.prod(shape[1:]) * DTYPES[dtype].itemsize))
+        with ExitStack() as stack:
+            parts = [stack.enter_context(safe_open(self.where[n], framework="pt")).get_slice(n) for n in names]
+            return all(
+                torch.equal(*(part[first : first + per_block].view(torch.uint8) for part in parts))
+                for first in range(0, shape[0], per_block)
+            )
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the folder's index says; empty without one.
+
+    Raises:
+        InputError: no readable index, a name outside the folder, a ``model.safetensors`` that is read instead of it.
+    """
+    path = folder / INDEX
+    if not os.path.lexists(path):
+        return {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise bad_input("unreadable index", file=path, found=f"{type(error).__name__}: {error}") from None
+    if not index or not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise bad_input("unreadable index", file=path, field="weight_map", found=index,
+                        expected="a file name for each tensor")  # fmt: skip
+    for name in index.values():  # the name alone: in a download cache the files themselves are links to elsewhere
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise bad_input("a file outside the folder", file=path, field="weight_map", found=name,
+                            expected="a name in it")  # fmt: skip
+    if (folder / SINGLE).is_file() and set(index.values()) != {SINGLE}:
+        raise bad_input("two sets of weights", file=folder,
+                        found=f"{SINGLE}, which transformers reads, and {INDEX}, which names others",
+                        expected="one of them")  # fmt: skip
+    return index
 
 
 def _sha256_of(paths: list[Path]) -> list[str]:

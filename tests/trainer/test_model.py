@@ -14,7 +14,7 @@ from medtrain.trainer.config import ModelConfig
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.model import build_model, load_model_config, load_tokenizer
+from medtrain.trainer.model import build_model, load_model_config, load_tokenizer, parameter_shapes
 from medtrain.trainer.weights import Checkpoint, export_model, init_weights, load_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -230,3 +230,26 @@ def test_a_size_below_one_is_refused(size, tokenizer_dir):
     config = ModelConfig(init=sizes, tokenizer=str(tokenizer_dir))
     with pytest.raises(InputError, match=name):
         load_model_config(config, load_tokenizer(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "foo"}, "builds no model from this config .*KeyError: 'foo'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "builds no model from this config"),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 3},
+            "config.json: sizes that do not fit together .*4 heads of 4",
+        ),
+        ({"head_dim": 1}, "config.json: sizes that do not fit together .*2 heads of 1"),
+        ({"hidden_size": 18, "num_key_value_heads": 2}, "config.json: sizes that do not fit together .*2 heads of 9"),
+        ({"rms_norm_eps": "x"}, "config.json: unreadable config .*rms_norm_eps"),
+    ],
+)
+def test_a_config_of_which_there_is_no_model_is_one_line(hf_folder, change, message):
+    folder = hf_folder()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message) as caught:
+        parameter_shapes(load_model_config(ModelConfig(path=str(folder)), None))
+    assert "\n" not in str(caught.value)

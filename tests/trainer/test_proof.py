@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medtrain.trainer import proof, weights
-from medtrain.trainer.config import LoraConfig, ModelConfig, load_config
+from medtrain.trainer.config import LoraConfig, ModelConfig
 from medtrain.trainer.distributed import World, join_world
+from medtrain.trainer.errors import InputError
 from medtrain.trainer.lora import fill_adapters, plan_adapters
 from medtrain.trainer.model import build_model, load_model_config, load_tokenizer, parameter_shapes
 from medtrain.trainer.weights import Checkpoint, export_model, load_weights
@@ -132,7 +133,7 @@ def _planted(folder, error, nf4):
     with join_world() as world:
         weights._fill = spoiling
         try:
-            with pytest.raises(RuntimeError, match=r"not those of .*: model\.layers\.1\.mlp\.up_proj\.weight differ"):
+            with pytest.raises(InputError, match=r"not those of .*: model\.layers\.1\.mlp\.up_proj\.weight differ"):
                 proved(folder, world, lora=LoraConfig(rank=2, base="nf4") if nf4 else None)
         finally:
             weights._fill = fill
@@ -164,7 +165,7 @@ def _on_two_replicas(folder, out):
 
     weights._fill = spoiling
     try:
-        with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight and 2 others differ"):
+        with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight and 2 others differ"):
             proved(folder, world)
     finally:
         weights._fill = fill
@@ -183,11 +184,11 @@ def test_blocks_of_rows_are_compared_to_the_last(hf_folder, monkeypatch):
     _planted(hf_folder(), "one bit", nf4=False)
 
 
-def _used_wrongly(folder, change):
+def _used_wrongly(folder, change, cause):
     with join_world() as world:
         policy, adapters = loaded(folder, world)
         change(policy)
-        with pytest.raises(RuntimeError, match="is not Hugging Face's model"):
+        with pytest.raises(InputError, match=f"is not Hugging Face's model; likely cause: {cause}"):
             proof.prove(policy, Checkpoint(folder), adapters, world, forward=True)
         proof.prove(policy, Checkpoint(folder), adapters, world, forward=False)
 
@@ -201,16 +202,32 @@ def _other_eps(policy):
         layer.input_layernorm.variance_epsilon = 0.1
 
 
-@pytest.mark.parametrize("change", [_other_rope, _other_eps])
-def test_right_bytes_used_wrongly_are_found_by_the_forward(hf_folder, tmp_path, change):
-    run_on_ranks(2, tmp_path, _used_wrongly, hf_folder(), change)
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (_other_rope, r"other values of model\.rotary_emb\.inv_freq"),
+        (_other_eps, r"the computation itself, in torch\.float32 on cpu with sdpa attention"),
+    ],
+)
+def test_right_bytes_used_wrongly_are_found_by_the_forward_with_the_likely_cause(hf_folder, tmp_path, change, cause):
+    run_on_ranks(2, tmp_path, _used_wrongly, hf_folder(), change, cause)
+
+
+def test_what_transformers_reads_otherwise_is_the_likely_cause(hf_folder, monkeypatch):
+    folder = hf_folder()
+    policy, _ = loaded(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    theirs.model.layers[1].mlp.up_proj.weight.data.mul_(2)
+    monkeypatch.setattr(proof.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: theirs)
+    with pytest.raises(InputError, match=r"transformers reads model\.layers\.1\.mlp\.up_proj\.weight otherwise"):
+        proof.prove(policy, Checkpoint(folder), None, ALONE, forward=True)
 
 
 def _failing_elsewhere(folder):
     with join_world() as world:
         policy, _ = loaded(folder, world)
         (folder / "config.json").unlink(missing_ok=True)
-        with pytest.raises(RuntimeError, match=r"Hugging Face's forward .* failed .*model\.proof=tensors"):
+        with pytest.raises(InputError, match=r"Hugging Face's forward failed; model\.proof=tensors .*found ValueError"):
             proof.prove(policy, Checkpoint(folder), None, world, forward=True)
 
 
@@ -236,18 +253,19 @@ def test_a_run_proves_once_and_writes_it_down(cpt_tree, hf_folder, tmp_path, cap
     kill_in_a_child("cpt", cpt_tree, tmp_path / "run", 4)
     run("cpt", cpt_tree, tmp_path / "run")
     first, second = proofs(tmp_path / "run")
-    assert first["forward"]["mean_difference"] < 1e-5 and first["seconds"] > 0 and second is None
+    assert first["forward"]["mean_difference"] < 1e-5 and first["seconds"] > 0 and second.keys() == {"architecture"}
     run("cpt", cpt_tree, tmp_path / "tensors", model__proof="tensors")
     run("cpt", cpt_tree, tmp_path / "none", model__proof="none")
     assert proofs(tmp_path / "tensors")[0]["forward"] == "not asked for" and proofs(tmp_path / "none") == [None]
 
 
-def test_a_run_of_random_weights_has_nothing_to_prove(cpt_tree, tmp_path):
-    run("cpt", cpt_tree, tmp_path / "run")
-    assert proofs(tmp_path / "run") == [None]
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(cpt_tree))
-    assert load_config("cpt", path, ["model.proof=tensors"]).unused() == ["model.proof"]
+def test_a_run_of_random_weights_proves_its_architecture(cpt_tree, tmp_path):
+    run("cpt", cpt_tree, tmp_path / "run", optim__steps=3)
+    (found,) = proofs(tmp_path / "run")
+    assert found.keys() == {"architecture"} and found["architecture"]["largest_difference"] < 1e-4
+    assert "a small qwen2, packed and up to position" in proof.describe(found)
+    run("cpt", cpt_tree, tmp_path / "none", optim__steps=3, model__proof="none")
+    assert proofs(tmp_path / "none") == [None]
 
 
 def test_an_fp8_run_is_proved_without_fp8(cpt_tree, hf_folder, tmp_path):
