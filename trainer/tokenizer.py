@@ -3,9 +3,14 @@
 ``AutoTokenizer`` of transformers 5 builds a tokenizer anew by the class that tokenizer_config.json names, or by the model
 type in a config.json beside it, and keeps of tokenizer.json the vocabulary alone. Published folders name classes that do not
 fit their file (DeepSeek-R1-Distill-Llama: a byte-level one under ``LlamaTokenizerFast``, which loses every blank), and what
-is built differs between versions. The models were trained with what transformers 4 read, which is the file's own ids. So
-tokenizer.json decides the ids here, and tokenizer_config.json what is not in it: which tokens are BOS, EOS and padding,
-further added tokens, ``add_bos_token``, the chat templates.
+is built differs between versions. Models were trained on what transformers 4 made of these files, so that decides here:
+
+- tokenizer.json decides the ids of a text;
+- tokenizer_config.json decides which tokens are BOS, EOS and padding, further added tokens, the chat templates;
+- whether a text begins with BOS is as tokenizer.json's post-processor has it, but for a ``LlamaTokenizer`` whose
+  tokenizer_config.json has ``add_bos_token``: transformers 4 obeyed that (DeepSeek-R1-Distill-Qwen has its BOS from there
+  alone), 5 drops it;
+- ``add_prefix_space`` against tokenizer.json is refused: which of the two the model saw cannot be told (Yi-1.5).
 """
 
 from __future__ import annotations
@@ -19,14 +24,14 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from medtrain.trainer.data.encode import puts_blank, tokenize_texts
+from medtrain.trainer.data.encode import opening, puts_blank, tokenize_texts
 from medtrain.trainer.errors import bad_input
 
 # What tokenizers cut, normalise or join in different ways.
 PROBES = (
     "高熱と咳がある患者には、まず胸部Ｘ線を撮る。",
     "ガス壊疽 ｶﾞｽ ㎎ ① Ａｂｃ Ⅳ型 か\u3099",
-    "The patient has a fever, isn't well  and takes 1,234.5 mg/dL (2024年).\n\n\tDon't  stop\r\n",
+    "The patient has a fever, isn't well  and takes 1,234.5 mg/dL (2024年 12345678).\n\n\tDon't  stop\r\n",
     " a  b   c ",
     "naïve café cafe\u0301 Größe ĐÊM 한국어 العربية",
     "🙂 👩🏽‍⚕️ → ≥ ½ ﬁ",
@@ -52,10 +57,14 @@ def read_tokenizer(folder: str | Path, *, field: str | None = None) -> PreTraine
                         "tokenizer.model; compare its ids with those the model was trained on)")  # fmt: skip
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        blank = _settings(folder).get("add_prefix_space")
+        said = _settings(folder)
         added = [token.content for token in _own(folder).get_added_tokens_decoder().values()]
     except Exception as error:  # transformers raises many kinds here, all of them mean the same to the user
         raise bad_input("no usable tokenizer here", file=folder, found=str(error).split("\n")[0]) from None
+    bos, blank = said.get("add_bos_token"), said.get("add_prefix_space")
+    llama = str(said.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    if llama and isinstance(bos, bool) and bos != bool(opening(tokenizer)[1]):
+        tokenizer.add_bos_token = bos
     if isinstance(blank, bool) and blank != puts_blank(tokenizer):
         raise bad_input("not what tokenizer.json does with the beginning of a text",
                         file=folder / "tokenizer_config.json", field="add_prefix_space", found=blank,
