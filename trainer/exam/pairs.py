@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from medtrain.trainer.data.encode import opening
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.generate import load_engine
 from medtrain.trainer.exam.parse import parse_output
@@ -295,6 +296,10 @@ def run_pairs(
     tokenizer = read_tokenizer(Path(model))
     prompt_widths(style, asked, shots, tokenizer, {"explain": max_new_tokens}, model_positions(model), questions)
     prompts = {question.problem_id: style.prompt(question, "explain", tokenizer, shots) for question in asked}
+    before, _ = opening(tokenizer)
+    if style.chat and echo is not None and not all(prompt.startswith(before) for prompt in prompts.values()):
+        echo(f"note: the chat template writes no {before}, which the tokenizer puts before every text: paths are sampled "
+             "without it, and training on these pairs, which are strings, puts it")  # fmt: skip
     sampling = {
         "model": model_digest(model), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "style": asdict(style), "engine": engine, "dtype": dtype, "num_paths": num_paths, "temperature": temperature,
