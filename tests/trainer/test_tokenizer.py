@@ -9,7 +9,7 @@ from helpers import write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import PUTS_BLANK, PUTS_NONE, TEXTS, byte_level, digits, metaspace, prepend, put_bos, save, unigram
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from medtrain.trainer.data.encode import continuations, opening, tokenize_starts, tokenize_texts, tokenizer_digest
@@ -147,6 +147,18 @@ def test_the_key_of_the_token_cache_changes_with_bos_and_not_without(with_bos, k
     assert all(tokenizer_digest(tokenizer) != before(tokenizer) for tokenizer in with_bos.values())
 
 
+def test_the_key_of_the_token_cache_holds_nothing_that_decides_no_ids(tmp_path):
+    def digest(name, cut, decoder):
+        own = byte_level()
+        own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(**cut), decoder
+        return tokenizer_digest(read_tokenizer(save(tmp_path / name, own)))
+
+    one = digest("one", {"add_prefix_space": False}, decoders.ByteLevel())
+    assert one == digest("two", {"add_prefix_space": False, "trim_offsets": False}, decoders.ByteLevel(use_regex=False))
+    assert one != digest("three", {"add_prefix_space": True}, decoders.ByteLevel())
+    assert one != digest("four", {"add_prefix_space": False, "use_regex": False}, decoders.ByteLevel())
+
+
 def test_prompts_of_string_pairs_begin_with_bos_and_chat_templates_write_their_own(tmp_path, with_bos):
     for tokenizer in with_bos.values():
         bos = tokenizer.bos_token_id
@@ -249,6 +261,8 @@ def test_qwens_tokens_are_those_of_its_file():
     texts = [*TEXTS[:4], " a", "<|im_end|>\n", "\n\n答え"]
     expected = [own.encode(text, add_special_tokens=False).ids for text in texts]
     assert continuations(tokenizer)(texts) == tokenize_starts(tokenizer, texts) == expected
+    # The key of its token caches ever since there are any.
+    assert tokenizer_digest(tokenizer) == "0f9c9b33d9cfd3fb94eaf49e0a4f96d41f6ca9773d0e88b641966411ee522fe4"
 
 
 def load(tmp_path, rows, tokenizer, max_length=1000, **options):

@@ -10,12 +10,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, models
 
 from medtrain.trainer.errors import bad_input
+
+_BYTES_BACK = r'"decoder":\{"type":"ByteLevel",[^}]*\}'
+_BYTES_BACK_OF_QWEN2 = '"decoder":{"type":"ByteLevel","add_prefix_space":true,"trim_offsets":true,"use_regex":true}'
 
 
 def eos_id(tokenizer) -> int:
@@ -28,7 +32,8 @@ def eos_id(tokenizer) -> int:
 def tokenizer_digest(tokenizer) -> str:
     """Return the sha256 (hex) of what decides a fast tokenizer's ids, its eos, and what it puts before every text.
 
-    Left out are padding and truncation, which the tokenizer's calls set and reset. Raises InputError for one without
+    Left out are padding and truncation, which the tokenizer's calls set and reset, and how bytes are told as offsets and
+    decoded. Raises InputError for one without
     the fast backend: there is nothing to take the digest of.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -40,9 +45,14 @@ def tokenizer_digest(tokenizer) -> str:
     state = backend.to_str()
     # Before "added_tokens" stand the format's version, truncation and padding. Parsing megabytes to drop them is slow.
     state = state[state.index('"added_tokens"') :]
+    # Offsets and the way back to text decide no ids. They stand here as transformers' Qwen2Tokenizer sets them, by which
+    # such tokenizers used to be read: what was tokenised then is still good.
+    before, after = state.split('"post_processor":', 1)
+    before = before.replace('"trim_offsets":false', '"trim_offsets":true')
+    state = f'{before}"post_processor":{re.sub(_BYTES_BACK, _BYTES_BACK_OF_QWEN2, after, count=1)}'
     rest = f"{eos_id(tokenizer)} {bool(getattr(tokenizer, 'split_special_tokens', False))} "
-    before = opening(tokenizer)[1]
-    rest += f"{before} " if before else ""
+    if bos := opening(tokenizer)[1]:
+        rest += f"{bos} "
     return hashlib.sha256((rest + state).encode()).hexdigest()
 
 
