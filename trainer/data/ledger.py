@@ -2,7 +2,7 @@
 
 For each source: ``rows`` and ``tokens`` read, ``kept``, ``cut`` and ``refused`` by reason, and for CPT ``split``: the
 documents longer than the window. Always rows = kept + refused, and tokens = kept + cut + refused (a cut row is kept;
-its lost tokens are cut). Tokens of a pair are prompt + chosen + rejected; of a document, text and eos. For pairs also
+its lost tokens are cut). Tokens of a pair are prompt + chosen + rejected; of a document BOS (if any), text, eos. For pairs also
 ``noted``: rows that are kept but look wrong, by reason.
 """
 

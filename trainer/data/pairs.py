@@ -1,8 +1,10 @@
 """Preference pairs: makes tokens of ``prompt``, ``chosen``, ``rejected`` rows, and cuts or refuses only as told.
 
-Fields are strings: prompt tokens are ``tokenizer(prompt, add_special_tokens=False)``, completion tokens the same and
-eos. Or they are chat lists ``[{"role": ..., "content": ...}, ...]``: prompt tokens are the chat template's with the
-generation prompt, completion tokens what the template adds to them for prompt + completion, up to and with the eos.
+Fields are strings: prompt tokens are ``tokenizer(prompt, add_special_tokens=False)``, after the BOS where the tokenizer
+puts one before every text; completion tokens the same without BOS, without the blank that a tokenizer may put before a
+text (see ``encode.py``), and with eos. Or they are chat lists ``[{"role": ..., "content": ...}, ...]``: prompt tokens are
+the chat template's with the generation prompt, completion tokens what the template adds to them for prompt + completion,
+up to and with the eos.
 
 Three kinds of trouble: a row of the wrong form (a missing field, a wrong role) is always an error; a row of the right
 form that cannot teach (``UNUSABLE``) is refused, by an error or, if told, by leaving it out; and what is kept but looks
@@ -12,25 +14,30 @@ wrong is noted (``NOTED``). All are counted by reason.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from medtrain.trainer.data.chats import HISTORY_SHORTENED, KEY_LEFT_OUT, render_chat, why_no_prefix
-from medtrain.trainer.data.encode import eos_id, tokenize_texts
+from medtrain.trainer.data.encode import continuations, eos_id, opening, tokenize_starts, tokenize_texts
 from medtrain.trainer.data.sources import Row, Source, check_text, kind_of, read_rows
 from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.tokenizer import check_ids, first_texts
 
 OVERLONG = ("error", "drop", "cut_completion", "cut_prompt")
 UNUSABLE = ("empty", "identical", "prompt not a prefix", "left out by the chat template")
 BOS_DOUBLED = "BOS more than once"
+BOS_MISSING = "no BOS from the chat template, the tokenizer puts one before every text"
 EOS_DOUBLED = "EOS twice at the end: the text has its own"
 EOS_MISSING = "no EOS from the chat template, one was added"
 PROMPT_REPEATED = "both completions begin with the prompt's text"
 COLUMN_UNREAD = "the row's own '{}' is not read"
-NOTED = (BOS_DOUBLED, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED, HISTORY_SHORTENED, KEY_LEFT_OUT, COLUMN_UNREAD)
+NOTED = (
+    BOS_DOUBLED, BOS_MISSING, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED, HISTORY_SHORTENED, KEY_LEFT_OUT, COLUMN_UNREAD,
+)  # fmt: skip
 # Columns that other trainers put into the prompt.
 _UNREAD = ("system", "tools", "images", "chat_template_kwargs")
 _FIELDS = ("prompt", "chosen", "rejected")
@@ -104,15 +111,17 @@ def load_pairs(
 
     A pair is overlong if prompt and longer completion (with eos) have more than ``max_length`` tokens. ``overlong``:
     ``error`` raises; ``drop`` refuses the pair; ``cut_completion`` keeps of both sides what fits after the prompt, eos
-    last; ``cut_prompt`` cuts the prompt, which both share, from the left. Where cutting leaves no room for the other
-    part, or makes both sides equal, the pair is refused. ``unusable``: ``error`` raises, ``drop`` refuses a pair that is
-    empty, identical, whose prompt the chat template does not keep as the beginning, or of whose completions, system or
-    user messages it leaves something out. Raises InputError naming file,
-    row, field and counts by reason, and if no pair is left.
+    last; ``cut_prompt`` cuts the prompt, which both share, from the left, but for its BOS. Where cutting leaves no room for
+    the other part, or makes both sides equal, the pair is refused. ``unusable``: ``error`` raises, ``drop`` refuses a pair
+    that is empty, identical, whose prompt the chat template does not keep as the beginning, or of whose completions,
+    system or user messages it leaves something out. Raises InputError naming file, row, field and counts by reason, if no
+    pair is left, and where the tokenizer's ids are not its tokenizer.json's.
     """
     if overlong not in OVERLONG:
         raise bad_input("wrong setting", field="data.overlong", found=overlong, expected=" | ".join(OVERLONG))
-    eos = eos_id(tokenizer)
+    eos, start = eos_id(tokenizer), opening(tokenizer)[1]
+    check_ids(tokenizer, first_texts(_texts(read_rows(source.path, _FIELDS))))
+    behind = continuations(tokenizer)
     kept: list[tuple[np.ndarray, ...]] = []
     rows: list[int] = []
     cut: dict[str, tuple[int, int]] = {}
@@ -121,7 +130,7 @@ def load_pairs(
     too_long: list[tuple[Row, int]] = []
     first_unusable: _Unusable | None = None
     for batch in _batches(read_rows(source.path, _FIELDS, _UNREAD)):
-        for row, tokenized in zip(batch, _tokenize(batch, tokenizer, eos), strict=True):
+        for row, tokenized in zip(batch, _tokenize(batch, tokenizer, behind, start, eos), strict=True):
             pair = tokenized.pair
             before = sum(map(len, pair))
             if tokenized.unusable is not None:
@@ -136,7 +145,7 @@ def load_pairs(
                 if overlong == "drop":
                     _count(refused, "overlong", before)
                     continue
-                pair = _cut_prompt(pair, max_length) if overlong == "cut_prompt" else _cut(pair, max_length, eos)
+                pair = _cut_prompt(pair, max_length, start) if overlong == "cut_prompt" else _cut(pair, max_length, eos)
                 if pair is None:
                     _count(refused, f"{overlong} leaves no room", before)
                     continue
@@ -199,9 +208,10 @@ def _cut(pair: Sequence[list[int]], max_length: int, eos: int) -> tuple[list[int
     return pair[0], *(side if len(side) <= room else [*side[: room - 1], eos] for side in pair[1:])
 
 
-def _cut_prompt(pair: Sequence[list[int]], max_length: int) -> tuple[list[int], ...] | None:
-    room = max_length - max(len(pair[1]), len(pair[2]))
-    return None if room < 1 else (pair[0][-room:], *pair[1:])
+def _cut_prompt(pair: Sequence[list[int]], max_length: int, start: list[int]) -> tuple[list[int], ...] | None:
+    start = start if pair[0][: len(start)] == start else []
+    room = max_length - max(len(pair[1]), len(pair[2])) - len(start)
+    return None if room < 1 else (start + pair[0][len(start) :][-room:], *pair[1:])
 
 
 def _batches(rows):
@@ -215,30 +225,44 @@ def _batches(rows):
         yield batch
 
 
-def _tokenize(batch: Sequence[Row], tokenizer, eos: int) -> list[_Tokenized]:
+def _texts(rows: Iterable[Row]) -> Iterator[object]:
+    """The rows' strings and their messages' contents, and whatever else stands there in a bad row."""
+    for row in rows:
+        for value in row.fields.values():
+            messages = value if isinstance(value, list) else [{"content": value}]
+            yield from (message.get("content") for message in messages if isinstance(message, dict))
+
+
+def _tokenize(batch: Sequence[Row], tokenizer, behind, start: list[int], eos: int) -> list[_Tokenized]:
     checked = [_check(row) for row in batch]
-    texts: list[str] = []
+    texts: list[list[str]] = []
     lost: list[tuple[list[InputError], list[str]]] = []
     for row, (chat, _) in zip(batch, checked, strict=True):
-        rendered, *more = render_chat(row, tokenizer) if chat else ([row.fields[field] for field in _FIELDS], [], [])
-        texts += rendered
+        of_row, *more = render_chat(row, tokenizer) if chat else ([row.fields[field] for field in _FIELDS], [], [])
+        texts.append(of_row)
         lost.append(more)
-    ids = tokenize_texts(tokenizer, texts)
+    strings = [of_row for of_row, (chat, _) in zip(texts, checked, strict=True) if not chat]
+    rendered = [text for of_row, (chat, _) in zip(texts, checked, strict=True) if chat for text in of_row]
+    whole_ids = iter(tokenize_texts(tokenizer, rendered))
+    prompt_ids = iter(tokenize_starts(tokenizer, [prompt for prompt, *_ in strings]))
+    side_ids = iter(behind([side for _, *sides in strings for side in sides]))
     found = []
-    for k, (row, (chat, unusable)) in enumerate(zip(batch, checked, strict=True)):
-        prompt, *sides = ids[3 * k : 3 * k + 3]
+    for row, (prompt_text, *side_texts), (chat, unusable), (left_out, noted) in zip(
+        batch, texts, checked, lost, strict=True
+    ):
         where = {"file": row.file, "row": row.number}
-        left_out, noted = lost[k]
         noted += [COLUMN_UNREAD.format(name) for name in _UNREAD if row.fields.get(name)]
         if chat:
-            prompt_text, *side_texts = texts[3 * k : 3 * k + 3]
+            prompt, *sides = itertools.islice(whole_ids, 3)
+            if prompt[: len(start)] != start:
+                noted.append(BOS_MISSING)
             for side, (whole, text) in enumerate(zip(sides, side_texts, strict=True)):
                 if whole[: len(prompt)] == prompt:
                     completion = whole[len(prompt) :]
                 elif text.startswith(prompt_text):
                     # A completion that begins with a line break may melt into the prompt's last token. The model goes
                     # on from the prompt's own tokens, so that is where its text is divided.
-                    completion = tokenize_texts(tokenizer, [text[len(prompt_text) :]])[0]
+                    (completion,) = behind([text[len(prompt_text) :]])
                 else:
                     error = bad_input(why_no_prefix(prompt_text, text), **where, field=_FIELDS[1 + side])
                     unusable = unusable or _Unusable("prompt not a prefix", error)
@@ -249,7 +273,7 @@ def _tokenize(batch: Sequence[Row], tokenizer, eos: int) -> list[_Tokenized]:
             if left_out:
                 unusable = unusable or _Unusable("left out by the chat template", left_out[0])
         else:
-            prompt_text, *side_texts = (row.fields[field] for field in _FIELDS)
+            prompt, *sides = next(prompt_ids), *itertools.islice(side_ids, 2)
             if all(text.startswith(prompt_text) for text in side_texts):
                 noted.append(PROMPT_REPEATED)
             sides = [[*side, eos] for side in sides]

@@ -1,10 +1,10 @@
 """Tokens of CPT documents: each source is tokenised once into a memory-mapped cache that is checked before every use.
 
-A document's tokens are ``tokenizer(text, add_special_tokens=False) + [eos]``. The cache of a source is a folder named
-by the sha256 of everything that decides the tokens: the bytes of its files, the tokenizer, the field, the format. It
-holds them in parts (``parts.py``), made by several processes (``workers.py``): one that is missing, since the process
-was killed, or that was damaged later, is made anew, and the others stay. Processes of one machine wait for the one that
-writes.
+A document's tokens are ``tokenizer(text, add_special_tokens=False) + [eos]``, after the BOS where the tokenizer puts one
+before every text. The cache of a source is a folder named by the sha256 of everything that decides the tokens: the bytes
+of its files, the tokenizer, the field, the format. It holds them in parts (``parts.py``), made by several processes
+(``workers.py``): one that is missing, since the process was killed, or that was damaged later, is made anew, and the
+others stay. Processes of one machine wait for the one that writes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from medtrain.trainer.data.digests import files_digest
 from medtrain.trainer.data.encode import eos_id, tokenizer_digest
 from medtrain.trainer.data.parts import Part, is_whole, missing_parts, open_parts, write_index
 from medtrain.trainer.data.pieces import plan_parts
-from medtrain.trainer.data.sources import Source, source_files
+from medtrain.trainer.data.sources import Source, read_rows, source_files
 from medtrain.trainer.data.workers import Job, Report, default_workers, make_parts
 from medtrain.trainer.errors import InputError, bad_input
 from medtrain.trainer.files import PARTIAL
+from medtrain.trainer.tokenizer import check_ids, first_texts
 
 _FORMAT = 1  # of what the tokens are
 _LAYOUT = 2  # of how they lie on the disk
@@ -96,7 +97,7 @@ def tokenize_source(
     same source: where its cache is here too, the source is not looked at. ``workers``: processes that tokenise, by
     default :func:`default_workers`; they change no bit. ``verify``: read the source and the whole cache, and trust no
     file for its size and times. ``progress`` is called now and then while tokens are made. Raises InputError for bad
-    rows (see ``sources.py``); then no cache is left.
+    rows (see ``sources.py``), and where the tokenizer's ids are not those of its tokenizer.json; then no cache is left.
     """
     cache_dir = Path(cache_dir)
     if key is not None:
@@ -104,6 +105,7 @@ def tokenize_source(
         if parts is not None:
             return _tokenized(source, parts, key)
     files = source_files(source.path)
+    check_ids(tokenizer, first_texts(row.fields[field] for row in read_rows(source.path, [field])))
     digests = {
         "source": files_digest(files, cache_dir / "raw-files.json", trust=not verify),
         "tokenizer": tokenizer_digest(tokenizer),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from medtrain.trainer.data.encode import eos_id, tokenize_texts
+from medtrain.trainer.data.encode import eos_id, tokenize_starts
 from medtrain.trainer.data.parts import part_path, write_part
 from medtrain.trainer.data.pieces import Piece
 from medtrain.trainer.data.sources import check_text, lines_before, read_range
@@ -113,7 +113,7 @@ def _make(job: Job, number: int, add: Callable[[int, int, int], None]) -> None:
 
     def batches() -> Iterator[tuple[list[list[int]], list[int]]]:
         for texts in _text_batches(_texts(job.parts[number], job.field)):
-            ids = tokenize_texts(job.tokenizer, texts)
+            ids = tokenize_starts(job.tokenizer, texts)
             for document in ids:
                 document.append(eos)
             num_bytes = [len(text.encode("utf-8")) for text in texts]

@@ -1,7 +1,7 @@
 """Generation of exam outputs: prompts to texts through transformers or vLLM, and log-probs of given completions.
 
-Both engines get token ids (the prompt tokenised without special tokens), cut outputs by the same :class:`Stop` rule and
-say of each output whether it was truncated, that is, ended by the token limit.
+Both engines get token ids (of the prompt as written: no BOS is added to it, see ``data/encode.py``), cut outputs by the
+same :class:`Stop` rule and say of each output whether it was truncated, that is, ended by the token limit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from medtrain.trainer.data.encode import continuations, tokenize_starts
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.prompts import Stop
+from medtrain.trainer.tokenizer import PROBES, check_ids, read_tokenizer
 
 ENGINES = ("hf", "vllm")
 # Stop rules need decoded text; looking every few steps costs little and generates at most this many tokens too many.
@@ -88,7 +90,7 @@ class HFEngine:
             raise bad_input(
                 "nothing could end an output: the model and its tokenizer name no eos token and there is no stop string"
             )
-        ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
+        ids = tokenize_starts(self.tokenizer, prompts, as_written=True)
         self._check_ids(ids, max_new_tokens)
         outputs: list[Output | None] = [None] * len(ids)
         with self._generating(), torch.random.fork_rng(self._cuda_devices()):
@@ -127,9 +129,10 @@ class HFEngine:
         return bool((cached - plain).abs().max() <= _CACHE_TOLERANCE * plain.abs().max())
 
     def logps(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """Sum of the log-probs (nats) of each completion's tokens after its prompt, tokenised apart and without eos."""
-        prompt_ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
-        completion_ids = self.tokenizer(list(completions), add_special_tokens=False).input_ids if completions else []
+        """Sum of the log-probs (nats) of each completion's tokens after its prompt, without eos; the tokens are those that
+        training makes of it (:func:`medtrain.trainer.data.encode.continuations`)."""
+        prompt_ids = tokenize_starts(self.tokenizer, prompts, as_written=True)
+        completion_ids = continuations(self.tokenizer)(completions)
         if not all(prompt_ids) or not all(completion_ids):
             raise bad_input("a prompt or completion without tokens has no log-prob")
         rows = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
@@ -279,7 +282,9 @@ class VLLMEngine:
         self.llm = LLM(
             model=str(model_dir), dtype=dtype, seed=seed, tensor_parallel_size=max(1, torch.cuda.device_count())
         )
-        self.tokenizer = self.llm.get_tokenizer()
+        # Prompts are handed over as ids of ours; what vLLM makes into text, stop strings among it, is its own reading.
+        self.tokenizer = read_tokenizer(model_dir)
+        check_ids(self.llm.get_tokenizer(), PROBES, folder=model_dir)
 
     def generate(
         self,
@@ -296,7 +301,7 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         stop = stop or Stop()
-        ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
+        ids = tokenize_starts(self.tokenizer, prompts, as_written=True)
         outputs: list[Output | None] = [None] * len(ids)
         skip = frozenset(skip)
         asked = [i for i in range(len(ids)) if i not in skip]
@@ -347,7 +352,6 @@ def load_engine(
     from transformers import AutoModelForCausalLM
 
     from medtrain.trainer.libraries import quiet_libraries
-    from medtrain.trainer.tokenizer import read_tokenizer
 
     quiet_libraries()
     if device == "auto":

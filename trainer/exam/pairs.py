@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from medtrain.trainer.chat import fix_time, now
+from medtrain.trainer.data.encode import opening
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.generate import HFEngine, VLLMEngine, load_engine
 from medtrain.trainer.exam.parse import parse_output
@@ -308,6 +309,10 @@ def run_pairs(
             echo(f"the chat template writes a date: {first_start:%Y-%m-%d}, that of the first start")
     prompt_widths(style, asked, shots, renderer, {"explain": max_new_tokens}, model_positions(model), questions)
     prompts = {question.problem_id: style.prompt(question, "explain", renderer, shots) for question in asked}
+    before, _ = opening(tokenizer)
+    if style.chat and echo is not None and not all(prompt.startswith(before) for prompt in prompts.values()):
+        echo(f"note: the chat template writes no {before}, which the tokenizer puts before every text: paths are sampled "
+             "without it, and training on these pairs, which are strings, puts it")  # fmt: skip
     sampling = {
         "model": model_digest(model), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "style": asdict(style), "engine": engine, "dtype": dtype, "num_paths": num_paths, "temperature": temperature,

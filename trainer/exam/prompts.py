@@ -16,8 +16,10 @@ from pathlib import Path
 
 from medtrain.trainer.chat import left_out, squeeze
 from medtrain.trainer.config_reading import build, read_tree
+from medtrain.trainer.data.encode import opening, tokenize_starts
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.questions import Question, load_questions
+from medtrain.trainer.tokenizer import check_ids, first_texts
 
 MODES = ("answer", "explain")
 _NAMED = Path(__file__).resolve().parents[2] / "configs" / "prompts"
@@ -144,10 +146,11 @@ class PromptStyle:
         return f"{'' if self.chat else self.lead}{question.explanation.strip()}{self.joint}{line}"
 
     def prompt(self, question: Question, mode: str, tokenizer, demonstrations: Sequence[Question] = ()) -> str:
-        """The whole prompt as one string, to be tokenised with ``add_special_tokens=False``.
+        """The whole prompt as one string, to be tokenised by ``tokenize_starts(..., as_written=True)``.
 
-        A tokenizer that begins every text with its bos token gets that token as text. Raises :class:`InputError` where
-        ``chat`` is set and the tokenizer has no chat template, or one that fails or leaves out part of a message.
+        A tokenizer that begins every text with its bos token gets that token as text; a chat template writes its own.
+        Raises :class:`InputError` where ``chat`` is set and the tokenizer has no chat template, or one that fails or
+        leaves out part of a message.
         """
         if mode not in MODES:
             raise bad_input("unknown mode", found=mode, expected=" or ".join(MODES))
@@ -159,7 +162,7 @@ class PromptStyle:
         for shot in demonstrations:
             blocks.append(f"{self.render_question(shot)}{self.joint}{marker}{self.completion(shot, mode)}")
         blocks.append(f"{self.render_question(question)}{self.joint}{marker}")
-        return _bos(tokenizer) + self.shot_joint.join(blocks)
+        return ("" if tokenizer is None else opening(tokenizer)[0]) + self.shot_joint.join(blocks)
 
     def _chat_prompt(self, question, mode, tokenizer, demonstrations, instruction) -> str:
         if not getattr(tokenizer, "chat_template", None):
@@ -216,13 +219,6 @@ def load_style(prompt: str | Path | None, *, chat: bool = False, setting: str = 
     return replace(style, chat=True) if chat else style
 
 
-def _bos(tokenizer) -> str:
-    """The bos token as text where the tokenizer puts it before every text, else ``""``."""
-    if tokenizer is None or getattr(tokenizer, "bos_token_id", None) is None:
-        return ""
-    return tokenizer.bos_token if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else ""
-
-
 def read_demonstrations(
     path: str | Path | None, asked: Sequence[Question], style: PromptStyle, modes: Sequence[str] = MODES
 ) -> list[Question]:
@@ -264,12 +260,13 @@ def prompt_widths(
     """Tokens of the longest prompt and its ``new_tokens``, by mode; ``limit``: the model's positions, where it has a limit.
 
     Raises:
-        InputError: a prompt without a token, or one that does not fit with its output.
+        InputError: a prompt without a token, or one that does not fit with its output; ids that are not tokenizer.json's.
     """
     widths: dict[str, int] = {}
     for mode, new in new_tokens.items():
-        for question in questions:
-            ids = tokenizer(style.prompt(question, mode, tokenizer, demonstrations), add_special_tokens=False).input_ids
+        prompts = [style.prompt(question, mode, tokenizer, demonstrations) for question in questions]
+        check_ids(tokenizer, first_texts(prompts))
+        for question, ids in zip(questions, tokenize_starts(tokenizer, prompts, as_written=True), strict=True):
             width = len(ids) + new
             if not ids or (limit is not None and width > limit):
                 raise bad_input("the prompt does not fit the model", file=file, found=f"question {question.problem_id}, "

@@ -4,6 +4,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from medtrain.trainer.demo.texts import STYLE
 from medtrain.trainer.errors import InputError
@@ -74,14 +76,16 @@ def test_a_chat_prompt_starts_the_assistants_turn():
         style.prompt(ONE, "answer", SimpleNamespace(chat_template=None))
 
 
-def test_a_bos_that_the_tokenizer_adds_by_itself_is_written_out():
-    class Bos:
-        bos_token, bos_token_id = "<s>", 1
-
-        def __call__(self, text):
-            return SimpleNamespace(input_ids=[1, 5])
-
-    assert PLAIN.prompt(ONE, "answer", Bos()).startswith("<s>問題")
+def test_a_bos_that_the_tokenizer_adds_by_itself_is_written_out(tokenizer):
+    assert PLAIN.prompt(ONE, "answer", tokenizer).startswith("問題")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    for named in ({"bos_token": "<s>"}, {}):
+        bos = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **named)
+        assert PLAIN.prompt(ONE, "answer", bos).startswith("<s>問題")
 
 
 @pytest.mark.parametrize(
