@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from medtrain.trainer.config import LoraConfig
 from medtrain.trainer.distributed import World, local_part, whole
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import PARTIAL, file_sha256, replace_folder
 from medtrain.trainer.quant import BLOCK, NF4Linear
 
@@ -121,10 +121,12 @@ def _read_adapter(
 ) -> tuple[int, float, tuple[str, ...]]:
     """Rank, alpha and target modules of a PEFT folder, its tensors' names and shapes checked."""
     file = folder / CONFIG_FILE
-    if not file.is_file():
+    with user_path(file, field="lora.path"):
+        text = file.read_text(encoding="utf-8") if file.is_file() else None
+    if text is None:
         raise bad_input("not a PEFT adapter", field="lora.path", found=str(folder), expected=f"{CONFIG_FILE} in it")
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(text)
         kind, rank, alpha = content["peft_type"], int(content["r"]), float(content["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise bad_input("unreadable", file=file, found=f"{type(error).__name__}: {error}",

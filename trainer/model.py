@@ -23,7 +23,7 @@ from medtrain.trainer.checkpointing import checkpoint_layers
 from medtrain.trainer.compile import compile_layers
 from medtrain.trainer.config import ModelConfig, ParallelConfig
 from medtrain.trainer.distributed import World
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.liger import use_liger
 from medtrain.trainer.lora import Adapters, add_adapters
 from medtrain.trainer.parallel import shard_model
@@ -124,7 +124,9 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
     """
     if config.path is not None:
         folder = Path(config.path)
-        if not (folder / "config.json").is_file():
+        with user_path(folder, field="model.path"):
+            there = (folder / "config.json").is_file()
+        if not there:
             raise bad_input(
                 "not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it"
             )

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from medtrain.trainer.config import Config, ModelConfig
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.model import load_model_config, load_tokenizer, num_parameters
 from medtrain.trainer.plan import (
     CONTEXT_BYTES,
@@ -45,13 +45,17 @@ def model_sizes(config: ModelConfig, sizes: str | None = None) -> tuple[PreTrain
         InputError: none of these, or sizes that ``medtrain check`` would refuse too.
     """
     if sizes is not None:
-        if (MODELS / f"{sizes}.json").is_file():
+        with user_path(sizes, field="--sizes"):
+            known = (MODELS / f"{sizes}.json").is_file()
+        if known:
             return _from_file(MODELS / f"{sizes}.json"), f"configs/models/{sizes}.json"
         return _from_file(Path(sizes)), sizes
     if config.init is not None:
         tokenizer = None if "vocab_size" in config.init else load_tokenizer(config)
         return load_model_config(config, tokenizer), "model.init"
-    if (Path(config.path) / "config.json").is_file():
+    with user_path(config.path, field="model.path"):
+        there = (Path(config.path) / "config.json").is_file()
+    if there:
         return load_model_config(config, None), str(Path(config.path) / "config.json")
     known = sorted((file.stem for file in MODELS.glob("*.json")), key=len, reverse=True)
     for name in known:

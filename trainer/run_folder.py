@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -18,8 +17,8 @@ import torch
 
 from medtrain.trainer.checkpoint import complete_checkpoints
 from medtrain.trainer.config import Config, learned_settings
-from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import PARTIAL, read_rows, sync_file, write_bytes, write_json
+from medtrain.trainer.errors import bad_input, user_path
+from medtrain.trainer.files import PARTIAL, check_can_make, read_rows, sync_file, write_bytes, write_json
 
 PACKAGES = (
     "medtrain",
@@ -60,22 +59,21 @@ class RunFolder:
         Raises:
             InputError: files that are no run of ours; a run with other settings, data or weights.
         """
+        check_can_make(self.root, field="run.out")
         if not self.root.exists():
-            parent = next(folder for folder in self.root.absolute().parents if folder.exists())
-            if not (parent.is_dir() and os.access(parent, os.W_OK)):
-                raise bad_input(
-                    "cannot be made", field="run.out", found=str(self.root), expected=f"a writable {parent}"
-                )
             return
         if not self.root.is_dir():
             raise bad_input("the run folder is a file", field="run.out", found=str(self.root))
-        if not self.manifest.is_file():
-            if any(not entry.name.endswith(PARTIAL) for entry in self.root.iterdir()):
+        with user_path(self.root, field="run.out"):
+            written = self.manifest.read_text() if self.manifest.is_file() else None
+            others = any(not entry.name.endswith(PARTIAL) for entry in self.root.iterdir())
+        if written is None:
+            if others:
                 raise bad_input("the folder is not empty and holds no run of ours", field="run.out",
                                 found=str(self.root), expected="a new folder, or one of this run")  # fmt: skip
             return
         try:
-            before = json.loads(self.manifest.read_text())
+            before = json.loads(written)
             # A setting that an older version did not know had what is now its default.
             old = learned_settings(Config(settings["stage"]).settings()) | learned_settings(before["settings"])
             old_digests = before["digests"]

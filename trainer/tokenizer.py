@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 
 # What tokenizer_config.json says of a tokenizer that is its tokenizer.json and nothing more.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -23,7 +23,9 @@ def read_tokenizer(folder: str | Path, *, field: str | None = None) -> PreTraine
         InputError: no such folder, nothing usable in it. ``field`` names the setting in the message.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    with user_path(folder, field=field):
+        there = folder.is_dir()
+    if not there:
         raise bad_input("no such folder", field=field, found=str(folder), expected="a folder with tokenizer.json")
     try:
         settings = folder / "tokenizer_config.json"

@@ -44,7 +44,7 @@ class Checkpoint:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, AttributeError) as error:
                 raise bad_input("unreadable index", file=index, found=str(error)) from None
             self.files = [self.folder / name for name in names]
         else:

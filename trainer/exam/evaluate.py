@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.choices import score_choices, summarize_choices
 from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
 from medtrain.trainer.exam.intervals import bootstrap_interval, p_text, paired_p_value
@@ -178,7 +178,9 @@ def evaluate(
     # A limit belongs to the outputs of its mode: where there are none it is free, where the mode is not sat now it stays.
     free, recorded = set(), _recorded(out)
     for one, name in (("answer", "max_answer_tokens"), ("explain", "max_new_tokens")):
-        if not any(out.glob(f"outputs-{one}.*")):
+        with user_path(out):
+            none = not any(out.glob(f"outputs-{one}.*"))
+        if none:
             free.add(name)
         elif one not in modes and name in recorded:
             identity[name] = recorded[name]

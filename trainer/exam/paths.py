@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.generate import HFEngine, OnOutputs, Output, VLLMEngine
 from medtrain.trainer.exam.parse import Parsed, parse_output
 from medtrain.trainer.exam.prompts import PromptStyle
@@ -137,8 +137,11 @@ class PathFile:
         self.path, self.identity = path, json.loads(json.dumps(identity))
         self.header = {"sampling": self.identity | (about or {})}
         self.outputs: dict[tuple[str, int], Output] = {}
-        if not path.is_file():
-            return
+        with user_path(path):
+            if not path.is_file():
+                return
+            with open(path, "rb"):
+                pass
         header = next(iter(rows_of(path, ("sampling",))), None)
         if header is None:
             raise bad_input("not a file of sampled paths", file=path, expected="another out, or this file moved away")

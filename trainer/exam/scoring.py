@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.intervals import bootstrap_interval
 from medtrain.trainer.exam.parse import Parsed, parse_output
 from medtrain.trainer.exam.questions import Question, load_questions, read_jsonl
@@ -205,11 +205,9 @@ def load_predictions(path: str | Path, questions: Sequence[Question]) -> dict[st
 def write_atomically(path: str | Path, content: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
     path = Path(path)
-    try:
+    with user_path(path, "cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content.encode())
-    except OSError as error:
-        raise bad_input("cannot be written", file=path, found=error.strerror or str(error)) from error
 
 
 def to_jsonl(rows: Iterable[Mapping]) -> str:
