@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from medtrain.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from medtrain.trainer.checkpoint import load_checkpoint
 from medtrain.trainer.config import Config, config_from_dict
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input, user_path
@@ -16,7 +16,7 @@ from medtrain.trainer.files import check_can_make
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.lora import export_adapters, plan_adapters
 from medtrain.trainer.model import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
-from medtrain.trainer.run_folder import RunFolder
+from medtrain.trainer.run_folder import RunFolder, complete_checkpoints
 from medtrain.trainer.weights import Checkpoint, export_model, init_weights, load_weights
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medtrain.kernels.logps import clamped_rows
 from medtrain.trainer.config import Config
 from medtrain.trainer.run_folder import RunFolder
 
@@ -132,6 +131,8 @@ def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> st
         + (f", {saved:,} saved by sharing prompts, " if saved else ", ")
         + f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
     )
+    from medtrain.kernels.logps import clamped_rows  # with torch, which `medtrain report` does without
+
     if clamped_rows():
         lines.append(
             f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly"

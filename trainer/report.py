@@ -17,13 +17,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from medtrain.trainer.alarms import ForgettingAlarm, LikelihoodAlarm
 from medtrain.trainer.config import Config
 from medtrain.trainer.data.ledger import describe
 from medtrain.trainer.errors import InputError, bad_input, user_path
 from medtrain.trainer.exam.records import read_outputs
 from medtrain.trainer.files import write_bytes
-from medtrain.trainer.heldout import ForgettingAlarm
-from medtrain.trainer.pair_stats import LikelihoodAlarm
 from medtrain.trainer.progress import count
 from medtrain.trainer.report_charts import line_chart, series, short
 from medtrain.trainer.report_exam import MODES, exam_sections

@@ -11,14 +11,14 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from medtrain.trainer.checkpoint import complete_checkpoints
 from medtrain.trainer.config import Config, learned_settings
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import PARTIAL, check_can_make, read_rows, sync_file, write_bytes, write_json
+
+if TYPE_CHECKING:  # `medtrain report` reads run folders without it
+    import torch
 
 PACKAGES = (
     "medtrain",
@@ -32,6 +32,18 @@ PACKAGES = (
     "flash-attn",
     "liger-kernel",
 )
+
+
+def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the complete checkpoints under ``root``, oldest first."""
+    if not root.is_dir():
+        return []
+    found = []
+    for folder in root.glob("step-*"):
+        number = folder.name.removeprefix("step-")
+        if number.isdigit() and (folder / "trainer.json").is_file():
+            found.append((int(number), folder))
+    return sorted(found)
 
 
 class RunFolder:
@@ -194,6 +206,8 @@ def commit() -> str | None:
 
 def device_name(device: torch.device) -> str:
     """A name a person recognises, for manifests and benchmark files."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor()
