@@ -27,15 +27,15 @@ from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.during import sit_exam
 from medtrain.trainer.export import export_dtype
 from medtrain.trainer.files import write_json
+from medtrain.trainer.flops import FlopsPerToken, num_parameters, peak_flops
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.lora import export_adapters
-from medtrain.trainer.model import num_parameters
 from medtrain.trainer.prepare import Prepared, compute_dtype_of, prepare, start
 from medtrain.trainer.progress import Display, count, evaluation_lines, summary
 from medtrain.trainer.report import LiveReport
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, last_step, versions
 from medtrain.trainer.schedule import lr_factor
-from medtrain.trainer.step import FlopsPerToken, optimizer_step, peak_flops
+from medtrain.trainer.step import optimizer_step
 from medtrain.trainer.weights import export_model
 
 

@@ -8,7 +8,6 @@ weights.
 from __future__ import annotations
 
 import difflib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -269,10 +268,3 @@ def parameter_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def num_parameters(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """(all parameters, those that multiply a matrix a token: all but an embedding that is only looked up)."""
-    total = sum(math.prod(shape) for shape in shapes.values())
-    untied = "lm_head.weight" in shapes
-    return total, total - (math.prod(shapes["model.embed_tokens.weight"]) if untied else 0)
