@@ -1,6 +1,9 @@
-"""Packaging. ``medtrain/`` holds links to the top-level folders, so a wheel contains them as ``medtrain.kernels`` etc."""
+"""Packaging. The top-level folders become ``medtrain.kernels`` etc. by ``package_dir``, not by the links in ``medtrain/``:
+a zip download, or a clone on a system without symbolic links, has text files in their place."""
 
 from setuptools import find_namespace_packages, setup
+
+FOLDERS = ("benchmarks", "configs", "kernels", "trainer")
 
 setup(
     name="medtrain",
@@ -10,7 +13,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_namespace_packages(include=["medtrain", "medtrain.*"]),
+    packages=["medtrain"]
+    + [f"medtrain.{name}" for top in FOLDERS for name in find_namespace_packages(include=[top, f"{top}.*"])],
+    package_dir={f"medtrain.{top}": top for top in FOLDERS},
     package_data={"": ["*.yaml", "*.sh", "*.json", "*.md"]},
     # Ranges that were tested at both ends: lines `"name>=lowest,<next",`, which `make test-lowest` reads. In between stands
     # constraints.txt.

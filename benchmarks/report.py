@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
+from medtrain.trainer.files import check_can_make
 from medtrain.trainer.run_folder import commit as tree_commit
 from medtrain.trainer.run_folder import device_name, versions
 
@@ -54,15 +55,17 @@ def free_path(out: str | Path, stage: str, device: torch.device) -> Path:
         InputError: ``out`` is a file.
     """
     folder = Path(out)
+    check_can_make(folder, field="--out")
     if folder.exists() and not folder.is_dir():
         raise bad_input("not a folder", field="--out", found=str(out))
-    folder.mkdir(parents=True, exist_ok=True)
     name = device_name(device) if device.type == "cuda" else device.type
     stem = f"{stage}-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{datetime.now(UTC).date().isoformat()}"
     number, path = 1, folder / f"{stem}.json"
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}-{number}.json"
+    with user_path(folder, "cannot be written", field="--out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        while path.exists():
+            number += 1
+            path = folder / f"{stem}-{number}.json"
     return path
 
 
@@ -72,8 +75,10 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no JSON, or nothing with ``rows`` of a known ``stage``.
     """
+    with user_path(path):
+        content = Path(path).read_bytes()
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = json.loads(content)
         result["rows"], result["device"], SHEETS[result["stage"]]
     except (ValueError, KeyError, TypeError):
         raise bad_input("not a file of medtrain bench", file=path) from None

@@ -44,10 +44,10 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.data.pairs import load_pairs
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
+from medtrain.trainer.flops import FlopsPerToken, num_parameters, peak_flops
 from medtrain.trainer.lora import plan_adapters
-from medtrain.trainer.model import num_parameters, parameter_shapes
+from medtrain.trainer.model import parameter_shapes
 from medtrain.trainer.precision import LEAST_CAPABILITY
-from medtrain.trainer.step import FlopsPerToken, peak_flops
 from medtrain.trainer.tokenizer import read_tokenizer
 
 OURS = Arm("medtrain", note="one micro-batch a step, each layer recomputed in the backward")

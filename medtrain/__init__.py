@@ -5,8 +5,13 @@ The public face is small and lazy, so that ``import medtrain`` costs nothing:
     from medtrain import chunked_logps, rpo_loss
 """
 
+import os
+
 __version__ = "0.1.0"
 __all__ = ["chunked_logps", "rpo_loss", "__version__"]
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a checkout without symbolic links: the folders lie beside
+    __path__.append(os.path.dirname(__path__[0]))
 
 
 def __getattr__(name: str):

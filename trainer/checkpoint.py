@@ -31,6 +31,7 @@ from medtrain.trainer.distributed import TIMEOUT, World, local_tensor, unwrapped
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import PARTIAL, sync_folder, write_json
 from medtrain.trainer.model import PolicyModel
+from medtrain.trainer.run_folder import complete_checkpoints
 
 # What torch says of a run of one process, where it is right and nothing is wrong.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -42,18 +43,6 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
-
-
-def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the complete checkpoints under ``root``, oldest first."""
-    if not root.is_dir():
-        return []
-    found = []
-    for folder in root.glob("step-*"):
-        number = folder.name.removeprefix("step-")
-        if number.isdigit() and (folder / "trainer.json").is_file():
-            found.append((int(number), folder))
-    return sorted(found)
 
 
 class Saver:

@@ -13,6 +13,7 @@ import click
 from medtrain import __version__
 from medtrain.trainer.errors import InputError, bad_input
 from medtrain.trainer.exam import cli as exam
+from medtrain.trainer.exam.cli import PATH
 
 
 class _Group(click.Group):
@@ -23,10 +24,6 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except InputError as error:
             _fail(str(error))
-        except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-            if error.filename is None:
-                raise
-            _fail(f"{error.filename}: {error.strerror}")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the recipe, not of the alphabet
@@ -51,15 +48,17 @@ def _fail(line: str) -> NoReturn:
     sys.exit(2)
 
 
-CONFIG = click.argument("config", type=click.Path())
+CONFIG = click.argument("config", type=PATH)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 
 
 def _train(stage: str, config: str, overrides: tuple[str, ...]) -> None:
     from medtrain.trainer.config import load_config
-    from medtrain.trainer.loop import train
 
-    result = train(load_config(stage, config, overrides))
+    settings = load_config(stage, config, overrides)
+    from medtrain.trainer.loop import train  # seconds, not for a typing slip
+
+    result = train(settings)
     if result.interrupted:
         sys.exit(1)
 
@@ -85,9 +84,7 @@ for command in (exam.pairs, exam.evaluate, exam.score, exam.compare):
 
 
 @main.command(short_help="The whole recipe in miniature on made-up medicine.")
-@click.option(
-    "--out", type=click.Path(), default="demo-out", show_default=True, help="A new folder, or one to go on in."
-)
+@click.option("--out", type=PATH, default="demo-out", show_default=True, help="A new folder, or one to go on in.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world."
 )
@@ -123,8 +120,8 @@ def demo(out: str, seed: int, num_seeds: int, recipe: str, further: str, jobs: i
 
 
 @main.command(short_help="Write a checkpoint as a Hugging Face folder.")
-@click.argument("run_or_checkpoint", type=click.Path())
-@click.argument("out_dir", type=click.Path())
+@click.argument("run_or_checkpoint", type=PATH)
+@click.argument("out_dir", type=PATH)
 @click.option("--adapter", is_flag=True, help="Of a LoRA run: the adapter alone, as a PEFT folder.")
 def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
     """Write a run's last checkpoint, or the one named, as a Hugging Face folder.
@@ -139,9 +136,9 @@ def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
 
 
 @main.command(short_help="Write RUN/report.html again.")
-@click.argument("run", type=click.Path())
+@click.argument("run", type=PATH)
 @click.option(
-    "--exam", "evals", multiple=True, type=click.Path(), metavar="DIR",
+    "--exam", "evals", multiple=True, type=PATH, metavar="DIR",
     help="A folder of `medtrain eval` whose results to show; may be given more than once.",
 )  # fmt: skip
 def report(run: str, evals: tuple[str, ...]) -> None:
@@ -160,9 +157,11 @@ def report(run: str, evals: tuple[str, ...]) -> None:
 def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     """Read and check settings, tokenizer, weights and data; train nothing, write nothing but the token cache."""
     from medtrain.trainer.config import load_config
+
+    settings = load_config(None, config, overrides)
     from medtrain.trainer.prepare import check as check_config
 
-    summary = check_config(load_config(None, config, overrides), samples)
+    summary = check_config(settings, samples)
     if _is_main():
         click.echo(summary)
 
@@ -191,12 +190,13 @@ def plan(
 ) -> None:  # fmt: skip
     """Memory a rank by formula, without GPU, weights or data, and what to change; exit status 1 where it does not fit."""
     from medtrain.trainer.config import load_config
+
+    settings = load_config(None, config, overrides)
     from medtrain.trainer.plan_report import as_text, plan_config
 
     result = plan_config(
-        load_config(None, config, overrides), world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes,
-        mfu=mfu, peak_tflops=peak_tflops,
-    )  # fmt: skip
+        settings, world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes, mfu=mfu, peak_tflops=peak_tflops
+    )
     if as_json:
         exam.print_json(result)
     else:
@@ -212,7 +212,7 @@ def bench() -> None:
 
 @bench.command("kernels", short_help="Time, memory and error of the op in all its modes.")
 @click.option("--quick", is_flag=True, help="On a GPU: two shapes, nothing begun after 150 seconds.")
-@click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
+@click.option("--out", type=PATH, default="benchmarks/results", show_default=True, help="Folder of the files.")
 @click.option("--shapes", metavar="NxHxV,...", help="Tokens x hidden size x vocabulary, instead of the usual ones.")
 @click.option("--impl", "impls", metavar="NAME,...", help="Only these implementations.")
 @click.option("--commit", help="Recorded where the source tree is not a git checkout.")
@@ -237,7 +237,7 @@ def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, 
     "--model", metavar="tiny|0.5b|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU."
 )
 @click.option("--quick", is_flag=True, help="On a GPU: fewer rows and steps, nothing begun after 300 seconds.")
-@click.option("--out", type=click.Path(), default="benchmarks/results", show_default=True, help="Folder of the files.")
+@click.option("--out", type=PATH, default="benchmarks/results", show_default=True, help="Folder of the files.")
 @click.option("--commit", help="Recorded where the source tree is not a git checkout.")
 def bench_train(stage: str, model: str | None, quick: bool, out: str, commit: str | None) -> None:
     """Speed, memory, padding and loss of our step on random weights: RPO beside TRL, CPT beside Hugging Face's Trainer."""
@@ -283,7 +283,7 @@ def bench_tune(shapes: str) -> None:
 
 
 @bench.command("table", short_help="A benchmark's tables as Markdown.")
-@click.argument("file", type=click.Path())
+@click.argument("file", type=PATH)
 def bench_table(file: str) -> None:
     """Draw the tables of a benchmark FILE.json as Markdown."""
     from medtrain.benchmarks.report import load, markdown

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -40,3 +42,15 @@ def bad_input(
         details.append(f"expected {expected}")
     tail = f" ({'; '.join(details)})" if details else ""
     return InputError((where + problem + tail).replace("\n", "\\n"))
+
+
+@contextmanager
+def user_path(path: str | Path, problem: str = "cannot be read", *, field: str | None = None) -> Iterator[None]:
+    """An OSError inside is a mistake in ``path``, which the user named. To be put around its opening and nothing else: a file
+    that the program itself misses elsewhere is not the user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        raise bad_input(
+            problem, file=error.filename or path, field=field, found=error.strerror or str(error)
+        ) from error

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from medtrain.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from medtrain.trainer.checkpoint import load_checkpoint
 from medtrain.trainer.config import Config, config_from_dict
 from medtrain.trainer.distributed import World, join_world
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
+from medtrain.trainer.files import check_can_make
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.lora import export_adapters, plan_adapters
 from medtrain.trainer.model import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
-from medtrain.trainer.run_folder import RunFolder
+from medtrain.trainer.run_folder import RunFolder, complete_checkpoints
 from medtrain.trainer.weights import Checkpoint, export_model, init_weights, load_weights
 
 
@@ -38,17 +39,21 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
     place, out = Path(run_or_checkpoint), Path(out)
     root = place.parent.parent if place.parent.name == "checkpoints" else place
     folder = RunFolder(root)
-    if not folder.manifest.is_file():
+    with user_path(place):
+        written = folder.manifest.read_text(encoding="utf-8") if folder.manifest.is_file() else None
+    if written is None:
         raise bad_input(
             "neither a run folder nor one of its checkpoints", file=place, expected="manifest.json of a run"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise bad_input("already exists", file=out, expected="a new folder")
+    check_can_make(out)
+    with user_path(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise bad_input("already exists", file=out, expected="a new folder")
     complete = complete_checkpoints(folder.checkpoints)
     chosen = [path for _, path in complete if root == place or path.name == place.name]
     if not chosen:
         raise bad_input("no complete checkpoint", file=place, found=", ".join(p.name for _, p in complete) or "none")
-    manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
+    manifest = json.loads(written)
     config = config_from_dict(manifest["stage"], manifest["settings"], file=folder.manifest)
     compute_dtype = getattr(torch, manifest["starts"][-1]["paths"]["compute"])
     if adapter and not config.lora.on:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medtrain.trainer.errors import bad_input, user_path
+
 PARTIAL = ".partial"  # the ending of whatever is not yet, or no longer, what its name says
 
 
@@ -64,6 +66,16 @@ def replace_folder(partial: Path, out: Path) -> None:
     partial.rename(out)
     sync_folder(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_can_make(folder: Path, *, field: str | None = None) -> None:
+    """Refuse a folder of results that is not there and cannot be made; nothing is written to find out."""
+    with user_path(folder, field=field):
+        if folder.exists():
+            return
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        if folder.is_symlink() or not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise bad_input("cannot be made", field=field, found=str(folder), expected=f"a writable {parent}")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Held-out text: bits per byte by source, how they changed since the starting weights, and whether that is forgetting.
+"""Held-out text: bits per byte by source, and how they changed since the starting weights.
 
 Bits per byte: nats of all predicted tokens / ln 2 / UTF-8 bytes of the texts. The first token of a document is not predicted,
 its eos is. The change is taken document by document against the starting weights on the same text, so its standard error
@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -84,32 +83,3 @@ def change(nats: np.ndarray, num_bytes: np.ndarray) -> tuple[float, float | None
         return ratio, None
     scatter = float(np.square(bits - ratio * num_bytes).sum()) * len(bits) / (len(bits) - 1)
     return ratio, math.sqrt(scatter) / total
-
-
-class ForgettingAlarm:
-    """Says, once a source, that its held-out text became less likely than at the start while another's became likelier,
-    each by more than three standard errors. A pure function of the rows of metrics.jsonl."""
-
-    def __init__(self, names: list[str]):
-        self.names = names
-        self._said: set[str] = set()
-
-    def watch(self, row: dict[str, Any]) -> str | None:
-        """Take one row; return a line to print, if this is the row that shows it."""
-        changes = {}
-        for name in self.names:
-            key = f"heldout/{name}/bits_per_byte"
-            found, error = row.get(f"{key}_change"), row.get(f"{key}_change_stderr")
-            if found is not None and error is not None and abs(found) > 3 * error:
-                changes[name] = (found, error, row[key])
-        learned = [name for name, (found, *_) in changes.items() if found < 0]
-        lines = []
-        for name, (found, error, now) in changes.items():
-            if found > 0 and learned and name not in self._said:
-                self._said.add(name)
-                lines.append(
-                    f"warning: {name} is being forgotten: at step {row['step']} its held-out text takes {found:.4f} bits per "
-                    f"byte more than at the start ({found / (now - found):+.1%}; standard error {error:.4f}), while "
-                    f"{', '.join(learned)} takes less (more weight on such text in data.sources, or a lower optim.lr, holds it)"
-                )
-        return "\n".join(lines) or None

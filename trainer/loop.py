@@ -27,15 +27,15 @@ from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.during import sit_exam
 from medtrain.trainer.export import export_dtype
 from medtrain.trainer.files import write_json
+from medtrain.trainer.flops import FlopsPerToken, num_parameters, peak_flops
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.lora import export_adapters
-from medtrain.trainer.model import num_parameters
 from medtrain.trainer.prepare import Prepared, compute_dtype_of, prepare, start
 from medtrain.trainer.progress import Display, count, evaluation_lines, summary
 from medtrain.trainer.report import LiveReport
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, last_step, versions
 from medtrain.trainer.schedule import lr_factor
-from medtrain.trainer.step import FlopsPerToken, optimizer_step, peak_flops
+from medtrain.trainer.step import optimizer_step
 from medtrain.trainer.weights import export_model
 
 
@@ -265,7 +265,8 @@ def _max_memory_gib(device: torch.device) -> float:
     """Peak so far: of the allocator on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class _Tensorboard:

@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from medtrain.trainer.config import LoraConfig
-from medtrain.trainer.distributed import World, local_part, whole
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import PARTIAL, file_sha256, replace_folder
 from medtrain.trainer.quant import BLOCK, NF4Linear
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `medtrain plan` reads of adapters without torch.distributed
+    from medtrain.trainer.distributed import World
     from medtrain.trainer.model import PolicyModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -121,10 +121,12 @@ def _read_adapter(
 ) -> tuple[int, float, tuple[str, ...]]:
     """Rank, alpha and target modules of a PEFT folder, its tensors' names and shapes checked."""
     file = folder / CONFIG_FILE
-    if not file.is_file():
+    with user_path(file, field="lora.path"):
+        text = file.read_text(encoding="utf-8") if file.is_file() else None
+    if text is None:
         raise bad_input("not a PEFT adapter", field="lora.path", found=str(folder), expected=f"{CONFIG_FILE} in it")
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(text)
         kind, rank, alpha = content["peft_type"], int(content["r"]), float(content["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise bad_input("unreadable", file=file, found=f"{type(error).__name__}: {error}",
@@ -231,6 +233,8 @@ def fill_adapters(policy: PolicyModel, adapters: Adapters, seed: int) -> None:
     Each A has a generator of its own, seeded by (seed, name), and is drawn whole before it is cut: the values do not
     depend on the number of ranks.
     """
+    from medtrain.trainer.distributed import local_part
+
     policy.reshard_all()
     parameters = {weight_name(name): p for name, p in policy.named_parameters() if is_adapter(name)}
     file = safe_open(adapters.path / WEIGHTS_FILE, framework="pt") if adapters.path else None
@@ -273,6 +277,8 @@ def export_adapters(
 
     ``base`` is the base model that PEFT will name. With NF4 the file fits the same base in any precision.
     """
+    from medtrain.trainer.distributed import whole
+
     policy.reshard_all()
     out = Path(out)
     partial = out.with_name(out.name + PARTIAL)

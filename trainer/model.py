@@ -8,7 +8,6 @@ weights.
 from __future__ import annotations
 
 import difflib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from medtrain.trainer.checkpointing import checkpoint_layers
 from medtrain.trainer.compile import compile_layers
 from medtrain.trainer.config import ModelConfig, ParallelConfig
 from medtrain.trainer.distributed import World
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.liger import use_liger
 from medtrain.trainer.lora import Adapters, add_adapters
 from medtrain.trainer.parallel import shard_model
@@ -133,10 +132,13 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
     """
     if config.path is not None:
         folder = Path(config.path)
-        if (folder / "adapter_config.json").is_file():  # transformers would put it on the weights, or on others
+        with user_path(folder, field="model.path"):
+            there = (folder / "config.json").is_file()
+            adapter = (folder / "adapter_config.json").is_file()
+        if adapter:  # transformers would put it on the weights, or on others
             raise bad_input("an adapter is no model", file=folder / "adapter_config.json",
                             expected="the model alone in model.path, its adapter in lora.path")  # fmt: skip
-        if not (folder / "config.json").is_file():
+        if not there:
             raise bad_input(
                 "not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it"
             )
@@ -293,10 +295,3 @@ def parameter_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         raise bad_input("Hugging Face builds no model from this config", field="model",
                         found=f"{type(error).__name__}: {error}") from error  # fmt: skip
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def num_parameters(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """(all parameters, those that multiply a matrix a token: all but an embedding that is only looked up)."""
-    total = sum(math.prod(shape) for shape in shapes.values())
-    untied = "lm_head.weight" in shapes
-    return total, total - (math.prod(shapes["model.embed_tokens.weight"]) if untied else 0)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from medtrain.kernels.preference import preference_loss, sum_by_sequence
+from medtrain.trainer.alarms import ForgettingAlarm, LikelihoodAlarm
 from medtrain.trainer.config import Config
 from medtrain.trainer.data.batch import MicroBatch, cpt_batch, pair_batch
 from medtrain.trainer.data.ledger import cpt_ledger, describe, pair_ledger
@@ -39,10 +40,10 @@ from medtrain.trainer.data.tokens import tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
 from medtrain.trainer.data.workers import Progress, default_workers
 from medtrain.trainer.distributed import World, local_size
-from medtrain.trainer.heldout import ForgettingAlarm, HeldoutText
+from medtrain.trainer.heldout import HeldoutText
 from medtrain.trainer.lora import without_adapters
 from medtrain.trainer.model import PolicyModel
-from medtrain.trainer.pair_stats import LikelihoodAlarm, num_sums, pair_metrics, pair_sums
+from medtrain.trainer.pair_stats import num_sums, pair_metrics, pair_sums
 from medtrain.trainer.reference import ReferenceCache
 
 Say = Callable[[str], None]

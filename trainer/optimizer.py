@@ -20,9 +20,9 @@ from medtrain.trainer.distributed import local_part, local_tensor, unwrapped
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.lora import weight_name
 from medtrain.trainer.model import PolicyModel
+from medtrain.trainer.precision import MOMENT_BLOCK as BLOCK
 from medtrain.trainer.precision import load_torchao
 
-BLOCK = 128  # moments that share a scale; torchao's own 256 does not divide the rows of many a model (896, 29568)
 _WORD = 0xFFFFFFFF
 
 

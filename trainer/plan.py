@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedConfig
 
 from medtrain.kernels.logps_memory import LogpsMemory, logps_memory
 from medtrain.trainer.config import Config
 from medtrain.trainer.lora import Adapters, linear_shapes, plan_adapters
-from medtrain.trainer.model import parameter_shapes
 from medtrain.trainer.plan_precision import MASTER, Fp8Products, fp8_names, moment_bytes, update_bytes, weight_item
+from medtrain.trainer.plan_sizes import Sizes, shapes_of
 from medtrain.trainer.quant import packed_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 GIB = 2**30
 
@@ -59,7 +62,7 @@ class Moment:
 class Model:
     """A model as planned for: its sizes, shapes and what is trained."""
 
-    hf_config: PreTrainedConfig
+    hf_config: PreTrainedConfig | Sizes
     shapes: dict[str, tuple[int, ...]]
     adapters: Adapters | None
 
@@ -84,8 +87,13 @@ class Machine:
         return self.world_size > 1 or compute != torch.float32
 
 
-def read_model(config: Config, hf_config: PreTrainedConfig) -> Model:
-    shapes = parameter_shapes(hf_config)
+def read_model(config: Config, hf_config: PreTrainedConfig | Sizes) -> Model:
+    if isinstance(hf_config, Sizes):
+        shapes = shapes_of(hf_config)
+    else:
+        from medtrain.trainer.model import parameter_shapes
+
+        shapes = parameter_shapes(hf_config)
     return Model(hf_config, shapes, plan_adapters(config.lora, shapes))
 
 
@@ -255,7 +263,7 @@ def mlp_in_fp8(settings: Config, t: int, hidden: int, inner: int, c: int) -> tup
     return forward, backward
 
 
-def head_dim(config: PreTrainedConfig) -> int:
+def head_dim(config: PreTrainedConfig | Sizes) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from medtrain.trainer.config import Config
 from medtrain.trainer.lora import linear_shapes
-from medtrain.trainer.optimizer import BLOCK
+from medtrain.trainer.precision import MOMENT_BLOCK as BLOCK
 from medtrain.trainer.precision import MULTIPLE
 
 MASTER = 4  # of a float32 weight or moment, and of what FSDP reduces (trainer/parallel.py)

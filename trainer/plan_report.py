@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from medtrain.trainer.config import Config, ModelConfig
-from medtrain.trainer.errors import bad_input
-from medtrain.trainer.model import load_model_config, load_tokenizer, num_parameters
+from medtrain.trainer.errors import bad_input, user_path
+from medtrain.trainer.flops import PEAK_FLOPS, FlopsPerToken, num_parameters
 from medtrain.trainer.plan import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -26,8 +24,11 @@ from medtrain.trainer.plan import (
     planned_step,
     read_model,
 )
+from medtrain.trainer.plan_sizes import Sizes, read_sizes
 from medtrain.trainer.progress import count
-from medtrain.trainer.step import PEAK_FLOPS, FlopsPerToken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Beside this folder's parent, in a checkout as in an installed package.
 MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
@@ -35,7 +36,7 @@ H100_TFLOPS = PEAK_FLOPS["H100"] / 1e12
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
-def model_sizes(config: ModelConfig, sizes: str | None = None) -> tuple[PreTrainedConfig, str]:
+def model_sizes(config: ModelConfig, sizes: str | None = None) -> tuple[PreTrainedConfig | Sizes, str]:
     """(the model's sizes, where they are from), without reading a weight.
 
     In this order: ``sizes`` (a name in configs/models, or a config.json), ``model.init`` (the tokenizer is read only where it
@@ -45,14 +46,22 @@ def model_sizes(config: ModelConfig, sizes: str | None = None) -> tuple[PreTrain
         InputError: none of these, or sizes that ``medtrain check`` would refuse too.
     """
     if sizes is not None:
-        if (MODELS / f"{sizes}.json").is_file():
+        with user_path(sizes, field="--sizes"):
+            known = (MODELS / f"{sizes}.json").is_file()
+        if known:
             return _from_file(MODELS / f"{sizes}.json"), f"configs/models/{sizes}.json"
         return _from_file(Path(sizes)), sizes
     if config.init is not None:
-        tokenizer = None if "vocab_size" in config.init else load_tokenizer(config)
-        return load_model_config(config, tokenizer), "model.init"
-    if (Path(config.path) / "config.json").is_file():
-        return load_model_config(config, None), str(Path(config.path) / "config.json")
+        return read_sizes(config.init, from_user=True) or _by_transformers(config), "model.init"
+    file = Path(config.path) / "config.json"
+    with user_path(file, field="model.path"):
+        text = file.read_bytes() if file.is_file() else None
+    if text is not None:
+        try:
+            plain = read_sizes(json.loads(text), from_user=False)
+        except (ValueError, AttributeError):
+            plain = None
+        return plain or _by_transformers(config), str(file)
     known = sorted((file.stem for file in MODELS.glob("*.json")), key=len, reverse=True)
     for name in known:
         if name in config.path.lower():
@@ -64,9 +73,20 @@ def model_sizes(config: ModelConfig, sizes: str | None = None) -> tuple[PreTrain
                     "--sizes NAME_OR_FILE")  # fmt: skip
 
 
-def _from_file(file: Path) -> PreTrainedConfig:
+def _by_transformers(config: ModelConfig) -> PreTrainedConfig:
+    from medtrain.trainer.model import load_model_config, load_tokenizer
+
+    unknown = config.init is not None and "vocab_size" not in config.init
+    return load_model_config(config, load_tokenizer(config) if unknown else None)
+
+
+def _from_file(file: Path) -> PreTrainedConfig | Sizes:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and (plain := read_sizes(content, from_user=True)) is not None:
+            return plain
+        from transformers import AutoConfig
+
         AutoConfig.for_model(content["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = ", ".join(sorted(path.stem for path in MODELS.glob("*.json")))
@@ -76,6 +96,8 @@ def _from_file(file: Path) -> PreTrainedConfig:
             found=f"{file}: {error}",
             expected=f"one of {known}, or a config.json",
         ) from None
+    from medtrain.trainer.model import load_model_config
+
     return load_model_config(ModelConfig(init=content), None)
 
 
@@ -206,7 +228,7 @@ def expected_speed(
     """Tokens/s of all ranks together at a share ``mfu`` of ``peak_tflops`` (dense bf16, a rank): the one given, else the one of
     the largest model that was measured for this stage, precision and way of training; None without either.
 
-    FLOPs as the training loop counts them (step.FlopsPerToken), documents as long as ``data.seq_len`` or ``data.max_length``.
+    FLOPs as the training loop counts them (flops.FlopsPerToken), documents as long as ``data.seq_len`` or ``data.max_length``.
     """
     source = "given"
     if mfu is None:

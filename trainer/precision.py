@@ -18,6 +18,9 @@ from medtrain.trainer.config import PrecisionConfig
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.lora import linear_shapes
 
+MOMENT_BLOCK = (
+    128  # 8-bit moments that share a scale; torchao's own 256 does not divide the rows of many a model (896, 29568)
+)
 MULTIPLE = 16  # of both dims of a weight: what torch._scaled_mm asks for
 LEAST_CAPABILITY = (8, 9)  # of a CUDA device with FP8 matrix products
 

@@ -22,6 +22,7 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.during import Exam, read_exam
+from medtrain.trainer.flops import num_parameters
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.liger import select_layers
 from medtrain.trainer.lora import Adapters, adapter_digest, fill_adapters, plan_adapters, start_digest
@@ -30,7 +31,6 @@ from medtrain.trainer.model import (
     build_model,
     load_model_config,
     load_tokenizer,
-    num_parameters,
     parameter_shapes,
 )
 from medtrain.trainer.objectives import Cpt, Objective, Rpo

@@ -10,10 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medtrain.kernels.logps import clamped_rows
 from medtrain.trainer.config import Config
-from medtrain.trainer.exam.generate import INVALID
-from medtrain.trainer.exam.scoring import unread_note
+from medtrain.trainer.exam.scoring import INVALID, unread_note
 from medtrain.trainer.run_folder import RunFolder
 
 SECONDS_BETWEEN_LINES = 15.0  # where the output is not a terminal
@@ -141,6 +139,8 @@ def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> st
         + (f", {saved:,} saved by sharing prompts, " if saved else ", ")
         + f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
     )
+    from medtrain.kernels.logps import clamped_rows  # with torch, which `medtrain report` does without
+
     if clamped_rows():
         lines.append(
             f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,9 +223,16 @@ def _hugging_face_logps(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.
 
 
 def free_host_bytes() -> int:
-    """Host memory that may still be taken: what Linux calls available, within this container's limit."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    """Host memory that may still be taken: what Linux calls available, within this container's limit. Elsewhere half of what
+    the machine has, and 0 where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except OSError:  # macOS
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (AttributeError, OSError, ValueError):
+            return 0
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()

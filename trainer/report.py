@@ -6,6 +6,7 @@ Nothing is computed here but intervals, so that the page of a run made elsewhere
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +17,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from medtrain.trainer.alarms import ForgettingAlarm, LikelihoodAlarm
 from medtrain.trainer.config import Config
 from medtrain.trainer.data.ledger import describe
-from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.errors import InputError, bad_input, user_path
 from medtrain.trainer.exam.records import read_outputs
 from medtrain.trainer.files import write_bytes
-from medtrain.trainer.heldout import ForgettingAlarm
-from medtrain.trainer.pair_stats import LikelihoodAlarm
 from medtrain.trainer.progress import count
 from medtrain.trainer.report_charts import line_chart, series, short
 from medtrain.trainer.report_exam import MODES, exam_sections
@@ -66,8 +66,10 @@ def write_report(out: str | Path, *, stopped: str = "", evals: Sequence[str | Pa
         InputError: no run folder, nothing trained in it yet, a file in it that cannot be read, no exam.json.
     """
     folder = RunFolder(out)
-    run = _read(folder, stopped, evals)
-    write_bytes(folder.report, page(f"{run.name} – medtrain", _body(run)).encode())
+    with user_path(folder.root):
+        run = _read(folder, stopped, evals)
+    with user_path(folder.report, "cannot be written"):
+        write_bytes(folder.report, page(f"{run.name} – medtrain", _body(run)).encode())
     return folder.report
 
 
@@ -123,7 +125,7 @@ def _read(folder: RunFolder, stopped: str, evals: Sequence[str | Path]) -> Run:
             status = (f"stopped: {stopped}", False)
         else:
             status = (f"step {max(last, 0):,} of {manifest['steps']:,}", None)
-        found = [(Path(place).resolve().name, _exam_json(Path(place))) for place in evals]
+        found = [(Path(os.path.realpath(place)).name, _exam_json(Path(place))) for place in evals]
         return Run(name, manifest, rows, ledger, exams, found, status)
     except InputError:
         raise

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from medtrain.trainer.chat import now
-from medtrain.trainer.checkpoint import complete_checkpoints
 from medtrain.trainer.config import Config, learned_settings
-from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import PARTIAL, read_rows, sync_file, write_bytes, write_json
+from medtrain.trainer.errors import bad_input, user_path
+from medtrain.trainer.files import PARTIAL, check_can_make, read_rows, sync_file, write_bytes, write_json
+
+if TYPE_CHECKING:  # `medtrain report` reads run folders without it
+    import torch
 
 PACKAGES = (
     "medtrain",
@@ -35,6 +34,18 @@ PACKAGES = (
     "flash-attn",
     "liger-kernel",
 )
+
+
+def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the complete checkpoints under ``root``, oldest first."""
+    if not root.is_dir():
+        return []
+    found = []
+    for folder in root.glob("step-*"):
+        number = folder.name.removeprefix("step-")
+        if number.isdigit() and (folder / "trainer.json").is_file():
+            found.append((int(number), folder))
+    return sorted(found)
 
 
 class RunFolder:
@@ -62,22 +73,21 @@ class RunFolder:
         Raises:
             InputError: files that are no run of ours; a run with other settings, data or weights.
         """
+        check_can_make(self.root, field="run.out")
         if not self.root.exists():
-            parent = next(folder for folder in self.root.absolute().parents if folder.exists())
-            if not (parent.is_dir() and os.access(parent, os.W_OK)):
-                raise bad_input(
-                    "cannot be made", field="run.out", found=str(self.root), expected=f"a writable {parent}"
-                )
             return
         if not self.root.is_dir():
             raise bad_input("the run folder is a file", field="run.out", found=str(self.root))
-        if not self.manifest.is_file():
-            if any(not entry.name.endswith(PARTIAL) for entry in self.root.iterdir()):
+        with user_path(self.root, field="run.out"):
+            written = self.manifest.read_text() if self.manifest.is_file() else None
+            others = any(not entry.name.endswith(PARTIAL) for entry in self.root.iterdir())
+        if written is None:
+            if others:
                 raise bad_input("the folder is not empty and holds no run of ours", field="run.out",
                                 found=str(self.root), expected="a new folder, or one of this run")  # fmt: skip
             return
         try:
-            before = json.loads(self.manifest.read_text())
+            before = json.loads(written)
             # A setting that an older version did not know had what is now its default.
             old = learned_settings(Config(settings["stage"]).settings()) | learned_settings(before["settings"])
             old_digests = before["digests"]
@@ -109,7 +119,8 @@ class RunFolder:
 
     def starts(self) -> list[dict[str, Any]]:
         """What the manifest says of earlier starts of this run."""
-        return json.loads(self.manifest.read_text(encoding="utf-8"))["starts"] if self.manifest.is_file() else []
+        with user_path(self.root, field="run.out"):
+            return json.loads(self.manifest.read_text(encoding="utf-8"))["starts"] if self.manifest.is_file() else []
 
     def first_start(self) -> datetime:
         """When this run was started first, to the second and in the time zone it was in; now, where it was not yet.
@@ -210,6 +221,8 @@ def commit() -> str | None:
 
 def device_name(device: torch.device) -> str:
     """A name a person recognises, for manifests and benchmark files."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor()

@@ -1,4 +1,4 @@
-"""One optimizer step, of either stage, and how many FLOPs it stands for.
+"""One optimizer step, of either stage.
 
 The training loop and ``medtrain bench train`` call the same functions, so what is timed is what trains.
 """
@@ -14,15 +14,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from medtrain.trainer.distributed import World
-from medtrain.trainer.lora import Adapters
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.objectives import Denominators, Objective
 
 if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
     from medtrain.trainer.fp8 import Guard
-
-# Dense bf16 peaks, FLOP/s, from the makers' data sheets. Elsewhere mfu is null.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -99,25 +95,3 @@ def optimizer_step(
 def _clip(policy: PolicyModel, limit: float) -> float:
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit if limit > 0 else math.inf)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-class FlopsPerToken:
-    """Model FLOPs of forward and backward: 6 a parameter that multiplies (4 where it is frozen), and attention's 6 *
-    layers * heads * dim * the sum of squared document lengths (causal, so half of 12)."""
-
-    def __init__(self, hf_config, multiplied: int, adapters: Adapters | None):
-        heads = hf_config.num_attention_heads
-        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-        self.dense = 6 * multiplied if adapters is None else 4 * multiplied + 6 * adapters.num_parameters
-        self.attention = 6 * hf_config.num_hidden_layers * heads * head_dim
-
-    def __call__(self, tokens: int, squared_lengths: float) -> float:
-        return self.dense * tokens + self.attention * squared_lengths
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of this device, where known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

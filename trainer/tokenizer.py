@@ -20,12 +20,15 @@ import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medtrain.trainer.data.encode import opening, puts_blank, tokenize_texts
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
+
+if TYPE_CHECKING:  # prompts are read where no model is
+    from transformers import PreTrainedTokenizerBase
 
 # What tokenizers cut, normalise or join in different ways.
 PROBES = (
@@ -46,8 +49,12 @@ def read_tokenizer(folder: str | Path, *, field: str | None = None) -> PreTraine
         InputError: no such folder; no tokenizer.json in it, or none that can be used; ids that are not its own;
             ``add_prefix_space`` in tokenizer_config.json against it. ``field`` names the setting in the message.
     """
+    from transformers import PreTrainedTokenizerFast
+
     folder = Path(folder)
-    if not folder.is_dir():
+    with user_path(folder, field=field):
+        there = folder.is_dir()
+    if not there:
         raise bad_input("no such folder", field=field, found=str(folder), expected="a folder with tokenizer.json")
     if not (folder / "tokenizer.json").is_file():
         others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]

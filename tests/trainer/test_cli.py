@@ -1,14 +1,21 @@
 """The command line: every mistake is one clear line and exit status 2, and nothing is left behind."""
 
+import builtins
+import errno
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from helpers import write_jsonl
+from helpers import SIZES, write_jsonl
 
 from medtrain.trainer.cli import main
+from medtrain.trainer.exam import scoring
 
 
 def call(*words):
@@ -217,3 +224,186 @@ def test_the_list_of_commands_cuts_no_summary():
     for words in (["--help"], ["bench", "--help"]):
         text = CliRunner().invoke(main, words, terminal_width=80).output
         assert "..." not in text.split("Commands:")[1]
+
+
+QUESTION = {"problem_text": "熱 は", "choices": ["熱", "咳"], "answer": ["a"], "points": "1", "text_only": True}
+
+
+@pytest.fixture(scope="module")
+def finished(tokenizer_dir, corpus, pairs, tmp_path_factory):
+    """A folder with a finished run and its config, an exam, predictions, and a configuration of each command."""
+    root = tmp_path_factory.mktemp("finished")
+    cpt = {
+        "model": {"init": dict(SIZES), "tokenizer": str(tokenizer_dir)},
+        "data": {"sources": [{"path": str(corpus)}], "seq_len": 32, "cache": str(tmp_path_factory.mktemp("cache"))},
+        "optim": {"steps": 1, "batch_tokens": 200, "micro_batch_tokens": 128},
+        "run": {"out": str(root / "run")},
+    }
+    rpo = {"model": {"path": str(root / "run/model")}, "data": {"pairs": [{"path": str(pairs)}]}, "optim": {"steps": 1}}
+    write_jsonl(root / "exam.jsonl", [{"problem_id": f"A{i}", **QUESTION} for i in range(2)])
+    write_jsonl(root / "predictions.jsonl", [{"problem_id": f"A{i}", "prediction": "a"} for i in range(2)])
+    sample = {"model": str(root / "run/model"), "questions": str(root / "exam.jsonl"), "out": str(root / "pairs.jsonl")}
+    cpt["data"]["exam"] = str(root / "exam.jsonl")
+    for name, tree in (("cpt", cpt), ("rpo", rpo | {"run": {"out": str(root / "rpo")}}), ("pairs", sample)):
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True))
+    assert call("cpt", root / "cpt.yaml", "data.exam=null").exit_code == 0
+    scored = call(
+        "score",
+        "--exam",
+        root / "exam.jsonl",
+        "--predictions",
+        root / "predictions.jsonl",
+        "--details",
+        root / "scored.jsonl",
+    )
+    assert scored.exit_code == 0
+    return root
+
+
+def bad_paths(root, kind, ending):
+    """(what is wrong, path): of a file or folder to be read, or of one to be written."""
+    (root / "file").write_text("")
+    (root / f"folder{ending}").mkdir()
+    (root / "locked").mkdir()
+    (root / f"broken{ending}").symlink_to("nowhere/at/all")
+    yield "under a file", root / "file" / f"x{ending}"
+    yield "locked", root / "locked" / f"x{ending}"
+    if kind in ("read a file", "read a folder"):
+        yield "missing", root / f"missing{ending}"
+        yield "a broken link", root / f"broken{ending}"
+    if kind in ("read a file", "write a file"):
+        yield "a folder", root / f"folder{ending}"
+    else:
+        yield "a file", root / "file"
+    if kind == "write a folder":
+        yield "a broken link", root / f"broken{ending}"
+
+
+def lock(monkeypatch, folder):
+    """No permission to anything inside ``folder``, for root too."""
+
+    def refusing(function):
+        def refuse(path, *args, **kwargs):
+            if str(path).startswith(f"{folder}/"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *args, **kwargs)
+
+        return refuse
+
+    for module, name in (
+        (builtins, "open"),
+        (io, "open"),
+        (os, "stat"),
+        (os, "mkdir"),
+        (os, "scandir"),
+        (os, "listdir"),
+    ):
+        monkeypatch.setattr(module, name, refusing(getattr(module, name)))
+
+
+EVAL = "eval --model run/model --exam exam.jsonl --out sat"
+SCORE = "score --exam exam.jsonl --predictions predictions.jsonl"
+PAIRS = "pairs pairs.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "ending"),
+    [
+        *((f"{stage} @", "read a file", ".yaml") for stage in ("cpt", "rpo", "check", "plan", "pairs")),
+        *((f"check {stage}.yaml model.path=@ model.init=null", "read a folder", "") for stage in ("cpt", "rpo")),
+        ("check cpt.yaml model.tokenizer=@", "read a folder", ""),
+        ("check cpt.yaml lora.path=@", "read a folder", ""),
+        ("check cpt.yaml data.sources.0.path=@", "read a file", ".jsonl"),
+        ("check cpt.yaml data.sources.0.path=@", "read a file", ".parquet"),
+        ("check cpt.yaml data.heldout=[@]", "read a folder", ""),
+        ("check rpo.yaml data.pairs.0.path=@", "read a file", ".jsonl"),
+        ("check cpt.yaml data.cache=@", "write a folder", ""),
+        ("check cpt.yaml data.exam=@", "read a file", ".jsonl"),
+        ("check cpt.yaml data.exam=@", "read a file", ".csv"),
+        ("check cpt.yaml eval.exam_demonstrations=@", "read a file", ".jsonl"),
+        ("check cpt.yaml eval.exam_mapping=@", "read a file", ".yaml"),
+        ("check cpt.yaml eval.exam_prompt=@", "read a file", ".yaml"),
+        ("cpt cpt.yaml run.out=@", "write a folder", ""),
+        ("rpo rpo.yaml run.out=@", "write a folder", ""),
+        ("plan cpt.yaml --sizes @", "read a file", ".json"),
+        (f"{PAIRS} model=@", "read a folder", ""),
+        (f"{PAIRS} questions=@", "read a file", ".jsonl"),
+        (f"{PAIRS} prompt=@", "read a file", ".yaml"),
+        (f"{PAIRS} demonstrations=@", "read a file", ".jsonl"),
+        (f"{PAIRS} mapping=@", "read a file", ".yaml"),
+        (f"{EVAL} --model @", "read a folder", ""),
+        (f"{EVAL} --exam @", "read a file", ".jsonl"),
+        (f"{EVAL} --out @", "write a folder", ""),
+        (f"{EVAL} --prompt @", "read a file", ".yaml"),
+        (f"{EVAL} --mapping @", "read a file", ".yaml"),
+        (f"{EVAL} --demonstrations @", "read a file", ".jsonl"),
+        (f"{SCORE} --exam @", "read a file", ".jsonl"),
+        (f"{SCORE} --predictions @", "read a file", ".jsonl"),
+        (f"{SCORE} --mapping @", "read a file", ".yaml"),
+        (f"{SCORE} --details @", "write a file", ".jsonl"),
+        ("compare @ scored.jsonl", "read a file", ".jsonl"),
+        ("compare scored.jsonl @", "read a folder", ""),
+        ("report @", "read a folder", ""),
+        ("report run --exam @", "read a folder", ""),
+        ("export @ exported", "read a folder", ""),
+        ("export run @", "write a folder", ""),
+        ("demo --out @", "write a folder", ""),
+        ("demo --seeds 2 --out @", "write a folder", ""),
+        ("bench kernels --shapes 4x8x16 --impl medtrain --out @", "write a folder", ""),
+        ("bench train --out @", "write a folder", ""),
+        ("bench table @", "read a file", ".json"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line_and_status_2(finished, tmp_path, monkeypatch, words, kind, ending):
+    monkeypatch.chdir(finished)
+    before = sorted(finished.rglob("*"))
+    wrong = list(bad_paths(tmp_path, kind, ending))
+    lock(monkeypatch, tmp_path / "locked")
+    for problem, path in wrong:
+        result = call(*words.replace("@", str(path)).split())
+        lines = [line for line in result.stderr.splitlines() if line.startswith("medtrain: ")]
+        assert result.exit_code == 2 and len(lines) == 1 and str(tmp_path) in lines[0], (problem, result.stderr)
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_a_file_that_the_program_itself_misses_is_not_told_as_the_users_mistake(finished, monkeypatch):
+    def miss(*_):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/etc/internal")
+
+    monkeypatch.setattr(scoring, "run_score", miss)
+    monkeypatch.chdir(finished)
+    with pytest.raises(FileNotFoundError):
+        call(*SCORE.split())
+
+
+IMPORTS = """
+import sys
+from medtrain.trainer.cli import main
+try:
+    main()
+except SystemExit as end:
+    heavy = [name for name in ("torch", "transformers", "pyarrow", "matplotlib") if name in sys.modules]
+    print(end.code or 0, heavy)
+"""
+
+
+# What `import torch` and `import transformers` cost is seconds: nobody waits for them to be told of a typing slip.
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("--help", 0),
+        *((f"{command} --help", 0) for command in ("cpt", "plan", "pairs", "eval", "report", "export", "bench")),
+        *((f"{command} {command}.yaml optim.lrr=1", 2) for command in ("cpt", "rpo", "pairs")),
+        *((f"{command} missing.yaml", 2) for command in ("cpt", "check", "plan", "pairs")),
+        ("check cpt.yaml optim.lrr=1", 2),
+        ("plan cpt.yaml optim.lrr=1", 2),
+        ("plan cpt.yaml --sizes qwen2.5-7b", 0),  # torch alone
+        (SCORE, 0),
+        ("compare scored.jsonl scored.jsonl", 0),
+        ("report run", 0),
+        ("report missing", 2),
+    ],
+)
+def test_what_reads_no_model_imports_none_of_its_libraries(finished, words, status):
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *words.split()], cwd=finished, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{status} {['torch'] if '--sizes' in words else []}", done.stderr

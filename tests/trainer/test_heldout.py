@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from helpers import made_up_text, read_metrics, run, write_jsonl
 
-from medtrain.trainer.heldout import ForgettingAlarm, change
+from medtrain.trainer.alarms import ForgettingAlarm
+from medtrain.trainer.heldout import change
 
 
 def test_of_documents_of_one_size_the_error_is_that_of_a_mean():

@@ -2,13 +2,14 @@
 
 import json
 import os
+import resource
 
 import pytest
 import torch
 from helpers import assert_same_curve, kill_in_a_child, read_metrics, run, run_on_ranks, stopped_after, without_timing
 from transformers import AutoModelForCausalLM
 
-from medtrain.trainer import step
+from medtrain.trainer import loop, step
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.tokenizer import read_tokenizer
 
@@ -265,3 +266,10 @@ def test_bfloat16_compute_follows_float32(cpt_tree, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2) and a["loss"] != b["loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16" / "model")
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 2**20), ("darwin", 2**30)])  # KiB, and bytes
+def test_peak_memory_is_in_gib_on_every_system(monkeypatch, system, unit):
+    monkeypatch.setattr("sys.platform", system)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    assert loop._max_memory_gib(torch.device("cpu")) == pytest.approx(peak, rel=0.2)

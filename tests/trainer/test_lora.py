@@ -28,13 +28,13 @@ from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.export import export_run
+from medtrain.trainer.flops import num_parameters
 from medtrain.trainer.lora import fill_adapters, plan_adapters, weight_name
 from medtrain.trainer.model import (
     SUPPORTED_TYPES,
     build_model,
     load_model_config,
     load_tokenizer,
-    num_parameters,
     parameter_shapes,
 )
 from medtrain.trainer.quant import dequantize, quantize

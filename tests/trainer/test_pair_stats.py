@@ -10,9 +10,10 @@ import torch
 from helpers import made_up_text, read_metrics, run_on_ranks, write_jsonl
 
 from medtrain.kernels.preference import preference_loss
+from medtrain.trainer.alarms import LikelihoodAlarm
 from medtrain.trainer.config import config_from_dict
 from medtrain.trainer.loop import train
-from medtrain.trainer.pair_stats import LikelihoodAlarm, num_sums, pair_metrics, pair_sums
+from medtrain.trainer.pair_stats import num_sums, pair_metrics, pair_sums
 
 BETA = 0.3
 

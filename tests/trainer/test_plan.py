@@ -1,5 +1,6 @@
 """The memory plan: what it says beside what real steps take, and what the command answers."""
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from medtrain.benchmarks.plan_error import run_case, write_data
 from medtrain.trainer import plan_report
 from medtrain.trainer.checkpoint import Saver
 from medtrain.trainer.cli import main
-from medtrain.trainer.config import config_from_dict
+from medtrain.trainer.config import ModelConfig, config_from_dict
 from medtrain.trainer.errors import InputError
+from medtrain.trainer.model import load_model_config, parameter_shapes
 from medtrain.trainer.plan import GIB, Machine, checkpoint_copy, read_model, units
-from medtrain.trainer.plan_report import alternatives, largest_micro_batch, make_plan, model_sizes, plan_config
+from medtrain.trainer.plan_report import MODELS, alternatives, largest_micro_batch, make_plan, model_sizes, plan_config
+from medtrain.trainer.plan_sizes import read_sizes, shapes_of
 
 SMALL = {"model.init.hidden_size": 128, "model.init.intermediate_size": 352, "model.init.num_hidden_layers": 4}
 # Layers so wide beside their tokens that what FSDP gathers and reduces decides the peak.
@@ -252,3 +255,35 @@ def test_every_setting_of_precision_changes_the_plan(setting):
     plain, changed = (CliRunner().invoke(main, ["plan", config, *words, "--json"]) for words in ([], [setting]))
     assert plain.exit_code == changed.exit_code == 0, changed.output
     assert json.loads(plain.stdout)["peak_gib"] != json.loads(changed.stdout)["peak_gib"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+def test_plain_sizes_are_those_of_transformers(tmp_path, model_type, tied):
+    content = {
+        "model_type": model_type, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    content |= {"head_dim": 16} if model_type == "qwen3" else {}
+    content |= {"sliding_window": None} if model_type == "mistral" else {}
+    hf_config = load_model_config(ModelConfig(init=content), None)
+    hf_config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for sizes in (read_sizes(content, from_user=True), read_sizes(written, from_user=False)):
+        assert shapes_of(sizes) == parameter_shapes(hf_config)
+        for field in dataclasses.fields(sizes):
+            theirs = getattr(hf_config, field.name, None)
+            assert getattr(sizes, field.name) == (theirs or 12 if field.name == "head_dim" else theirs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gemma2"}, {"hidden_size": 50}, {"hidden_size": "64"}, {"vocab_size": None}, {"num_layers": 3},
+        {"attention_bias": True}, {"layer_types": ["sliding_attention"]}, {"tie_word_embeddings": None}, {"head_dim": None},
+        {"model_type": "qwen3"}, {"model_type": "mistral"}, {"quantization_config": {"bits": 4}}, {"attention_dropout": 0.1},
+    ],
+)  # fmt: skip
+def test_what_is_not_plain_is_left_to_transformers(change):
+    plain = json.loads((MODELS / "qwen2.5-7b.json").read_text())
+    assert read_sizes(plain, from_user=True) is not None and read_sizes(plain | change, from_user=True) is None

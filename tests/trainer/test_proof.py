@@ -1,6 +1,8 @@
 """The proof before the first step: it passes what was loaded rightly and finds whatever was not, on any number of ranks."""
 
+import builtins
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,25 @@ def test_a_model_too_large_for_the_host_is_compared_by_its_tensors(hf_folder, mo
     found = proved(hf_folder())
     assert found["forward"].endswith("GB in float32, of 0.0 GB allowed") and found["tensors"] == 27
     assert "no forward beside Hugging Face's" in proof.describe(found)
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_machine_without_proc_compares_where_it_knows_its_memory_and_says_so_where_not(hf_folder, monkeypatch, says):
+    opened = builtins.open
+
+    def refuse(file, *args, **kwargs):
+        if str(file).startswith(("/proc/", "/sys/")):
+            raise FileNotFoundError(2, "No such file or directory", file)
+        return opened(file, *args, **kwargs)
+
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    if not says:
+        monkeypatch.setattr(os, "sysconf", unknown)
+    found = proved(hf_folder())["forward"]
+    assert found["mean_difference"] < 1e-5 if says else found.endswith("of 0.0 GB allowed")
 
 
 def proofs(out):

@@ -107,9 +107,7 @@ def test_other_ids_than_the_files_are_found_on_the_probes_and_on_texts_of_the_da
     question = Question("1", "12345 はどれか。", ("x", "y"), ("a",))
     with pytest.raises(InputError, match="transformers makes of"):
         prompt_widths(PromptStyle(), [question], [], tokenizer, {"answer": 8}, None, "exam.jsonl")
-    monkeypatch.setattr(
-        "medtrain.trainer.tokenizer.PreTrainedTokenizerFast.from_pretrained", lambda *_, **__: tokenizer
-    )
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", lambda *_, **__: tokenizer)
     with pytest.raises(InputError, match="tokenizer.json: not the tokens that transformers makes of"):
         read_tokenizer(folder)
 

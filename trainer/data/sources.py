@@ -11,13 +11,14 @@ import codecs
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 
 _ROWS_PER_READ = 1024
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
@@ -65,7 +66,7 @@ def name_sources(sources: Sequence[Source]) -> list[Source]:
     for source in sources:
         name = source.name
         if name is None:
-            stem = Path(source.path).resolve().stem
+            stem = Path(os.path.realpath(source.path)).stem
             name = next(n for k in range(1, len(sources) + 2) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
             taken.add(name)
         named.append(dataclasses.replace(source, name=name))
@@ -74,7 +75,15 @@ def name_sources(sources: Sequence[Source]) -> list[Source]:
 
 def source_files(path: str | Path) -> list[Path]:
     """Return the data files of a source in reading order. Raises InputError if there are none or of no known kind."""
-    path = Path(path)
+    with user_path(path):
+        files = _files_of(Path(path))
+        for file in files:
+            with open(file, "rb"):
+                pass
+    return files
+
+
+def _files_of(path: Path) -> list[Path]:
     if not path.exists():
         raise bad_input("no such file or folder", file=path)
     if path.is_file():

@@ -27,7 +27,7 @@ from medtrain.trainer.data.parts import Part, is_whole, missing_parts, open_part
 from medtrain.trainer.data.pieces import plan_parts
 from medtrain.trainer.data.sources import Source, read_rows, source_files
 from medtrain.trainer.data.workers import Job, Report, default_workers, make_parts
-from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.errors import InputError, bad_input, user_path
 from medtrain.trainer.files import PARTIAL
 from medtrain.trainer.tokenizer import check_ids, first_texts
 
@@ -159,8 +159,10 @@ def _alone(folder: Path) -> Iterator[bool]:
 
     It only spares work: where locks do not reach (another machine), each makes its own parts, and they are the same.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+    with user_path(folder.parent, "cannot be written", field="data.cache"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(folder.name + ".lock"), "w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             alone = True

@@ -18,8 +18,8 @@ from medtrain.trainer.demo.recipe import RECIPE, Recipe
 from medtrain.trainer.demo.table import conclusions, draw_table, format_table, marks_of
 from medtrain.trainer.demo.texts import STYLE, WorldFiles, names_in, write_jsonl, write_world
 from medtrain.trainer.demo.world import World, make_world
-from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import read_rows, write_json
+from medtrain.trainer.errors import bad_input, user_path
+from medtrain.trainer.files import check_can_make, read_rows, write_json
 
 # Every preference arm: the model it starts from, what differs from the recipe's RPO, and what it is.
 PREFERENCES = {
@@ -295,9 +295,12 @@ def claim(demo: Demo) -> None:
     """Make the folder this demo's, or find that it is."""
     record = {"seed": demo.seed, "recipe": demo.recipe.plain()}
     path = demo.out / "demo.json"
-    if path.is_file():
+    check_can_make(demo.out)
+    with user_path(demo.out):
+        written = path.read_text(encoding="utf-8") if path.is_file() else None
+    if written is not None:
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = json.loads(written)
             before["recipe"].keys()
         except (ValueError, KeyError, TypeError, AttributeError):
             before = None
@@ -308,10 +311,12 @@ def claim(demo: Demo) -> None:
                 "holds a demo of another seed or other settings", file=demo.out, expected="another --out folder"
             )
         return
-    if demo.out.exists() and (not demo.out.is_dir() or any(demo.out.iterdir())):
-        raise bad_input("holds other things than a demo", file=demo.out, expected="a new or empty --out folder")
-    demo.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    with user_path(demo.out):
+        if demo.out.exists() and (not demo.out.is_dir() or any(demo.out.iterdir())):
+            raise bad_input("holds other things than a demo", file=demo.out, expected="a new or empty --out folder")
+    with user_path(demo.out, "cannot be written"):
+        demo.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
 
 
 def _counts(demo: Demo) -> dict[str, int]:

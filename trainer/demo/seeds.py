@@ -21,8 +21,8 @@ from medtrain.trainer.demo.run import FURTHER, NUM_THREADS, run_demo
 from medtrain.trainer.demo.table import LABELS, draw_bars
 from medtrain.trainer.demo.texts import states_fact
 from medtrain.trainer.demo.world import make_world
-from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import read_rows, write_json
+from medtrain.trainer.errors import bad_input, user_path
+from medtrain.trainer.files import check_can_make, read_rows, write_json
 from medtrain.trainer.processes import clean_context
 from medtrain.trainer.run_folder import commit, device_name, versions
 
@@ -117,7 +117,10 @@ def run_seeds(
     :class:`InputError` where ``out`` holds a demo of one seed, or one of its folders something else than a demo of that seed.
     """
     out = Path(out)
-    if (out / "demo.json").exists():
+    check_can_make(out)
+    with user_path(out):
+        one = (out / "demo.json").exists()
+    if one:
         raise bad_input("holds a demo of one seed", file=out, expected="another --out folder")
     if jobs > 1:
         say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))

@@ -6,8 +6,9 @@ import json
 
 import click
 
+PATH = click.Path(readable=False)  # whether it can be read is said by who opens it
 MAPPING = click.option(
-    "--mapping", type=click.Path(), help="YAML: which fields hold what, for an exam of an own form (docs/exam.md)."
+    "--mapping", type=PATH, help="YAML: which fields hold what, for an exam of an own form (docs/exam.md)."
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -21,7 +22,7 @@ def _say(line: str) -> None:
 
 
 @click.command(short_help="Sample reasoning and write preference pairs.")
-@click.argument("config", type=click.Path())
+@click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 def pairs(config: str, overrides: tuple[str, ...]) -> None:
     """Sample reasoning on questions, grade it, and write preference pairs, as CONFIG.yaml says; prints the summary.
@@ -31,20 +32,21 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
     from dataclasses import asdict
 
     from medtrain.trainer.config import load_pairs_config
-    from medtrain.trainer.exam.pairs import run_pairs
     from medtrain.trainer.exam.prompts import load_style
 
     settings = asdict(load_pairs_config(config, overrides))
     style = load_style(settings.pop("prompt"), chat=settings.pop("chat"))
+    from medtrain.trainer.exam.pairs import run_pairs  # seconds, not for a typing slip
+
     summary = run_pairs(**settings, style=style, echo=_say)
     del summary["settings"]  # in the file
     print_json(summary)
 
 
 @click.command("eval", short_help="Sit an exam, for the answer alone and with explanation.")
-@click.option("--model", required=True, type=click.Path(), help="A Hugging Face folder.")
-@click.option("--exam", required=True, type=click.Path(), help="Questions, JSON Lines or CSV.")
-@click.option("--out", required=True, type=click.Path(), help="Where exam.json and the outputs go.")
+@click.option("--model", required=True, type=PATH, help="A Hugging Face folder.")
+@click.option("--exam", required=True, type=PATH, help="Questions, JSON Lines or CSV.")
+@click.option("--out", required=True, type=PATH, help="Where exam.json and the outputs go.")
 @click.option("--mode", type=click.Choice(["answer", "explain", "both"]), default="both", show_default=True)
 @click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
 @click.option(
@@ -55,7 +57,7 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
     "--prompt", metavar="NAME_OR_FILE", help="default, english, official, demo (configs/prompts), or a YAML file."
 )
 @click.option("--chat", is_flag=True, help="Use the checkpoint's chat template (instruct models).")
-@click.option("--demonstrations", type=click.Path(), help="Worked examples for a few-shot prompt, JSON Lines.")
+@click.option("--demonstrations", type=PATH, help="Worked examples for a few-shot prompt, JSON Lines.")
 @MAPPING
 @click.option("--images", is_flag=True, help="Ask what needs an image too; such questions are left out otherwise.")
 @click.option(
@@ -86,11 +88,9 @@ def evaluate(as_json: bool, **options) -> None:
 
 
 @click.command()
-@click.option("--exam", required=True, type=click.Path(), help="Questions, JSON Lines or CSV.")
-@click.option(
-    "--predictions", required=True, type=click.Path(), help="Rows {problem_id, prediction} or {problem_id, output}."
-)
-@click.option("--details", type=click.Path(), help="Write one object a question here.")
+@click.option("--exam", required=True, type=PATH, help="Questions, JSON Lines or CSV.")
+@click.option("--predictions", required=True, type=PATH, help="Rows {problem_id, prediction} or {problem_id, output}.")
+@click.option("--details", type=PATH, help="Write one object a question here.")
 @MAPPING
 def score(exam: str, predictions: str, details: str | None, mapping: str | None) -> None:
     """Score predictions by the official rule; prints JSON."""
@@ -100,8 +100,8 @@ def score(exam: str, predictions: str, details: str | None, mapping: str | None)
 
 
 @click.command(short_help="Compare two exam results, question by question.")
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
 @AS_JSON
 def compare(a: str, b: str, as_json: bool) -> None:
     """Compare B with A, question by question: two out folders of eval, or two details files of score.

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.intervals import bootstrap_interval, p_text, paired_p_value
 from medtrain.trainer.exam.prompts import MODES
 from medtrain.trainer.exam.questions import read_jsonl
@@ -78,10 +78,11 @@ def _differing(one: Marks, other: Marks, a: str | Path) -> dict:
 
 def _sitting(path: Path) -> dict[str, Marks]:
     """The marks of each mode; a details file has one, called predictions."""
-    if path.is_file():
-        return {"predictions": _marks(path)}
     files = {mode: path / f"outputs-{mode}.jsonl" for mode in MODES}
-    found = {mode: _marks(file) for mode, file in files.items() if file.is_file()}
+    with user_path(path):
+        if path.is_file():
+            files = {"predictions": path}
+        found = {name: _marks(file) for name, file in files.items() if file.is_file()}
     if not found:
         raise bad_input("no finished exam here", file=path,
                         expected="an out folder of medtrain eval, or a details file of medtrain score")  # fmt: skip

@@ -30,11 +30,11 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
-from medtrain.trainer.exam.generate import INVALID, HFEngine
+from medtrain.trainer.exam.generate import HFEngine
 from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import read_outputs
-from medtrain.trainer.exam.scoring import to_jsonl
+from medtrain.trainer.exam.scoring import INVALID, to_jsonl
 from medtrain.trainer.files import file_sha256, write_bytes
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.weights import generation_config

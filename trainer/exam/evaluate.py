@@ -15,9 +15,9 @@ from datetime import datetime
 from pathlib import Path
 
 from medtrain.trainer.chat import fix_time, now
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.choices import score_choices, summarize_choices
-from medtrain.trainer.exam.generate import INVALID, HFEngine, Output, VLLMEngine, load_engine
+from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
 from medtrain.trainer.exam.intervals import bootstrap_interval, p_text, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import (
@@ -30,7 +30,15 @@ from medtrain.trainer.exam.prompts import (
 )
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import claim, end_last_line, file_digest, model_digest, rows_of
-from medtrain.trainer.exam.scoring import Graded, grade_output, summarize, to_jsonl, unread_note, write_atomically
+from medtrain.trainer.exam.scoring import (
+    INVALID,
+    Graded,
+    grade_output,
+    summarize,
+    to_jsonl,
+    unread_note,
+    write_atomically,
+)
 from medtrain.trainer.tokenizer import read_tokenizer
 
 METHODS = ("generate", "choice_logp")
@@ -191,7 +199,9 @@ def evaluate(
     # A limit belongs to the outputs of its mode: where there are none it is free, where the mode is not sat now it stays.
     free, asked_before = set(), recorded.get("identity", {})
     for one, name in (("answer", "max_answer_tokens"), ("explain", "max_new_tokens")):
-        if not any(out.glob(f"outputs-{one}.*")):
+        with user_path(out):
+            none = not any(out.glob(f"outputs-{one}.*"))
+        if none:
             free.add(name)
         elif one not in modes and name in asked_before:
             identity[name] = asked_before[name]

@@ -28,7 +28,6 @@ _LOGITS_AT_ONCE = 2**28  # float32: 1 GiB
 # largest: rounding in bfloat16 makes a hundredth or two; a token made without its context is another one altogether.
 _CACHE_TOKENS = 8
 _CACHE_TOLERANCE = 0.05
-INVALID = "with and without the KV cache the model goes on in different ways after the first question"
 
 
 @dataclass(frozen=True)

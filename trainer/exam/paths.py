@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medtrain.trainer.errors import bad_input
-from medtrain.trainer.exam.generate import INVALID, HFEngine, OnOutputs, Output, VLLMEngine
+from medtrain.trainer.errors import bad_input, user_path
+from medtrain.trainer.exam.generate import HFEngine, OnOutputs, Output, VLLMEngine
 from medtrain.trainer.exam.parse import Parsed, parse_output
 from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question
 from medtrain.trainer.exam.records import end_last_line, rows_of
-from medtrain.trainer.exam.scoring import grade_output, to_jsonl, write_atomically
+from medtrain.trainer.exam.scoring import INVALID, grade_output, to_jsonl, write_atomically
 from medtrain.trainer.exam.statements import squeeze
 
 KINDS = ("right", "bare", "wrong", "unparsed", "truncated", "duplicate")
@@ -143,8 +143,11 @@ class PathFile:
         self.path, self.identity = path, json.loads(json.dumps(identity))
         self.header = {"sampling": self.identity | (about or {})}
         self.outputs: dict[tuple[str, int], Output] = {}
-        if not path.is_file():
-            return
+        with user_path(path):
+            if not path.is_file():
+                return
+            with open(path, "rb"):
+                pass
         recorded = recorded_header(path)
         if not recorded:
             raise bad_input("not a file of sampled paths", file=path, expected="another out, or this file moved away")

@@ -17,7 +17,7 @@ from pathlib import Path
 from medtrain.trainer.chat import left_out, squeeze
 from medtrain.trainer.config_reading import build, read_tree
 from medtrain.trainer.data.encode import opening, tokenize_starts
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.tokenizer import check_ids, first_texts
 
@@ -207,7 +207,9 @@ def load_style(prompt: str | Path | None, *, chat: bool = False, setting: str = 
     if prompt is None:
         return PromptStyle(chat=chat)
     named, path = _NAMED / f"{prompt}.yaml", Path(prompt)
-    if not named.is_file() and not path.is_file():
+    with user_path(path, field=setting):
+        there = named.is_file() or path.is_file()
+    if not there:
         names = ", ".join(sorted(file.stem for file in _NAMED.glob("*.yaml")))
         raise bad_input("no such prompt style", field=setting, found=str(prompt), expected=f"{names}, or a YAML file")
     path = named if named.is_file() else path

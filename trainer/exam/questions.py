@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.mapping import Mapping, known_form, load_mapping, read_csv
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
@@ -100,10 +100,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     not objects.
     """
     path = Path(path)
-    try:
+    with user_path(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise bad_input("cannot be read", file=path, found=error.strerror or str(error)) from error
     # Split on bytes: str.splitlines would also split at U+2028 and the like, which JSON allows inside strings.
     for row, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():

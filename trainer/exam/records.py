@@ -8,7 +8,7 @@ import struct
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.prompts import MODES
 from medtrain.trainer.exam.scoring import write_atomically
 from medtrain.trainer.files import file_sha256, read_rows
@@ -20,7 +20,8 @@ def claim(out: Path, identity: dict, paths: dict, free: Collection[str] = ()) ->
     ``free`` settings have made none of what is there and may differ; the record then has the new ones.
     """
     run = out / "run.json"
-    has_results = (out / "exam.json").exists() or any(out.glob("outputs-*.jsonl"))
+    with user_path(out):
+        has_results = (out / "exam.json").exists() or any(out.glob("outputs-*.jsonl"))
     if has_results and not run.is_file():
         raise bad_input("holds results without run.json, so whose they are is unknown", file=out)
     if not has_results:
@@ -69,10 +70,8 @@ def file_digest(path: str | Path | None) -> str | None:
     """sha256 of a file; None of None. Raises :class:`InputError` where it cannot be read."""
     if path is None:
         return None
-    try:
+    with user_path(path):
         return file_sha256(path)
-    except OSError as error:
-        raise bad_input("cannot be read", file=path, found=error.strerror or str(error)) from error
 
 
 def model_digest(model_dir: str | Path) -> str:
@@ -80,7 +79,11 @@ def model_digest(model_dir: str | Path) -> str:
 
     Training moves every tensor, so samples tell checkpoints apart, and 145 GB need not be read to go on with a run.
     """
-    folder = Path(model_dir)
+    with user_path(model_dir):
+        return _model_digest(Path(model_dir))
+
+
+def _model_digest(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise bad_input("no checkpoint", file=folder, expected="a folder with config.json, weights and a tokenizer")
     digest = hashlib.sha256()

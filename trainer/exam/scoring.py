@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.intervals import bootstrap_interval
 from medtrain.trainer.exam.parse import Parsed, parse_output
 from medtrain.trainer.exam.questions import Question, load_questions, read_jsonl
@@ -25,6 +25,9 @@ from medtrain.trainer.files import write_bytes
 
 # Declared void after the examination: the official scorer counts it as right for every prediction.
 _ALWAYS_RIGHT = frozenset({"116A71"})
+
+# Why figures are marked invalid (HFEngine.cache_agrees).
+INVALID = "with and without the KV cache the model goes on in different ways after the first question"
 
 
 @dataclass(frozen=True)
@@ -217,11 +220,9 @@ def load_predictions(path: str | Path, questions: Sequence[Question]) -> dict[st
 def write_atomically(path: str | Path, content: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
     path = Path(path)
-    try:
+    with user_path(path, "cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content.encode())
-    except OSError as error:
-        raise bad_input("cannot be written", file=path, found=error.strerror or str(error)) from error
 
 
 def to_jsonl(rows: Iterable[Mapping]) -> str:
