@@ -19,7 +19,7 @@ import torch
 from medtrain.trainer.checkpoint import complete_checkpoints
 from medtrain.trainer.config import Config, learned_settings
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import PARTIAL, read_rows, sync_file, write_bytes, write_json
+from medtrain.trainer.files import PARTIAL, read_rows, sync, write_bytes, write_json
 
 PACKAGES = (
     "medtrain",
@@ -145,7 +145,7 @@ class RunFolder:
     def sync_metrics(self) -> None:
         """Let the rows so far reach the disk: a checkpoint is about to say that they are there."""
         if self.metrics.is_file():
-            sync_file(self.metrics)
+            sync(self.metrics)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
