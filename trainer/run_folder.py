@@ -11,13 +11,14 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from medtrain.trainer.checkpoint import complete_checkpoints
-from medtrain.trainer.config import Config, learned_settings
+from medtrain.trainer.config import Config, ModelConfig, learned_settings
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import PARTIAL, read_rows, sync, write_bytes, write_json
 
@@ -45,6 +46,7 @@ class RunFolder:
         self.ledger = self.root / "ledger.json"
         self.checkpoints = self.root / "checkpoints"
         self.reference = self.root / "reference"
+        self.base = self.root / "base"
         self.model = self.root / "model"
         self.adapter = self.root / "adapter"
         self.tensorboard = self.root / "tensorboard"
@@ -104,6 +106,15 @@ class RunFolder:
 
     def missing_results(self, config: Config) -> list[Path]:
         return [path for path in self.results(config) if not path.is_dir()]
+
+    def finished(self, config: Config, steps: int) -> bool:
+        """Whether nothing is left to do of the ``steps`` steps and of what comes of them."""
+        last = self.last_checkpoint()
+        return last is not None and last[0] == steps and not self.missing_results(config)
+
+    def kept(self, model: ModelConfig) -> ModelConfig:
+        """``model`` with its config and tokenizer as the run keeps them in ``base/``; as it is where the run keeps none."""
+        return replace(model, path=str(self.base), init=None, tokenizer=None) if self.base.is_dir() else model
 
     def starts(self) -> list[dict[str, Any]]:
         """What the manifest says of earlier starts of this run."""

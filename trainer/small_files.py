@@ -92,7 +92,7 @@ def rehearse(
 
 def _comparable(hf_config: PreTrainedConfig) -> dict[str, Any]:
     left_out = ("architectures", "dtype", "transformers_version", "auto_map")
-    return {key: value for key, value in hf_config.to_dict().items() if key not in left_out}
+    return {key: value for key, value in hf_config.to_diff_dict().items() if key not in left_out}
 
 
 def _sample(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
