@@ -23,7 +23,14 @@ from medtrain.trainer.exam.during import Exam, read_exam
 from medtrain.trainer.export import export_dtype
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.liger import select_layers
-from medtrain.trainer.lora import Adapters, adapter_digest, fill_adapters, plan_adapters, start_digest
+from medtrain.trainer.lora import (
+    Adapters,
+    adapter_digest,
+    fill_adapters,
+    plan_adapters,
+    rehearse_adapters,
+    start_digest,
+)
 from medtrain.trainer.model import (
     PolicyModel,
     build_model,
@@ -87,6 +94,8 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     adapters = plan_adapters(config.lora, shapes)
     dtype = export_dtype(config, compute_dtype)
     world.from_main(lambda: rehearse(hf_config, tokenizer, dtype=dtype, source=model.path))
+    if adapters is not None:
+        world.from_main(lambda: rehearse_adapters(adapters, config.model.path))
     fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)
     check_state(config.optim.state, shapes)
     if config.precision.weights == "bf16" and compute_dtype != torch.bfloat16:

@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from medtrain.trainer.errors import InputError, bad_input
@@ -123,7 +124,7 @@ def _model_config(hf_config: PreTrainedConfig, dtype: torch.dtype, source: str |
     read.pop("auto_map", None)
     rope = dict(read["rope_parameters"])
     theta, kind = rope.pop("rope_theta"), rope["rope_type"]
-    # As it was written, where it was: transformers 5 adds defaults that 4 understands differently.
+    # Where the source has it, without the defaults that transformers 5 adds.
     scaling = config.get("rope_scaling") or (None if kind == "default" else rope)
     name = str(dtype).removeprefix("torch.")
     return config | read | {
@@ -172,9 +173,11 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     contents = {file: _read_json(file) for file in (settings, others) if file.is_file()} or {settings: {}}
     for file, before in contents.items():
         after = {key: value for key, value in before.items() if key != "auto_map"}  # its code does not come along
-        if after.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it
+        if file == settings and type(tokenizer) is PreTrainedTokenizerFast:
+            # Its tokenizer.json and nothing more. transformers 5 calls that TokenizersBackend, which 4 does not know; by
+            # another name, or none, either might make something else of it.
             after["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(after.get("extra_special_tokens"), list):  # likewise; 4 knows a dict of that name alone
+        if isinstance(after.get("extra_special_tokens"), list):  # 4 knows a dict of that name alone
             after["additional_special_tokens"] = after.pop("extra_special_tokens")
         if _text(after.get("eos_token")) != tokenizer.eos_token and (file == settings or "eos_token" in after):
             after["eos_token"] = tokenizer.eos_token
