@@ -132,7 +132,7 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
                         found=config.optim.warmup_steps, expected=f"below the {steps} steps")  # fmt: skip
     if not has_files and config.model.path is not None and not world.from_main(lambda: folder.finished(config, steps)):
         raise bad_input("the weights the run began with are gone", field="model.path", found=config.model.path,
-                        expected="where they are now; medtrain export does without them")  # fmt: skip
+                        expected="where they are now" + ("" if config.lora.on else "; medtrain export does without"))  # fmt: skip
     paths = {
         "attention": select_backend(world.device, compute_dtype, config.model.compile),
         "layers": select_layers(config.model, hf_config, world.device),
