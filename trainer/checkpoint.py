@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from medtrain.trainer.distributed import TIMEOUT, World, local_tensor, unwrapped
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import PARTIAL, sync_folder, write_json
+from medtrain.trainer.files import PARTIAL, sync, write_json
 from medtrain.trainer.model import PolicyModel
 from medtrain.trainer.run_folder import complete_checkpoints
 
@@ -165,7 +165,7 @@ class Saver:
         if final.exists():
             _remove(final)
         partial.rename(final)
-        sync_folder(self.root)
+        sync(self.root)
         for _, old in complete_checkpoints(self.root)[: -self.keep]:
             _remove(old)
 

@@ -59,8 +59,9 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
     if adapter and not config.lora.on:
         raise bad_input("no LoRA run", file=place, expected="a run with adapters, or no --adapter")
     with join_world(device_type="cpu") as world:  # a whole model fits into host memory sooner than into one GPU
-        tokenizer = load_tokenizer(config.model)
-        hf_config = load_model_config(config.model, tokenizer)
+        model = folder.kept(config.model)
+        tokenizer = load_tokenizer(model)
+        hf_config = load_model_config(model, tokenizer)
         adapters = None
         if config.lora.on:
             # What the run made of lora.path, whatever that is by now; its values come from the checkpoint.
@@ -68,15 +69,15 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
             adapters = plan_adapters(dataclasses.replace(config.lora, path=None, **made), parameter_shapes(hf_config))
         weights_dtype = torch.bfloat16 if config.precision.weights == "bf16" else torch.float32
         base_dtype = weights_dtype if adapters is None else compute_dtype
-        policy = build_model(config.model, hf_config, world, base_dtype, backend="sdpa", adapters=adapters,
+        policy = build_model(model, hf_config, world, base_dtype, backend="sdpa", adapters=adapters,
                              weights_dtype=weights_dtype)  # fmt: skip
-        if adapters is not None:
+        if adapters is not None and not adapter:
             _load_base(policy, config, manifest["digests"]["weights"], world)
         load_checkpoint(chosen[-1], policy, None, world)
         if adapter:
             return export_adapters(policy, adapters, out, world, base=config.model.path)
         dtype = export_dtype(config, compute_dtype)
-        return export_model(policy, tokenizer, out, world, dtype=dtype, source=config.model.path, adapters=adapters)
+        return export_model(policy, tokenizer, out, world, dtype=dtype, source=model.path, adapters=adapters)
 
 
 def _load_base(policy: PolicyModel, config: Config, digest: str, world: World) -> None:

@@ -25,7 +25,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -52,19 +52,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def replace_folder(partial: Path, out: Path) -> None:
     """Let ``partial``'s files reach the disk and put it in the place of ``out``, old or new at any moment."""
-    for path in partial.iterdir():
-        sync_file(path)
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
     old = out.with_name(out.name + ".old" + PARTIAL)
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
     partial.rename(out)
-    sync_folder(out.parent)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -84,15 +84,9 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_file(path: Path) -> None:
-    """Let what was written to ``path`` reach the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Let renames inside ``folder`` reach the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Let what was written to a file, or renamed inside a folder, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -8,6 +8,7 @@ started again goes on as if it had never stopped.
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.during import sit_exam
 from medtrain.trainer.export import export_dtype
-from medtrain.trainer.files import write_json
+from medtrain.trainer.files import PARTIAL, replace_folder, write_json
 from medtrain.trainer.flops import FlopsPerToken, num_parameters, peak_flops
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.lora import export_adapters
@@ -35,6 +36,7 @@ from medtrain.trainer.progress import Display, count, evaluation_lines, summary
 from medtrain.trainer.report import LiveReport
 from medtrain.trainer.run_folder import RunFolder, commit, device_name, last_step, versions
 from medtrain.trainer.schedule import lr_factor
+from medtrain.trainer.small_files import write_small_files
 from medtrain.trainer.step import optimizer_step
 from medtrain.trainer.weights import export_model
 
@@ -72,8 +74,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
 
     def look() -> tuple[tuple[int, Path] | None, bool]:
         folder.check(config.settings(), objective.digests)
-        last = folder.last_checkpoint()
-        return last, last is not None and last[0] == steps and not folder.missing_results(config)
+        return folder.last_checkpoint(), folder.finished(config, steps)
 
     last, complete = world.from_main(look)
     if complete:
@@ -140,7 +141,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             if objective.heldout and due(config.eval.every):
                 found |= objective.evaluate(policy, world)
             if prepared.exam is not None and due(config.eval.exam_every):
-                found |= sit_exam(policy, renderer, prepared.exam, world, folder.exam(step), config.model.path)
+                found |= sit_exam(policy, renderer, prepared.exam, world, folder.exam(step), folder.base)
         if found:
             row = {"step": step} | found
             record(row)
@@ -211,7 +212,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         export_adapters(policy, adapters, folder.adapter, world, base=config.model.path)
     if folder.model in missing:
         dtype = export_dtype(config, prepared.compute_dtype)
-        export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=config.model.path,
+        export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=folder.base,
                      adapters=adapters)  # fmt: skip
     report.write()
     if world.is_main:
@@ -247,6 +248,13 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
         }
     )
     write_json(folder.ledger, prepared.objective.ledger)
+    if not folder.base.is_dir():
+        partial = folder.base.with_name(folder.base.name + PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write_small_files(partial, prepared.hf_config, prepared.tokenizer, dtype=export_dtype(config, prepared.compute_dtype),
+                          source=config.model.path)  # fmt: skip
+        replace_folder(partial, folder.base)
 
 
 def _check_shared(folder: RunFolder, world: World) -> None:

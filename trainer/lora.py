@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -269,6 +270,32 @@ def adapter_pairs(policy: PolicyModel) -> dict[str, tuple[torch.Tensor, torch.Te
     }
 
 
+def _write_config(adapters: Adapters, folder: Path, base: str | None) -> None:
+    config = adapters.peft_config(base)
+    config.inference_mode = True  # as PEFT itself saves it: loaded, it is not trained unless asked
+    config.save_pretrained(folder)
+
+
+def rehearse_adapters(adapters: Adapters, base: str | None) -> None:
+    """Write the config of :func:`export_adapters` to a scratch folder and read it back.
+
+    Raises:
+        InputError: PEFT cannot write or read it, or reads something else.
+    """
+    from peft import PeftConfig
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            _write_config(adapters, Path(scratch), base)
+            found = PeftConfig.from_pretrained(scratch)
+            read = (found.r, found.lora_alpha, set(found.target_modules), found.base_model_name_or_path)
+        except Exception as error:  # of PEFT's, transformers' or huggingface_hub's
+            read = f"{type(error).__name__}: {error}".split("\n")[0]
+    if read != (expected := (adapters.rank, adapters.alpha, set(adapters.targets), base)):
+        raise bad_input("PEFT's config of the adapters is not the same after writing and reading it", field="lora",
+                        found=read, expected=str(expected))  # fmt: skip
+
+
 @torch.no_grad()
 def export_adapters(
     policy: PolicyModel, adapters: Adapters, out: str | Path, world: World, *, base: str | None
@@ -289,9 +316,7 @@ def export_adapters(
             if world.is_main:
                 tensors[_peft_name(weight_name(name))] = tensor.float().cpu().contiguous()
     if world.is_main:
-        config = adapters.peft_config(base)
-        config.inference_mode = True  # as PEFT itself saves it: loaded, it is not trained unless asked
-        config.save_pretrained(partial)
+        _write_config(adapters, partial, base)
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         replace_folder(partial, out)
     world.barrier()

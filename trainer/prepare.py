@@ -5,6 +5,7 @@ Every mistake of the user's shows in :func:`prepare`, before anything is written
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,10 +23,18 @@ from medtrain.trainer.config import Config
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.during import Exam, read_exam
+from medtrain.trainer.export import export_dtype
 from medtrain.trainer.flops import num_parameters
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.liger import select_layers
-from medtrain.trainer.lora import Adapters, adapter_digest, fill_adapters, plan_adapters, start_digest
+from medtrain.trainer.lora import (
+    Adapters,
+    adapter_digest,
+    fill_adapters,
+    plan_adapters,
+    rehearse_adapters,
+    start_digest,
+)
 from medtrain.trainer.model import (
     PolicyModel,
     build_model,
@@ -40,6 +49,7 @@ from medtrain.trainer.progress import Display, count
 from medtrain.trainer.proof import describe, prove
 from medtrain.trainer.run_folder import RunFolder, device_name
 from medtrain.trainer.samples import decoded_samples
+from medtrain.trainer.small_files import rehearse
 from medtrain.trainer.weights import Checkpoint, digest_of_init, init_weights, load_weights
 
 if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
@@ -74,13 +84,23 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
         for name in sorted(config.given & {"parallel.reshard_after_forward", "parallel.prefetch"}):
             display.say(f"note: {name} has no effect on one rank")
     compute_dtype = compute_dtype_of(config)
-    tokenizer = load_tokenizer(config.model)
-    hf_config = load_model_config(config.model, tokenizer)
+    folder, model = RunFolder(config.run.out), config.model
+    gone = [path for path in (model.path, model.tokenizer) if path is not None and not Path(path).exists()]
+    if gone and folder.base.is_dir():
+        display.say(f"note: {gone[0]} is gone; config and tokenizer are those kept in {folder.base}")
+        model = folder.kept(model)
+    tokenizer = load_tokenizer(model)
+    hf_config = load_model_config(model, tokenizer)
     shapes = parameter_shapes(hf_config)
-    checkpoint = Checkpoint(config.model.path) if config.model.path is not None else None
+    has_files = config.model.path is not None and not (config.model.path in gone and folder.base.is_dir())
+    checkpoint = Checkpoint(config.model.path) if has_files else None
     if checkpoint is not None:
         world.from_main(lambda: checkpoint.check(shapes, tied=hf_config.tie_word_embeddings))
     adapters = plan_adapters(config.lora, shapes)
+    dtype = export_dtype(config, compute_dtype)
+    world.from_main(lambda: rehearse(hf_config, tokenizer, dtype=dtype, source=model.path))
+    if adapters is not None:
+        world.from_main(lambda: rehearse_adapters(adapters, config.model.path))
     fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)
     check_state(config.optim.state, shapes)
     if config.precision.weights == "bf16" and compute_dtype != torch.bfloat16:
@@ -110,8 +130,10 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
         objective.digests["data.exam"] = exam.digest
     if checkpoint is not None:
         digest = world.from_main(checkpoint.digest)
-    else:
+    elif config.model.init is not None:
         digest = digest_of_init(config.model.init | {"vocab_size": hf_config.vocab_size}, config.run.seed)
+    else:  # gone; below, what is not finished is refused
+        digest = world.from_main(lambda: json.loads(folder.manifest.read_text(encoding="utf-8"))["digests"]["weights"])
     objective.digests |= {"weights": digest, "precision": str(compute_dtype).removeprefix("torch.")}
     trained = world.from_main(lambda: adapter_digest(adapters))
     if trained is not None:
@@ -123,6 +145,9 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     if config.optim.warmup_steps >= steps:
         raise bad_input("no step is left after the warm-up", field="optim.warmup_steps",
                         found=config.optim.warmup_steps, expected=f"below the {steps} steps")  # fmt: skip
+    if not has_files and config.model.path is not None and not world.from_main(lambda: folder.finished(config, steps)):
+        raise bad_input("the weights the run began with are gone", field="model.path", found=config.model.path,
+                        expected="where they are now" + ("" if config.lora.on else "; medtrain export does without"))  # fmt: skip
     paths = {
         "attention": select_backend(world.device, compute_dtype, config.model.compile),
         "layers": select_layers(config.model, hf_config, world.device, display.say),

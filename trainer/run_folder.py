@@ -10,14 +10,15 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medtrain.trainer.chat import now
-from medtrain.trainer.config import Config, learned_settings
+from medtrain.trainer.config import Config, ModelConfig, learned_settings
 from medtrain.trainer.errors import bad_input, user_path
-from medtrain.trainer.files import PARTIAL, check_can_make, read_rows, sync_file, write_bytes, write_json
+from medtrain.trainer.files import PARTIAL, check_can_make, read_rows, sync, write_bytes, write_json
 
 if TYPE_CHECKING:  # `medtrain report` reads run folders without it
     import torch
@@ -58,6 +59,7 @@ class RunFolder:
         self.ledger = self.root / "ledger.json"
         self.checkpoints = self.root / "checkpoints"
         self.reference = self.root / "reference"
+        self.base = self.root / "base"
         self.model = self.root / "model"
         self.adapter = self.root / "adapter"
         self.tensorboard = self.root / "tensorboard"
@@ -117,6 +119,15 @@ class RunFolder:
     def missing_results(self, config: Config) -> list[Path]:
         return [path for path in self.results(config) if not path.is_dir()]
 
+    def finished(self, config: Config, steps: int) -> bool:
+        """Whether nothing is left to do of the ``steps`` steps and of what comes of them."""
+        last = self.last_checkpoint()
+        return last is not None and last[0] == steps and not self.missing_results(config)
+
+    def kept(self, model: ModelConfig) -> ModelConfig:
+        """``model`` with its config and tokenizer as the run keeps them in ``base/``; as it is where the run keeps none."""
+        return replace(model, path=str(self.base), init=None, tokenizer=None) if self.base.is_dir() else model
+
     def starts(self) -> list[dict[str, Any]]:
         """What the manifest says of earlier starts of this run."""
         with user_path(self.root, field="run.out"):
@@ -170,7 +181,7 @@ class RunFolder:
     def sync_metrics(self) -> None:
         """Let the rows so far reach the disk: a checkpoint is about to say that they are there."""
         if self.metrics.is_file():
-            sync_file(self.metrics)
+            sync(self.metrics)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:

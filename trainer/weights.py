@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from medtrain.trainer.distributed import World, local_part, whole
 from medtrain.trainer.errors import InputError, bad_input
-from medtrain.trainer.files import PARTIAL, file_sha256, replace_folder, sync_file, write_json
+from medtrain.trainer.files import PARTIAL, file_sha256, replace_folder, sync, write_json
 from medtrain.trainer.lora import Adapters, adapter_pairs, is_adapter, is_packed, weight_name
 from medtrain.trainer.model import PolicyModel, parameter_shapes
 from medtrain.trainer.quant import dequantize, quantize
+from medtrain.trainer.small_files import write_small_files
 
 MAX_FILE_BYTES = 5_000_000_000  # of an exported safetensors file, as transformers splits them
 BLOCK_BYTES = 64 * 2**20  # cast and written at once
@@ -240,7 +241,7 @@ def export_model(
     again, so that what is written is the model that was trained. Sums are made in float32 and rounded once.
 
     The folder appears whole or not at all, with the sha256 of each weights file, which is read back and compared before.
-    ``source`` is the checkpoint the run began with: its generation settings are kept.
+    ``source`` is the checkpoint the run began with, or the run's copy of its small files: its other settings are kept.
 
     Raises:
         RuntimeError: what was read back is not what was written.
@@ -284,12 +285,7 @@ def export_model(
             return wrong
         sums = "".join(f"{digest}  {file}\n" for file, digest in digests.items())
         (partial / CHECKSUMS).write_text(sums, encoding="utf-8")
-        hf_config = type(policy.config).from_dict(policy.config.to_dict())
-        hf_config.architectures = [_architecture(policy)]
-        hf_config.dtype = dtype
-        hf_config.save_pretrained(partial)
-        write_json(partial / "generation_config.json", generation_config(tokenizer, source))
-        tokenizer.save_pretrained(partial)
+        write_small_files(partial, policy.config, tokenizer, dtype=dtype, source=source)
         replace_folder(partial, out)
         return None
 
@@ -347,7 +343,7 @@ def _write_file(
             for first in range(0, shape[0], per_block):
                 put(tensor[first : first + per_block].to("cpu", dtype).contiguous().view(torch.uint8).numpy())
             del tensor  # before the next one is gathered
-    sync_file(path)
+    sync(path)
     return digest.hexdigest()
 
 
@@ -361,24 +357,6 @@ def _wrong_file(folder: Path, digests: dict[str, str], shapes: dict[str, tuple[i
         return None if Checkpoint(folder).shapes == shapes else "*.safetensors"
     except InputError as error:
         return str(error)
-
-
-def _architecture(policy: PolicyModel) -> str:
-    return type(policy.model).__name__.removesuffix("Model") + "ForCausalLM"
-
-
-def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict:
-    """What an exported model's generation_config.json holds: that of ``source``, with the end token that is trained."""
-    if source is not None and (Path(source) / "generation_config.json").is_file():
-        # As plain JSON: transformers refuses to save many a published file once it has been changed.
-        config = json.loads((Path(source) / "generation_config.json").read_text(encoding="utf-8"))
-        ends = config.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        if tokenizer.eos_token_id not in ends:  # the end this run taught must end generation
-            config["eos_token_id"] = [tokenizer.eos_token_id, *ends]
-        return config
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=pad).to_diff_dict()
 
 
 def digest_of_init(init: dict, seed: int) -> str:

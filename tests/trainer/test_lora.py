@@ -235,6 +235,7 @@ def test_export_refuses_a_base_that_has_changed_and_an_adapter_of_a_full_run(lor
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="other weights than those the run began with"):
         export_run(tmp_path / "run", tmp_path / "out")
+    assert (export_run(tmp_path / "run", tmp_path / "alone", adapter=True) / "adapter_config.json").is_file()
     with pytest.raises(InputError, match="weights has changed"):
         run("rpo", lora_tree, tmp_path / "run")
     lora_tree["lora"] = {}

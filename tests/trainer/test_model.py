@@ -102,14 +102,14 @@ def test_exported_weights_carry_their_sha256_and_are_refused_when_they_differ(hf
 
 
 def _spoiled_on_the_way(folder, out):
-    sync = weights.sync_file
+    sync = weights.sync
 
     def spoiling(path):
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(content)
 
-    weights.sync_file = spoiling
+    weights.sync = spoiling
     try:
         with join_world() as world:
             policy, tokenizer = policy_of(ModelConfig(path=str(folder)), world)
@@ -117,7 +117,7 @@ def _spoiled_on_the_way(folder, out):
             with pytest.raises(RuntimeError, match=r"model\.safetensors: what was read back is not what was written"):
                 export_model(policy, tokenizer, out, world, dtype=torch.float32)
     finally:
-        weights.sync_file = sync
+        weights.sync = sync
 
 
 def test_an_export_that_reads_back_otherwise_leaves_no_folder(hf_folder, tmp_path):

@@ -37,7 +37,7 @@ from medtrain.trainer.exam.records import read_outputs
 from medtrain.trainer.exam.scoring import INVALID, to_jsonl
 from medtrain.trainer.files import file_sha256, write_bytes
 from medtrain.trainer.model import PolicyModel
-from medtrain.trainer.weights import generation_config
+from medtrain.trainer.small_files import generation_config
 
 _MOST_ROWS = 64  # of a batch, so that its logits stay small: 64 x 152,064 float32 are 39 MB
 

@@ -1,0 +1,200 @@
+"""What a Hugging Face folder holds beside its weights: config.json, generation_config.json and the tokenizer.
+
+Written by one function for the rehearsal before the first step, for the copy in the run folder, and for the export; so
+that every reader understands them: transformers 4 and 5, vLLM, llama.cpp's converter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.files import write_json
+from medtrain.trainer.tokenizer import read_tokenizer
+
+# All that readers look for in a tokenizer folder; of folders there is one, of chat templates by name.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
+                    "tokenizer.model.v3", "tekken.json")  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
+# Where an old config.json has these, they are about the model, not about how it generates.
+_NOT_GENERATION = {"transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
+_TEXTS = (
+    "The patient has a fever of 38.5 °C;\n\n  give 2 mg/kg i.v.\tThen wait.",
+    "高熱と咳のある患者に、まず胸部X線を撮る。（第３７問）",
+    " <b>x</b> = f(1)  ",
+)
+
+
+def write_small_files(
+    folder: Path,
+    hf_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    source: str | Path | None,
+) -> None:
+    """Write config, generation config and tokenizer into ``folder``, which must be there.
+
+    ``dtype``: of the weights beside them. ``source``: the checkpoint the run began with, whose other settings are kept.
+
+    Raises:
+        InputError: a file of ``source`` that cannot be read.
+    """
+    write_json(folder / "config.json", _model_config(hf_config, dtype, source))
+    write_json(folder / "generation_config.json", generation_config(tokenizer, source))
+    _write_tokenizer(folder, tokenizer)
+
+
+def rehearse(
+    hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, source: str | Path | None
+) -> None:
+    """Write what an export holds beside its weights to a scratch folder and read it back.
+
+    Raises:
+        InputError: it cannot be written or read, or what is read is not what this run trains with.
+    """
+    where = source or tokenizer.name_or_path
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        readers = {
+            "config.json": lambda: _different(_comparable(hf_config), _comparable(AutoConfig.from_pretrained(folder))),
+            "generation_config.json": lambda: GenerationConfig.from_pretrained(folder) and None,
+            "tokenizer_config.json": lambda: _different(_sample(tokenizer), _sample(read_tokenizer(folder))),
+        }
+        file = Path(where)
+        try:
+            write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
+            for name, read in readers.items():
+                file = Path(tokenizer.name_or_path if name == "tokenizer_config.json" else where) / name
+                if different := read():
+                    raise bad_input("not the same after writing and reading it as the export does", file=file,
+                                    found=different)  # fmt: skip
+        except InputError:
+            raise
+        except Exception as error:  # transformers raises many kinds here
+            raise bad_input("cannot be written and read as the export does", file=file,
+                            found=f"{type(error).__name__}: {error}".split("\n")[0]) from None  # fmt: skip
+
+
+def _comparable(hf_config: PreTrainedConfig) -> dict[str, Any]:
+    left_out = ("architectures", "dtype", "transformers_version", "auto_map")
+    return {key: value for key, value in hf_config.to_diff_dict().items() if key not in left_out}
+
+
+def _sample(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a tokenizer makes of a few texts, and all that it says of itself."""
+    texts = [*_TEXTS, " ".join(tokenizer.all_special_tokens)]
+    ids = {f"ids of {text!r}": tokenizer(text)["input_ids"] for text in texts}
+    return ids | tokenizer.special_tokens_map | {"chat_template": tokenizer.chat_template, "tokens": len(tokenizer)}
+
+
+def _different(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """The first entry that differs, in words."""
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key) != found.get(key):
+            return f"{key}: {expected.get(key)!r:.200} became {found.get(key)!r:.200}"
+    return None
+
+
+def _model_config(hf_config: PreTrainedConfig, dtype: torch.dtype, source: str | Path | None) -> dict[str, Any]:
+    """config.json: the source's settings, as they were read where they were, and what readers of every age look for.
+
+    transformers 5 reads the rope from ``rope_parameters``; 4 and others from ``rope_theta`` and ``rope_scaling``, and
+    would take their defaults where these are missing. Likewise ``dtype`` and ``torch_dtype``.
+    """
+    config = _read_json(Path(source) / "config.json") if source is not None else {}
+    # Its code does not come along, and the model is transformers' own.
+    config = {key: value for key, value in config.items() if key != "auto_map" and not key.startswith("_")}
+    read = json.loads(hf_config.to_json_string())
+    read.pop("auto_map", None)
+    rope = dict(read["rope_parameters"])
+    theta, kind = rope.pop("rope_theta"), rope["rope_type"]
+    # Where the source has it, without the defaults that transformers 5 adds.
+    scaling = config.get("rope_scaling") or (None if kind == "default" else rope)
+    name = str(dtype).removeprefix("torch.")
+    return config | read | {
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__],
+        "dtype": name, "torch_dtype": name, "rope_theta": theta, "rope_scaling": scaling,
+    }  # fmt: skip
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict[str, Any]:
+    """generation_config.json: that of ``source`` (or the settings in its config.json), with the end token that is trained.
+
+    Raises:
+        InputError: a file that is not a JSON object.
+    """
+    # As plain JSON: transformers refuses to save many a published file once it has been changed.
+    file = Path(source) / "generation_config.json" if source is not None else None
+    if file is not None and file.is_file():
+        config = _read_json(file)
+    else:
+        old = _read_json(Path(source) / "config.json") if source is not None else {}
+        names = GenerationConfig().to_dict().keys() - _NOT_GENERATION
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        config = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+        config |= {name: value for name, value in old.items() if name in names and value is not None}
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer.eos_token_id not in ends:  # the end this run taught must end generation
+        config["eos_token_id"] = [tokenizer.eos_token_id, *ends]
+    return config
+
+
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The files it was read from, byte for byte but for what was changed or only transformers 5 understands; where it has
+    none (a slow one, or made in memory), as transformers writes it."""
+    source = Path(tokenizer.name_or_path)
+    if tokenizer.name_or_path and (source / "tokenizer.json").is_file():
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        if (source / _TEMPLATES).is_dir():
+            shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES, copy_function=shutil.copyfile)
+    else:
+        tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    others = folder / "special_tokens_map.json"
+    contents = {file: _read_json(file) for file in (settings, others) if file.is_file()} or {settings: {}}
+    for file, before in contents.items():
+        after = {key: value for key, value in before.items() if key != "auto_map"}  # its code does not come along
+        if file == settings and type(tokenizer) is PreTrainedTokenizerFast:
+            # Its tokenizer.json and nothing more. transformers 5 calls that TokenizersBackend, which 4 does not know; by
+            # another name, or none, either might make something else of it.
+            after["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(after.get("extra_special_tokens"), list):  # 4 knows a dict of that name alone
+            after["additional_special_tokens"] = after.pop("extra_special_tokens")
+        if _text(after.get("eos_token")) != tokenizer.eos_token and (file == settings or "eos_token" in after):
+            after["eos_token"] = tokenizer.eos_token
+        if after != before:
+            write_json(file, after)
+
+
+def _text(token: str | dict[str, Any] | None) -> str | None:
+    """A token as these files write it, with or without how it is matched."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise bad_input("no JSON", file=file, found=str(error)) from None
+    if not isinstance(content, dict):
+        raise bad_input("no JSON object", file=file, found=type(content).__name__)
+    return content
