@@ -95,10 +95,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     folder = config.tokenizer or config.path
     tokenizer = read_tokenizer(folder, field="model.tokenizer" if config.tokenizer else "model.path")
     if config.eos_token is not None:
+        where = {"field": "model.eos_token", "found": config.eos_token}
         if config.eos_token not in tokenizer.get_vocab():
-            raise bad_input("not in the vocabulary", field="model.eos_token", found=config.eos_token,
-                            expected=f"a token of {folder}")  # fmt: skip
-        tokenizer.add_special_tokens({"eos_token": config.eos_token})  # as whoever reads the exported folder will
+            raise bad_input("not in the vocabulary", **where, expected=f"a token of {folder}")
+        if config.eos_token not in tokenizer.get_added_vocab():
+            raise bad_input("an ordinary token: whoever reads the export would cut it out of every text", **where,
+                            expected=f"a special token of {folder}")  # fmt: skip
+        tokenizer.eos_token = config.eos_token
     if tokenizer.eos_token_id is None:
         raise bad_input(
             "the tokenizer has no end-of-sequence token", file=folder, expected="model.eos_token to name it"

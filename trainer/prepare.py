@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -85,20 +86,22 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
             display.say(f"note: {name} has no effect on one rank")
     compute_dtype = compute_dtype_of(config)
     folder, model = RunFolder(config.run.out), config.model
-    gone = [path for path in (model.path, model.tokenizer) if path is not None and not Path(path).exists()]
-    if gone and folder.base.is_dir():
+    gone = [path for path in (model.path, model.tokenizer) if path is not None and not os.path.exists(path)]
+    if gone and (kept := folder.kept(model)) is not model:
         display.say(f"note: {gone[0]} is gone; config and tokenizer are those kept in {folder.base}")
-        model = folder.kept(model)
+        model = kept
     tokenizer = load_tokenizer(model)
     hf_config = load_model_config(model, tokenizer)
     shapes = parameter_shapes(hf_config)
-    has_files = config.model.path is not None and not (config.model.path in gone and folder.base.is_dir())
+    has_files = config.model.path is not None and (model is config.model or config.model.path not in gone)
     checkpoint = Checkpoint(config.model.path) if has_files else None
     if checkpoint is not None:
         world.from_main(lambda: checkpoint.check(shapes, tied=hf_config.tie_word_embeddings))
     adapters = plan_adapters(config.lora, shapes)
     dtype = export_dtype(config, compute_dtype)
-    world.from_main(lambda: rehearse(hf_config, tokenizer, dtype=dtype, source=model.path))
+    if not world.from_main(lambda: rehearse(hf_config, tokenizer, dtype=dtype, source=model.path)):
+        display.say(f"note: transformers' AutoTokenizer makes other tokens of this tokenizer.json in a {hf_config.model_type} "
+                    "folder: read what is exported with PreTrainedTokenizerFast")  # fmt: skip
     if adapters is not None:
         world.from_main(lambda: rehearse_adapters(adapters, config.model.path))
     fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)

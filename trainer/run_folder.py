@@ -125,8 +125,14 @@ class RunFolder:
         return last is not None and last[0] == steps and not self.missing_results(config)
 
     def kept(self, model: ModelConfig) -> ModelConfig:
-        """``model`` with its config and tokenizer as the run keeps them in ``base/``; as it is where the run keeps none."""
-        return replace(model, path=str(self.base), init=None, tokenizer=None) if self.base.is_dir() else model
+        """``model`` with its config and tokenizer as the run keeps them in ``base/``; as it is where the run keeps none, or
+        began with another."""
+        if not self.base.is_dir() or not self.manifest.is_file():
+            return model
+        began = json.loads(self.manifest.read_text(encoding="utf-8"))["settings"]["model"]
+        if (began["path"], began["tokenizer"]) != (model.path, model.tokenizer):
+            return model
+        return replace(model, path=str(self.base), init=None, tokenizer=None)
 
     def starts(self) -> list[dict[str, Any]]:
         """What the manifest says of earlier starts of this run."""

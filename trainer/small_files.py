@@ -16,15 +16,16 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
-from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.data.encode import opening
+from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
-from medtrain.trainer.tokenizer import read_tokenizer
+from medtrain.trainer.tokenizer import PROBES, read_tokenizer
 
 # All that readers look for in a tokenizer folder; of folders there is one, of chat templates by name.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -33,11 +34,6 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 _TEMPLATES = "additional_chat_templates"
 # Where an old config.json has these, they are about the model, not about how it generates.
 _NOT_GENERATION = {"transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
-_TEXTS = (
-    "The patient has a fever of 38.5 °C;\n\n  give 2 mg/kg i.v.\tThen wait.",
-    "高熱と咳のある患者に、まず胸部X線を撮る。（第３７問）",
-    " <b>x</b> = f(1)  ",
-)
 
 
 def write_small_files(
@@ -47,23 +43,26 @@ def write_small_files(
     *,
     dtype: torch.dtype,
     source: str | Path | None,
-) -> None:
+) -> bool:
     """Write config, generation config and tokenizer into ``folder``, which must be there.
 
     ``dtype``: of the weights beside them. ``source``: the checkpoint the run began with, whose other settings are kept.
+    Returns whether transformers' AutoTokenizer makes of them the tokens that ``tokenizer`` makes. Of some model types
+    transformers 5 builds a tokenizer of its own, whatever class is named and whatever tokenizer.json says.
 
     Raises:
         InputError: a file of ``source`` that cannot be read.
     """
     write_json(folder / "config.json", _model_config(hf_config, dtype, source))
     write_json(folder / "generation_config.json", generation_config(tokenizer, source))
-    _write_tokenizer(folder, tokenizer)
+    return _write_tokenizer(folder, tokenizer)
 
 
 def rehearse(
     hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, source: str | Path | None
-) -> None:
-    """Write what an export holds beside its weights to a scratch folder and read it back.
+) -> bool:
+    """Write what an export holds beside its weights to a scratch folder and read it back; returns what
+    :func:`write_small_files` returns.
 
     Raises:
         InputError: it cannot be written or read, or what is read is not what this run trains with.
@@ -76,19 +75,17 @@ def rehearse(
             "generation_config.json": lambda: GenerationConfig.from_pretrained(folder) and None,
             "tokenizer_config.json": lambda: _different(_sample(tokenizer), _sample(read_tokenizer(folder))),
         }
-        file = Path(where)
-        try:
-            write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
-            for name, read in readers.items():
+        read_alike = write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
+        for name, read in readers.items():
+            try:
+                different = read()
+            except Exception as error:  # transformers raises many kinds here
+                different = f"{type(error).__name__}: {error}".split("\n")[0].replace(f"{folder}/", "")
+            if different:
                 file = Path(tokenizer.name_or_path if name == "tokenizer_config.json" else where) / name
-                if different := read():
-                    raise bad_input("not the same after writing and reading it as the export does", file=file,
-                                    found=different)  # fmt: skip
-        except InputError:
-            raise
-        except Exception as error:  # transformers raises many kinds here
-            raise bad_input("cannot be written and read as the export does", file=file,
-                            found=f"{type(error).__name__}: {error}".split("\n")[0]) from None  # fmt: skip
+                raise bad_input("not the same after writing and reading it as the export does", file=file,
+                                found=different)  # fmt: skip
+    return read_alike
 
 
 def _comparable(hf_config: PreTrainedConfig) -> dict[str, Any]:
@@ -98,7 +95,7 @@ def _comparable(hf_config: PreTrainedConfig) -> dict[str, Any]:
 
 def _sample(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a tokenizer makes of a few texts, and all that it says of itself."""
-    texts = [*_TEXTS, " ".join(tokenizer.all_special_tokens)]
+    texts = [*PROBES, " ".join(tokenizer.all_special_tokens)]
     ids = {f"ids of {text!r}": tokenizer(text)["input_ids"] for text in texts}
     return ids | tokenizer.special_tokens_map | {"chat_template": tokenizer.chat_template, "tokens": len(tokenizer)}
 
@@ -156,7 +153,7 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | N
     return config
 
 
-def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     """The files it was read from, byte for byte but for what was changed or only transformers 5 understands; where it has
     none (a slow one, or made in memory), as transformers writes it."""
     source = Path(tokenizer.name_or_path)
@@ -173,16 +170,29 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     contents = {file: _read_json(file) for file in (settings, others) if file.is_file()} or {settings: {}}
     for file, before in contents.items():
         after = {key: value for key, value in before.items() if key != "auto_map"}  # its code does not come along
-        if file == settings and type(tokenizer) is PreTrainedTokenizerFast:
-            # Its tokenizer.json and nothing more. transformers 5 calls that TokenizersBackend, which 4 does not know; by
-            # another name, or none, either might make something else of it.
-            after["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(after.get("extra_special_tokens"), list):  # 4 knows a dict of that name alone
             after["additional_special_tokens"] = after.pop("extra_special_tokens")
         if _text(after.get("eos_token")) != tokenizer.eos_token and (file == settings or "eos_token" in after):
             after["eos_token"] = tokenizer.eos_token
         if after != before:
             write_json(file, after)
+    # A class by which AutoTokenizer, which goes by it and by the model type, makes the tokens that are trained on: the one
+    # that stands there, or that of a tokenizer.json and nothing more, by the name that transformers 4 and 5 know.
+    content = _read_json(settings)
+    for name in (content.get("tokenizer_class"), "PreTrainedTokenizerFast"):
+        if name == "TokenizersBackend":
+            continue
+        if name != content.get("tokenizer_class"):
+            write_json(settings, content | {"tokenizer_class": name})
+            if opening(read_tokenizer(folder)) != opening(tokenizer):  # BOS was put by the class that stood there
+                tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        try:
+            auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception:  # it raises many kinds
+            continue
+        if all(auto(text).input_ids == tokenizer(text).input_ids for text in PROBES):
+            return True
+    return False
 
 
 def _text(token: str | dict[str, Any] | None) -> str | None:

@@ -63,6 +63,7 @@ def set_path(tree, dotted, value):
         ("optim.warmup_steps", 6, ["optim.warmup_steps", "below the 6 steps"]),
         ("data.seq_len", 10**6, ["data.seq_len", "max_position_embeddings"]),
         ("model.eos_token", "<stop>", ["model.eos_token", "not in the vocabulary"]),
+        ("model.eos_token", "。", ["model.eos_token", "an ordinary token"]),
         ("lora.alpha", 8, ["lora.alpha", "has no effect without adapters", "lora.rank above 0"]),
         ("lora.base", "nf4", ["lora.base", "has no effect without adapters"]),
         ("lora.merge", False, ["lora.merge", "has no effect without adapters"]),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import SIZES, run
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizer_kinds import byte_level
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from medtrain.trainer.config import ModelConfig, config_from_dict
 from medtrain.trainer.errors import InputError
@@ -15,7 +16,7 @@ from medtrain.trainer.export import export_run
 from medtrain.trainer.model import load_model_config, load_tokenizer
 from medtrain.trainer.prepare import check
 from medtrain.trainer.small_files import generation_config, rehearse, write_small_files
-from medtrain.trainer.tokenizer import read_tokenizer
+from medtrain.trainer.tokenizer import PROBES, read_tokenizer
 
 TEMPLATES = [{"name": "default", "template": "{{ messages[0]['content'] }}"}, {"name": "tools", "template": "tools"}]
 
@@ -81,6 +82,7 @@ def test_generation_settings_of_an_old_config_are_the_export_s_where_it_has_no_o
 
 
 def test_an_unchanged_tokenizer_is_copied_byte_for_byte(base, tmp_path):
+    change(base / "config.json", model_type="llama")  # AutoTokenizer would make another one of it in a qwen2 folder
     change(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", chat_template=TEMPLATES)
     change(base / "special_tokens_map.json", eos_token={"content": "</s>", "lstrip": False})
     (base / "vocab.json").write_text("{}")
@@ -91,15 +93,16 @@ def test_an_unchanged_tokenizer_is_copied_byte_for_byte(base, tmp_path):
 
 def test_a_changed_end_token_is_in_every_file_that_names_it(base, tmp_path):
     change(base / "special_tokens_map.json", eos_token={"content": "</s>", "lstrip": False}, unk_token="<unk>")
-    out = written(base, tmp_path, eos_token="。")
+    out = written(base, tmp_path, eos_token="<unk>")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = json.loads((out / name).read_text())
-        assert (content["eos_token"], content["unk_token"]) == ("。", "<unk>")
-    assert read_tokenizer(out).eos_token == "。"
+        assert (content["eos_token"], content["unk_token"]) == ("<unk>", "<unk>")
+    assert read_tokenizer(out).eos_token == "<unk>"
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
 def test_what_transformers_5_writes_of_a_tokenizer_is_written_so_that_4_reads_it(base, tmp_path):
+    change(base / "config.json", model_type="llama")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base, extra_special_tokens=["咳"])
     tokenizer.chat_template = {one["name"]: one["template"] for one in TEMPLATES}
     tokenizer.save_pretrained(base)
@@ -110,6 +113,30 @@ def test_what_transformers_5_writes_of_a_tokenizer_is_written_so_that_4_reads_it
     assert content["additional_special_tokens"] == ["咳"] and "extra_special_tokens" not in content
     again = read_tokenizer(out)
     assert again.chat_template == tokenizer.chat_template and again.extra_special_tokens == ["咳"]
+
+
+@pytest.mark.parametrize("named", ["TokenizersBackend", "LlamaTokenizerFast", None])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_the_class_is_one_by_which_others_make_the_tokens_of_the_training(model_type, named, base):
+    byte_level().save(str(base / "tokenizer.json"))
+    settings = {"tokenizer_class": named, "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, out = read_tokenizer(base), base.parent / "out"
+    out.mkdir()
+    config = AutoConfig.for_model(model_type, vocab_size=400)
+    read_alike = write_small_files(out, config, ours, dtype=torch.bfloat16, source=None)
+    assert (ours("a").input_ids[0] == ours.bos_token_id) == (named == "LlamaTokenizerFast")
+    for text in PROBES:
+        assert read_tokenizer(out)(text).input_ids == ours(text).input_ids
+        if read_alike:
+            assert AutoTokenizer.from_pretrained(out)(text).input_ids == ours(text).input_ids
+    # In a qwen2 folder transformers 5 builds a tokenizer of its own, whatever class is named.
+    assert read_alike == (model_type == "llama")
+
+
+def test_a_tokenizer_that_autotokenizer_would_change_is_told(cpt_tree, capsys):
+    check(config_from_dict("cpt", cpt_tree))
+    assert "AutoTokenizer makes other tokens of this tokenizer.json in a qwen2 folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{broken", "[]", '{"max_new_tokens": -5}'])
@@ -143,7 +170,7 @@ def test_several_chat_templates_come_through_a_run(tokenizer_dir, cpt_tree, tmp_
 
 def test_export_and_a_finished_run_do_without_the_base_model_and_others_say_what_is_missing(base, cpt_tree, tmp_path):
     change(base / "generation_config.json", top_p=0.5)
-    cpt_tree["model"] = {"path": str(base), "eos_token": "。"}
+    cpt_tree["model"] = {"path": str(base), "eos_token": "<unk>"}
     result = run("cpt", cpt_tree, tmp_path / "run")
     base.rename(tmp_path / "elsewhere")
     out = export_run(tmp_path / "run", tmp_path / "out")
