@@ -98,7 +98,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if config.eos_token not in tokenizer.get_vocab():
             raise bad_input("not in the vocabulary", field="model.eos_token", found=config.eos_token,
                             expected=f"a token of {folder}")  # fmt: skip
-        tokenizer.add_special_tokens({"eos_token": config.eos_token})  # as whoever reads the exported folder will
+        if config.eos_token not in tokenizer.get_added_vocab():
+            # Read again, as from the export, it would be cut out of texts where it now is part of words.
+            raise bad_input("an ordinary token, not one added to end texts with", field="model.eos_token",
+                            found=config.eos_token, expected=" | ".join(tokenizer.get_added_vocab()))  # fmt: skip
+        tokenizer.eos_token = config.eos_token
     if tokenizer.eos_token_id is None:
         raise bad_input(
             "the tokenizer has no end-of-sequence token", file=folder, expected="model.eos_token to name it"

@@ -19,10 +19,9 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
-from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
 from medtrain.trainer.tokenizer import read_tokenizer
 
@@ -76,19 +75,16 @@ def rehearse(
             "generation_config.json": lambda: GenerationConfig.from_pretrained(folder) and None,
             "tokenizer_config.json": lambda: _different(_sample(tokenizer), _sample(read_tokenizer(folder))),
         }
-        file = Path(where)
-        try:
-            write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
-            for name, read in readers.items():
+        write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
+        for name, read in readers.items():
+            try:
+                different = read()
+            except Exception as error:  # transformers raises many kinds here
+                different = f"{type(error).__name__}: {error}".split("\n")[0].replace(f"{folder}/", "")
+            if different:
                 file = Path(tokenizer.name_or_path if name == "tokenizer_config.json" else where) / name
-                if different := read():
-                    raise bad_input("not the same after writing and reading it as the export does", file=file,
-                                    found=different)  # fmt: skip
-        except InputError:
-            raise
-        except Exception as error:  # transformers raises many kinds here
-            raise bad_input("cannot be written and read as the export does", file=file,
-                            found=f"{type(error).__name__}: {error}".split("\n")[0]) from None  # fmt: skip
+                raise bad_input("not the same after writing and reading it as the export does", file=file,
+                                found=different)  # fmt: skip
 
 
 def _comparable(hf_config: PreTrainedConfig) -> dict[str, Any]:
@@ -173,9 +169,9 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     contents = {file: _read_json(file) for file in (settings, others) if file.is_file()} or {settings: {}}
     for file, before in contents.items():
         after = {key: value for key, value in before.items() if key != "auto_map"}  # its code does not come along
-        if file == settings and type(tokenizer) is PreTrainedTokenizerFast:
-            # Its tokenizer.json and nothing more. transformers 5 calls that TokenizersBackend, which 4 does not know; by
-            # another name, or none, either might make something else of it.
+        if file == settings and after.get("tokenizer_class") in (None, "TokenizersBackend"):
+            # Its tokenizer.json and nothing more: what transformers 5 calls TokenizersBackend, which 4 does not know, and
+            # where none is named, both would guess by the type of the model.
             after["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(after.get("extra_special_tokens"), list):  # 4 knows a dict of that name alone
             after["additional_special_tokens"] = after.pop("extra_special_tokens")

@@ -81,7 +81,7 @@ def test_generation_settings_of_an_old_config_are_the_export_s_where_it_has_no_o
 
 
 def test_an_unchanged_tokenizer_is_copied_byte_for_byte(base, tmp_path):
-    change(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", chat_template=TEMPLATES)
+    change(base / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", chat_template=TEMPLATES)
     change(base / "special_tokens_map.json", eos_token={"content": "</s>", "lstrip": False})
     (base / "vocab.json").write_text("{}")
     out = written(base, tmp_path)
@@ -91,11 +91,13 @@ def test_an_unchanged_tokenizer_is_copied_byte_for_byte(base, tmp_path):
 
 def test_a_changed_end_token_is_in_every_file_that_names_it(base, tmp_path):
     change(base / "special_tokens_map.json", eos_token={"content": "</s>", "lstrip": False}, unk_token="<unk>")
-    out = written(base, tmp_path, eos_token="。")
+    with pytest.raises(InputError, match=r"model\.eos_token': an ordinary token.*expected </s> \| <unk>"):
+        load_tokenizer(ModelConfig(path=str(base), eos_token="。"))
+    out = written(base, tmp_path, eos_token="<unk>")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = json.loads((out / name).read_text())
-        assert (content["eos_token"], content["unk_token"]) == ("。", "<unk>")
-    assert read_tokenizer(out).eos_token == "。"
+        assert (content["eos_token"], content["unk_token"]) == ("<unk>", "<unk>")
+    assert read_tokenizer(out).eos_token == "<unk>"
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
@@ -143,7 +145,7 @@ def test_several_chat_templates_come_through_a_run(tokenizer_dir, cpt_tree, tmp_
 
 def test_export_and_a_finished_run_do_without_the_base_model_and_others_say_what_is_missing(base, cpt_tree, tmp_path):
     change(base / "generation_config.json", top_p=0.5)
-    cpt_tree["model"] = {"path": str(base), "eos_token": "。"}
+    cpt_tree["model"] = {"path": str(base), "eos_token": "<unk>"}
     result = run("cpt", cpt_tree, tmp_path / "run")
     base.rename(tmp_path / "elsewhere")
     out = export_run(tmp_path / "run", tmp_path / "out")
