@@ -25,6 +25,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest
 
+# What to run between two edits, in a minute: the kernels (of the Triton path, which an interpreter runs here, a sample),
+# the data and the configurations.
+.PHONY: test-fast
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 tests/kernels tests/trainer/test_data_*.py tests/trainer/test_config.py tests/test_configs.py \
+		-k 'not test_triton or odd_shapes or strided'
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
