@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT_DIR ?= benchmarks/results
 
-.PHONY: demo test test-newest test-lowest lint gpu-check clean
+.PHONY: demo test test-fast test-newest test-lowest lint gpu-check clean
 
 # An environment of its own, with the extra $(2), installed with pip's options $(1).
 define install
@@ -36,12 +36,19 @@ $(VENV)-lowest/.installed: $(REQUIREMENTS)
 demo: $(VENV)/.installed
 	$(BIN)/medtrain demo
 
+# Two processes; not --dist loadfile or worksteal: tests that fork must come before those that import TRL or Liger.
 test: $(VENV)/.installed-peers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+# What to run between two edits, in a minute: the kernels (of the Triton path, which an interpreter runs here, a sample),
+# the data and the configurations.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 tests/kernels tests/trainer/test_data_*.py tests/trainer/test_config.py tests/test_configs.py \
+		-k 'not test_triton or odd_shapes or strided'
 
 # What we rely on of each library, with the newest and with the lowest versions that setup.py allows.
 test-newest test-lowest: test-%: $(VENV)-%/.installed
-	$(VENV)-$*/bin/python -m pytest tests/contracts
+	$(VENV)-$*/bin/python -m pytest -n 2 tests/contracts
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

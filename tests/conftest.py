@@ -1,6 +1,7 @@
 """Shared fixtures: a made-up tokenizer, corpus and pairs, and tiny settings of both stages."""
 
 import os
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ if not torch.cuda.is_available():
 from helpers import SIZES, WORDS, made_up_text, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+# One server forks all clean children of a session (medtrain.trainer.processes); started, it has imported all they need.
+forkserver.set_forkserver_preload(
+    ["medtrain.benchmarks.plan_error", "medtrain.trainer.demo.seeds", "medtrain.trainer.data.workers", "torch._dynamo"]
+)
+forkserver.set_forkserver_preload = lambda modules: None
 
 # One thread: two test ranks share two cores, and a forked child must not inherit a running thread pool.
 torch.set_num_threads(1)

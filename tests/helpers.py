@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import itertools
 import json
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,18 @@ WORDS = [
     "。",
     "理由",
 ]
+
+
+def every_two(*axes: Sequence) -> list[tuple]:
+    """Few combinations of one value an axis, such that any two values of different axes stand together in one of them."""
+    places = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    two = {place: set(itertools.combinations(enumerate(place), 2)) for place in places}
+    missing, cases = set().union(*two.values()), []
+    while missing:
+        place = max(places, key=lambda place: len(two[place] & missing))
+        missing -= two[place]
+        cases.append(tuple(axis[i] for axis, i in zip(axes, place, strict=True)))
+    return cases
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

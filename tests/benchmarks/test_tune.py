@@ -36,7 +36,7 @@ def test_each_round_keeps_the_best_of_the_one_before(monkeypatch):
     fastest_are(monkeypatch, **wanted)
     lines = []
     (launch,) = tuning.tune(
-        [(32, 16, 600)], torch.device("cpu"), blocks=BLOCKS, rows=(32, 16), slab_bytes=(2**12, 2**13), echo=lines.append
+        [(32, 16, 64)], torch.device("cpu"), blocks=BLOCKS, rows=(32, 16), slab_bytes=(2**12, 2**13), echo=lines.append
     ).values()
     assert {name: getattr(launch, name) for name in wanted} == wanted
     assert sum("ms" in line for line in lines) == 2 + 4 + 2 + 2
@@ -55,7 +55,7 @@ def test_a_candidate_that_fails_is_a_line_and_not_the_end(monkeypatch):
     monkeypatch.setattr(tuning, "_calls", broken)
     lines = []
     (launch,) = tuning.tune(
-        [(32, 16, 600)], torch.device("cpu"), blocks=BLOCKS, rows=(16, 32), slab_bytes=(2**12,), echo=lines.append
+        [(32, 16, 64)], torch.device("cpu"), blocks=BLOCKS, rows=(16, 32), slab_bytes=(2**12,), echo=lines.append
     ).values()
     assert launch.rows == 32
     assert any("rows=16" in line and "RuntimeError: too large" in line for line in lines)

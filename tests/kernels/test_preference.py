@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from medtrain.kernels.preference import preference_loss, rpo_loss, sum_by_sequence
 from medtrain.kernels.reference import reference_logps, reference_rpo_loss
@@ -40,20 +42,31 @@ def pairs(lengths=(4, 7, 1, 3, 9, 2), hidden_size=6, vocab_size=45, dtype=torch.
     return hidden, weight, targets, cu_seqlens, (sums + 3 * torch.randn(len(lengths), dtype=torch.float64)).to(dtype)
 
 
+# Every loss by every norm; how the op beneath cuts its work up, which the tests of chunked_logps try in full, is drawn.
 @pytest.mark.parametrize("nll_norm", ["sequence", "token"])
-@pytest.mark.parametrize("trained", ["both", "hidden", "weight"])
-@pytest.mark.parametrize("keep_bytes", [None, 0, 11 * 45 * 8])
-@pytest.mark.parametrize("slab_size", [None, 7, 16])
 @pytest.mark.parametrize(("loss", "label_smoothing"), LOSSES)
-def test_float64_equals_the_plain_formulas(loss, label_smoothing, slab_size, keep_bytes, trained, nll_norm):
-    inputs = pairs()
-    settings = dict(beta=0.3, alpha=0.7, loss=loss, label_smoothing=label_smoothing, nll_norm=nll_norm)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4).map(lambda chosen: [*chosen, *reversed(chosen)]),
+    beta=st.floats(0.05, 2.0),
+    alpha=st.floats(0.0, 2.0),
+    trained=st.sampled_from(["both", "hidden", "weight"]),
+    slab_size=st.sampled_from([None, 7, 16]),
+    keep_share=st.sampled_from([None, 0, 0.25]),
+)
+def test_float64_equals_the_plain_formulas(
+    loss, label_smoothing, nll_norm, lengths, beta, alpha, trained, slab_size, keep_share
+):
+    torch.manual_seed(1)
+    inputs = pairs(lengths)
+    numbers = dict(beta=beta, alpha=alpha, loss=loss, label_smoothing=label_smoothing, nll_norm=nll_norm)
     inputs[0].requires_grad_(trained != "weight")
     inputs[1].requires_grad_(trained != "hidden")
     differentiated = [tensor for tensor in inputs[:2] if tensor.requires_grad]
-    wanted = reference_rpo_loss(*inputs, **settings)
+    wanted = reference_rpo_loss(*inputs, **numbers)
     wanted_gradients = torch.autograd.grad(wanted, differentiated)
-    found, _ = rpo_loss(*inputs, **settings, keep_bytes=keep_bytes, slab_size=slab_size)
+    keep_bytes = None if keep_share is None else int(keep_share * sum(lengths) * 45 * 8)
+    found, _ = rpo_loss(*inputs, **numbers, keep_bytes=keep_bytes, slab_size=slab_size)
     assert found.dtype == torch.float64 and found.shape == ()
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     for left, right in zip(torch.autograd.grad(found, differentiated), wanted_gradients, strict=True):

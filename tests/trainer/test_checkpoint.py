@@ -308,6 +308,7 @@ def test_saved_on_two_ranks_it_goes_on_on_four_and_then_alone_with_the_same_samp
     _noting_samples(stage, tree, tmp_path / "whole", tmp_path / "whole-samples")
     arguments = (stage, tree, tmp_path / "moved", tmp_path / "moved-samples")
     run_on_ranks(2, tmp_path, _noting_samples, *arguments, 1)
+    assert not (tmp_path / "moved" / "model").exists()
     run_on_ranks(4, tmp_path, _noting_samples, *arguments, 3)
     _noting_samples(*arguments)
     assert [start["world_size"] for start in RunFolder(tmp_path / "moved").starts()] == [2, 4, 1]

@@ -34,13 +34,12 @@ def assert_same_export(a, b, tolerance=2e-4):
 @pytest.mark.parametrize(
     ("stage", "tied", "parallel"),
     [
-        ("cpt", False, {"replicate": 2}),
         ("rpo", True, {"replicate": 2, "prefetch": 2}),
         ("cpt", False, {"replicate": 4}),
         ("rpo", False, {"reshard_after_forward": False}),
         ("cpt", True, {"replicate": 2, "reshard_after_forward": False, "prefetch": 1}),
     ],
-    ids=["copies", "copies-prefetch", "whole-copies", "whole-layers", "all"],
+    ids=["copies-prefetch", "whole-copies", "whole-layers", "all"],
 )
 def test_four_ranks_give_the_curve_and_weights_of_one_process(stage, tied, parallel, request, tmp_path):
     tree = with_heldout(request.getfixturevalue(f"{stage}_tree"), stage)

@@ -25,7 +25,7 @@ from medtrain.trainer.plan_sizes import read_sizes, shapes_of
 
 SMALL = {"model.init.hidden_size": 128, "model.init.intermediate_size": 352, "model.init.num_hidden_layers": 4}
 # Layers so wide beside their tokens that what FSDP gathers and reduces decides the peak.
-WIDE = {"model.init.hidden_size": 768, "model.init.intermediate_size": 2112, "model.init.vocab_size": 512}
+WIDE = {"model.init.hidden_size": 512, "model.init.intermediate_size": 1408, "model.init.vocab_size": 512}
 BF16, FULL = {"precision.compute": "bfloat16"}, {"model.activation_checkpointing": "full"}
 SIX_BYTES = {"precision.weights": "bf16", "optim.state": "8bit"}
 FP8 = {"precision.fp8": "tensorwise", "precision.fp8_emulate": True, "precision.fp8_all_gather": True}
