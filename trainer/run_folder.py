@@ -126,12 +126,19 @@ class RunFolder:
 
     def kept(self, model: ModelConfig) -> ModelConfig:
         """``model`` with its config and tokenizer as the run keeps them in ``base/``; as it is where the run keeps none, or
-        began with another."""
+        began with another.
+
+        Raises:
+            InputError: an unreadable manifest.
+        """
         if not self.base.is_dir() or not self.manifest.is_file():
             return model
-        began = json.loads(self.manifest.read_text(encoding="utf-8"))["settings"]["model"]
-        if (began["path"], began["tokenizer"]) != (model.path, model.tokenizer):
-            return model
+        try:
+            began = json.loads(self.manifest.read_text(encoding="utf-8"))["settings"]["model"]
+            if (began["path"], began["tokenizer"]) != (model.path, model.tokenizer):
+                return model
+        except (ValueError, KeyError, TypeError):
+            raise bad_input("unreadable manifest", file=self.manifest) from None
         return replace(model, path=str(self.base), init=None, tokenizer=None)
 
     def starts(self) -> list[dict[str, Any]]:

@@ -196,3 +196,6 @@ def test_a_run_from_sizes_does_without_its_tokenizer_s_folder(tokenizer_dir, cpt
     shutil.rmtree(tmp_path / "tokenizer")
     shutil.rmtree(result.model_dir)
     assert run("cpt", cpt_tree, tmp_path / "run").model_dir.is_dir()
+    (tmp_path / "run" / "manifest.json").write_text("{cut short")
+    with pytest.raises(InputError, match=r"manifest\.json: unreadable manifest"):
+        run("cpt", cpt_tree, tmp_path / "run")
