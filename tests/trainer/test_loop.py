@@ -173,7 +173,7 @@ def test_a_run_goes_on_where_its_input_has_moved_but_not_where_it_has_changed(cp
     run("cpt", cpt_tree, tmp_path / "whole")
     kill_in_a_child("cpt", cpt_tree, tmp_path / "moved", 3)
     elsewhere = tmp_path / "elsewhere.jsonl"
-    text = open(cpt_tree["data"]["sources"][0]["path"], encoding="utf-8").read()
+    text = Path(cpt_tree["data"]["sources"][0]["path"]).read_text(encoding="utf-8")
     elsewhere.write_text(text + '{"text": "熱"}\n', encoding="utf-8")
     cpt_tree["data"]["sources"][0] = {"path": str(elsewhere), "name": None}
     with pytest.raises(InputError, match=r"other input.*data\.sources\.0 has changed"):
@@ -223,7 +223,7 @@ def _bad_row(tree, out):
 
 def test_a_mistake_that_rank_0_finds_is_raised_on_every_rank(cpt_tree, tmp_path):
     broken = tmp_path / "broken.jsonl"
-    broken.write_text(open(cpt_tree["data"]["sources"][0]["path"], encoding="utf-8").read() + "{", encoding="utf-8")
+    broken.write_text(Path(cpt_tree["data"]["sources"][0]["path"]).read_text(encoding="utf-8") + "{", encoding="utf-8")
     cpt_tree["data"]["sources"][0]["path"] = str(broken)
     run_on_ranks(2, tmp_path, _bad_row, cpt_tree, tmp_path / "run")
     assert not (tmp_path / "run").exists()
