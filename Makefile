@@ -54,7 +54,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 # On a machine with a CUDA device: the op's tests and the quick benchmark; the two limits keep it under 8 minutes. Installs
-# nothing and needs no network: $(PYTHON) has torch, triton, transformers, pytest. The benchmark runs after failing tests too.
+# nothing and needs no network: $(PYTHON) has torch, triton, transformers, pytest, in versions of its own, whose warnings are no
+# errors. The benchmark runs after failing tests too.
 gpu-check: PYTHON := $(if $(filter file default,$(origin PYTHON)),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)),$(PYTHON))
 gpu-check: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu-check:
@@ -62,7 +63,7 @@ gpu-check:
 		|| { [ $$? = 3 ] && echo "make gpu-check: $(PYTHON) has no torch. Say: make gpu-check PYTHON=..." \
 		|| echo "make gpu-check: no CUDA device for $(PYTHON)"; exit 2; }
 	@status=0; \
-	timeout 260 $(PYTHON) -m pytest tests/kernels/test_triton.py tests/kernels/test_memory.py tests/kernels || status=1; \
+	timeout 260 $(PYTHON) -m pytest -W default tests/kernels/test_triton.py tests/kernels/test_memory.py tests/kernels || status=1; \
 	timeout 210 $(PYTHON) -m medtrain bench kernels --quick --out '$(OUT_DIR)' || status=1; \
 	[ $$status = 0 ] || echo "make gpu-check: something failed, see above"; \
 	exit $$status

@@ -31,6 +31,7 @@ from medtrain.trainer.files import PARTIAL, replace_folder, write_json
 from medtrain.trainer.flops import FlopsPerToken, num_parameters, peak_flops
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.lora import export_adapters
+from medtrain.trainer.model import load_tokenizer
 from medtrain.trainer.prepare import Prepared, compute_dtype_of, prepare, start
 from medtrain.trainer.progress import Display, count, evaluation_lines, summary
 from medtrain.trainer.report import LiveReport
@@ -212,8 +213,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         export_adapters(policy, adapters, folder.adapter, world, base=config.model.path)
     if folder.model in missing:
         dtype = export_dtype(config, prepared.compute_dtype)
-        export_model(policy, prepared.tokenizer, folder.model, world, dtype=dtype, source=folder.base,
-                     adapters=adapters)  # fmt: skip
+        # As it was at the start, whatever its folder holds by now.
+        tokenizer = load_tokenizer(folder.kept(config.model))
+        export_model(policy, tokenizer, folder.model, world, dtype=dtype, source=folder.base, adapters=adapters)
     report.write()
     if world.is_main:
         display.say(summary(folder, config, steps - done, time.monotonic() - began))

@@ -5,6 +5,7 @@ Every mistake of the user's shows in :func:`prepare`, before anything is written
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -86,14 +87,16 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
             display.say(f"note: {name} has no effect on one rank")
     compute_dtype = compute_dtype_of(config)
     folder, model = RunFolder(config.run.out), config.model
-    gone = [path for path in (model.path, model.tokenizer) if path is not None and not os.path.exists(path)]
-    if gone and (kept := folder.kept(model)) is not model:
+    # Of all ranks: a folder may be on some nodes alone, and what follows is for all ranks to do alike.
+    missing = world.gather([p for p in (model.path, model.tokenizer) if p is not None and not os.path.exists(p)])
+    gone = list(dict.fromkeys(itertools.chain.from_iterable(missing)))
+    if gone and (kept := world.from_main(lambda: folder.kept(model))) != model:
         display.say(f"note: {gone[0]} is gone; config and tokenizer are those kept in {folder.base}")
         model = kept
     tokenizer = load_tokenizer(model)
     hf_config = load_model_config(model, tokenizer)
     shapes = parameter_shapes(hf_config)
-    has_files = config.model.path is not None and (model is config.model or config.model.path not in gone)
+    has_files = config.model.path is not None and (model == config.model or config.model.path not in gone)
     checkpoint = Checkpoint(config.model.path) if has_files else None
     if checkpoint is not None:
         world.from_main(lambda: checkpoint.check(shapes, tied=hf_config.tie_word_embeddings))

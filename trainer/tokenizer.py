@@ -104,8 +104,16 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, folde
 
 
 def first_texts(texts: Iterable[object]) -> list[str]:
-    """Of the data's ``texts``, those that :func:`check_ids` compares at start: a few, each cut short."""
-    return list(itertools.islice((text[:_NUM_CHARS] for text in texts if isinstance(text, str)), _NUM_TEXTS))
+    """Of the data's ``texts``, those that :func:`check_ids` compares at start: a few, each cut short. What is no text is
+    passed over: whoever reads the row says so."""
+    return list(itertools.islice((text[:_NUM_CHARS] for text in texts if _is_text(text)), _NUM_TEXTS))
+
+
+def _is_text(text: object) -> bool:
+    try:
+        return isinstance(text, str) and bool(text.encode())
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def _settings(folder: Path) -> dict:

@@ -380,6 +380,6 @@ def test_gpu_check_goes_on_to_the_benchmark_and_fails_if_anything_did(tmp_path, 
         assert done.returncode == 2 and "no CUDA device" in done.stdout and len(calls) == 1
     else:
         assert calls[1:] == [
-            ".:peers -m pytest tests/kernels/test_triton.py tests/kernels/test_memory.py tests/kernels",
+            ".:peers -m pytest -W default tests/kernels/test_triton.py tests/kernels/test_memory.py tests/kernels",
             f".:peers -m medtrain bench kernels --quick --out {tmp_path}/out",
         ]

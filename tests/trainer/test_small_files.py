@@ -1,15 +1,18 @@
 """What an export holds beside its weights: as the source has it, read by everybody, rehearsed, and kept by the run."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
-from helpers import SIZES, run
+import torch.distributed as dist
+from helpers import SIZES, run, run_on_ranks
 from safetensors.torch import load_file
 from tokenizer_kinds import byte_level
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from medtrain.trainer import loop, prepare
 from medtrain.trainer.config import ModelConfig, config_from_dict
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.export import export_run
@@ -199,3 +202,31 @@ def test_a_run_from_sizes_does_without_its_tokenizer_s_folder(tokenizer_dir, cpt
     (tmp_path / "run" / "manifest.json").write_text("{cut short")
     with pytest.raises(InputError, match=r"manifest\.json: unreadable manifest"):
         run("cpt", cpt_tree, tmp_path / "run")
+
+
+def test_the_export_has_the_tokenizer_of_the_start_whatever_became_of_its_folder(base, cpt_tree, tmp_path, monkeypatch):
+    start = loop.start
+
+    def start_and_change(*args, **kwargs):
+        change(base / "tokenizer_config.json", chat_template="another")
+        (base / "tokenizer.json").unlink()
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "start", start_and_change)
+    cpt_tree["model"] = {"path": str(base)}
+    result = run("cpt", cpt_tree, tmp_path / "run")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (result.model_dir / name).read_bytes() == (tmp_path / "run" / "base" / name).read_bytes()
+    assert "another" not in (result.model_dir / "tokenizer_config.json").read_text()
+
+
+def _run_where_one_rank_misses(base, tree, out):
+    exists, mine = os.path.exists, dist.get_rank() == 0
+    prepare.os.path.exists = lambda path: exists(path) and (mine or str(path) != str(base))
+    assert run("cpt", tree, out).metrics["step"] == 6
+
+
+def test_where_the_base_model_is_missing_on_one_node_all_ranks_take_the_kept_files(base, cpt_tree, tmp_path):
+    cpt_tree["model"] = {"path": str(base)}
+    run("cpt", cpt_tree, tmp_path / "run")
+    run_on_ranks(2, tmp_path, _run_where_one_rank_misses, base, cpt_tree, tmp_path / "run")

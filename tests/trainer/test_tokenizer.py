@@ -112,6 +112,15 @@ def test_other_ids_than_the_files_are_found_on_the_probes_and_on_texts_of_the_da
         read_tokenizer(folder)
 
 
+def test_half_a_surrogate_pair_is_told_by_row(kinds, tmp_path):
+    (tmp_path / "d.jsonl").write_text(r'{"text": "a \ud800"}')
+    (tmp_path / "p.jsonl").write_text(r'{"prompt": "a \ud800", "chosen": "a", "rejected": "b"}')
+    with pytest.raises(InputError, match="row 1: field 'text': half a surrogate pair"):
+        tokenize_source(Source(tmp_path / "d.jsonl"), kinds["byte-level"], tmp_path / "cache")
+    with pytest.raises(InputError, match="row 1: field 'prompt': half a surrogate pair"):
+        load_pairs(Source(tmp_path / "p.jsonl"), kinds["byte-level"], max_length=100)
+
+
 # BOS
 
 

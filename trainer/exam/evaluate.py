@@ -220,7 +220,8 @@ def evaluate(
             loaded[0].tokenizer = fix_time(loaded[0].tokenizer, first_start)
             if isinstance(loaded[0], HFEngine) and method == "generate":
                 prompt = style.prompt(questions[0], modes[-1], loaded[0].tokenizer, shots)
-                invalid = None if loaded[0].cache_agrees(prompt, new_tokens[modes[-1]]) else INVALID
+                if not loaded[0].cache_agrees(prompt, new_tokens[modes[-1]]):  # what was made before stays as it is
+                    invalid = INVALID
         return loaded[0]
 
     # A mode that was run before stays: the folder is this run's, so it was asked the same.

@@ -111,7 +111,7 @@ class HFEngine:
         rounding: that what ``generate`` hands on from token to token reaches the model."""
         from transformers import GenerationConfig
 
-        input_ids, mask = self._left_padded(self.tokenizer([prompt], add_special_tokens=False).input_ids)
+        input_ids, mask = self._left_padded(tokenize_starts(self.tokenizer, [prompt], as_written=True))
         num = min(_CACHE_TOKENS, max_new_tokens)
         made = []
         with self._generating():

@@ -20,7 +20,10 @@ from medtrain.trainer import loop
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.during import read_outputs
 from medtrain.trainer.exam.evaluate import evaluate
+from medtrain.trainer.exam.generate import HFEngine
 from medtrain.trainer.exam.prompts import MODES, load_style
+from medtrain.trainer.exam.scoring import INVALID
+from medtrain.trainer.progress import evaluation_lines
 from medtrain.trainer.run_folder import RunFolder
 
 # The tokenizer of the tests splits at blanks and knows few words.
@@ -308,3 +311,29 @@ def test_a_wrong_exam_is_refused_before_the_folder_is_made(changes, words, tree_
     with pytest.raises(InputError, match=words):
         run("cpt", tree_of("cpt", **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_figures_of_a_kv_cache_that_does_not_agree_are_marked_invalid_everywhere(tree_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(HFEngine, "cache_agrees", lambda *_: False)
+    run("cpt", tree_of("cpt", optim__steps=1, optim__warmup_steps=0), tmp_path / "run")
+    for row in read_metrics(tmp_path / "run"):
+        file = RunFolder(tmp_path / "run").exam(row["step"])
+        assert row["exam/invalid"] == 1
+        assert evaluation_lines(row, file)[-1] == f"the exam's figures at step {row['step']} are invalid: {INVALID}"
+        assert all(one["invalid"] == INVALID for rows in read_outputs(file).values() for one in rows)
+    assert "its figures are invalid" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_an_exam_of_which_most_was_cut_off_is_told_with_where_to_look(tmp_path):
+    counts = {"points_ratio": 0.0, "parse_failures": 3, "truncated": 0}
+    row = {f"exam/{mode}/{name}": value for mode in MODES for name, value in counts.items()}
+    row |= {
+        "step": 2,
+        "exam/questions": 5,
+        "exam/explanation_gap": 0.0,
+        "exam/seconds": 1.0,
+        "exam/answer/parse_failures": 2,
+    }
+    lines = evaluation_lines(row, tmp_path / "step-2.jsonl")
+    assert [line.split(":")[1] for line in lines if line.startswith("note:")] == [" explain"]
+    assert "no answer was read in 3 of 5 outputs" in lines[-1] and str(tmp_path / "step-2.jsonl") in lines[-1]

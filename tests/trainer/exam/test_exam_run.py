@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam import evaluate as evaluation
 from medtrain.trainer.exam.choices import candidates, summarize_choices
-from medtrain.trainer.exam.evaluate import answer_exam, evaluate, model_digest, run_eval, summarize_rows
+from medtrain.trainer.exam.evaluate import answer_exam, as_text, evaluate, model_digest, run_eval, summarize_rows
 from medtrain.trainer.exam.generate import HFEngine, Output, load_engine
 from medtrain.trainer.exam.prompts import Stop
 from medtrain.trainer.exam.questions import Question
+from medtrain.trainer.exam.scoring import INVALID
 
 
 @pytest.fixture
@@ -412,3 +413,20 @@ def test_run_eval_asks_image_questions_only_when_told_to(checkpoint, exam, tmp_p
     result = run_eval(checkpoint, exam, tmp_path / "a", "answer", images=True, echo=said.append)
     assert (result["answer"]["questions"], result["skipped_image_questions"]) == (4, 0)
     assert said[-1] == "answer: 4/4"
+
+
+def test_figures_of_a_kv_cache_that_does_not_agree_stay_invalid(checkpoint, exam, tmp_path, monkeypatch):
+    settings = {"out": tmp_path / "out", "style": STYLE, "max_new_tokens": 40}
+    monkeypatch.setattr(HFEngine, "cache_agrees", lambda *_: False)
+    assert evaluate(checkpoint, exam, mode="answer", **settings)["invalid"] == INVALID
+    monkeypatch.undo()
+    result = evaluate(checkpoint, exam, mode="explain", **settings)  # beside answers that were made wrongly
+    assert result["invalid"] == INVALID and f"these figures are invalid: {INVALID}" in as_text(result)
+    assert "invalid" not in evaluate(checkpoint, exam, **(settings | {"out": tmp_path / "other"}))
+
+
+def test_outputs_of_which_most_were_unread_or_cut_off_are_told(checkpoint, exam, tmp_path):
+    result = evaluate(checkpoint, exam, out=tmp_path / "out", style=STYLE, max_new_tokens=2)
+    (note,) = (line for line in as_text(result).splitlines() if line.startswith("note:"))
+    assert note.startswith("note: explain: no answer was read in 3 of 3 outputs, 3 were cut off")
+    assert "outputs-explain.jsonl" in note
