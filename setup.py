@@ -28,14 +28,14 @@ setup(
         "safetensors>=0.8,<0.9",
         "numpy>=2.0,<2.6",
         "pyarrow>=16,<27",
-        "click>=8.4.2,<9",
-        "pyyaml>=6.0.1,<7",
-        "rich>=13,<16",
+        "click>=8.4.2,<8.6",
+        "pyyaml>=6.0.1,<6.1",
+        "rich>=13,<15.1",
         "tensorboard>=2.20,<2.22",
-        "matplotlib>=3.9,<4",
+        "matplotlib>=3.9,<3.12",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6", "setuptools>=68"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6", "setuptools>=70.1"],
         # Faster norms, rotary embedding and SwiGLU on CUDA (model.kernels).
         "liger": ["liger-kernel>=0.8.5,<0.9"],
         # Peers of `medtrain bench kernels`, at the versions its goals name; nothing else imports them.

@@ -68,8 +68,8 @@ def describe(proof: dict) -> str:
     if "architecture" in proof:
         small = proof["architecture"]
         parts.append(
-            f"a small {small['model_type']}, packed and up to position {small['positions'] - 1:,}, is Hugging Face's within "
-            f"{small['largest_difference']:.1e} nats a token"
+            f"a small {small['model_type']}, packed and up to position {small['positions'] - 1:,}, agrees with Hugging Face's "
+            f"within {small['largest_difference']:.1e} nats a token"
         )
     if "tensors" in proof:
         parts.append(_describe_checkpoint(proof))
@@ -81,8 +81,8 @@ def _describe_checkpoint(proof: dict) -> str:
     forward = proof["forward"]
     if isinstance(forward, dict):
         forward = (
-            f"log-probabilities of {forward['tokens']} tokens are Hugging Face's within {forward['mean_difference']:.1e} nats"
-            f" (allowed: {forward['tolerance']:.1e})"
+            f"log-probabilities of {forward['tokens']} tokens agree with Hugging Face's within "
+            f"{forward['mean_difference']:.1e} nats (allowed: {forward['tolerance']:.1e})"
         )
     else:
         forward = f"no forward beside Hugging Face's: {forward}"

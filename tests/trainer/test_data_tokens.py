@@ -297,11 +297,11 @@ def test_what_a_step_trains_on_does_not_depend_on_ranks_or_micro_batches(world_s
             batch = cpt_batch(sources, [items[i] for i in indices])
             assert len(batch.input_ids) <= capacity
             sources_of_targets = np.repeat(
-                batch.source_ids, batch.target_cu_seqlens.diff().numpy()[: len(batch.source_ids)]
+                batch.source_ids.numpy(), batch.target_cu_seqlens.diff().numpy()[: len(batch.source_ids)]
             )
             counted += list(zip(sources_of_targets.tolist(), batch.targets.tolist(), strict=True))
     whole = cpt_batch(sources, items)
-    by_source = np.repeat(whole.source_ids, whole.target_cu_seqlens.diff().numpy())
+    by_source = np.repeat(whole.source_ids.numpy(), whole.target_cu_seqlens.diff().numpy())
     assert sorted(counted) == sorted(zip(by_source.tolist(), whole.targets.tolist(), strict=True))
 
 

@@ -207,23 +207,23 @@ def evaluate(
             identity[name] = asked_before[name]
     paths = {"model_path": str(model_dir), "exam_path": str(exam_path), "first_start": first_start.isoformat()}
     claim(out, identity, paths, free)
-    loaded: list[HFEngine | VLLMEngine] = []
+    loaded: list[tuple[HFEngine | VLLMEngine, dict]] = []
+
+    def engine_when_needed() -> tuple[HFEngine | VLLMEngine, dict]:
+        """The engine, and what is said in every row that it makes."""
+        if not loaded:
+            engine_loaded = load_engine(model_dir, engine, device=device, dtype=dtype, batch_tokens=batch_tokens)
+            engine_loaded.tokenizer = fix_time(engine_loaded.tokenizer, first_start)
+            marks = {}
+            if isinstance(engine_loaded, HFEngine) and method == "generate":
+                prompt = style.prompt(questions[0], modes[-1], engine_loaded.tokenizer, shots)
+                if not engine_loaded.cache_agrees(prompt, new_tokens[modes[-1]]):
+                    marks = {"invalid": INVALID}
+            loaded.append((engine_loaded, marks))
+        return loaded[0]
 
     path = out / "exam.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    invalid = results.get("invalid")
-
-    def engine_when_needed() -> HFEngine | VLLMEngine:
-        nonlocal invalid
-        if not loaded:
-            loaded.append(load_engine(model_dir, engine, device=device, dtype=dtype, batch_tokens=batch_tokens))
-            loaded[0].tokenizer = fix_time(loaded[0].tokenizer, first_start)
-            if isinstance(loaded[0], HFEngine) and method == "generate":
-                prompt = style.prompt(questions[0], modes[-1], loaded[0].tokenizer, shots)
-                if not loaded[0].cache_agrees(prompt, new_tokens[modes[-1]]):  # what was made before stays as it is
-                    invalid = INVALID
-        return loaded[0]
-
     # A mode that was run before stays: the folder is this run's, so it was asked the same.
     results = {one: results[one] for one in MODES if one in results and (out / f"outputs-{one}.jsonl").is_file()}
     for one in modes:
@@ -234,8 +234,9 @@ def evaluate(
     result["explanation_gap"] = result["answer"]["points_ratio"] - result["explain"]["points_ratio"] if both else None
     if both:
         result |= _gap_figures([list(rows_of(out / f"outputs-{one}.jsonl")) for one in MODES], questions)
-    if invalid is not None:
-        result["invalid"] = invalid
+    written = (row for one in MODES for row in rows_of(out / f"outputs-{one}.jsonl"))
+    if marked := next((row["invalid"] for row in written if "invalid" in row), None):
+        result["invalid"] = marked
     result["questions_in_exam"] = len(everything)
     result["skipped_image_questions"] = sum(not q.text_only for q in everything) if text_only else 0
     result["settings"] = identity
@@ -274,7 +275,7 @@ def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_toke
 
     report()
     if todo:
-        engine = engine_when_needed()
+        engine, marks = engine_when_needed()
         prompts = [style.prompt(question, mode, engine.tokenizer, shots) for question in todo]
         end_last_line(partial)
 
@@ -283,8 +284,8 @@ def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_toke
 
         def add(rows: list[dict]) -> None:
             with open(partial, "a", encoding="utf-8") as file:
-                file.write(to_jsonl(rows))
-            done.update((row["problem_id"], row) for row in rows)
+                file.write(to_jsonl(row | marks for row in rows))
+            done.update((row["problem_id"], row | marks) for row in rows)
             report()
 
         if method == "choice_logp":
@@ -298,7 +299,7 @@ def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_toke
     # Read again even where nothing was generated: the parser may have learnt since.
     again = exam_rows(questions, [row["prompt"] for row in rows], outputs, mode, style)
     rows = [
-        new | {name: old[name] for name in ("choice_logps",) if name in old}
+        new | {name: old[name] for name in ("choice_logps", "invalid") if name in old}
         for new, old in zip(again, rows, strict=True)
     ]
     write_atomically(final, to_jsonl(rows))

@@ -132,7 +132,7 @@ def _names_no_choice(text: str, question: Question, style: PromptStyle) -> bool:
 def recorded_header(path: Path) -> dict:
     """How the paths of a file were sampled; nothing where there is no such file, or no paths in it."""
     header = next(iter(rows_of(path, ("sampling",))), None)
-    return header["sampling"] if header else {}
+    return header["sampling"] if header and isinstance(header["sampling"], dict) else {}
 
 
 class PathFile:
