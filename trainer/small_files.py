@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from medtrain.trainer.data.encode import opening
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import write_json
 from medtrain.trainer.tokenizer import PROBES, read_tokenizer
 
@@ -75,7 +75,8 @@ def rehearse(
             "generation_config.json": lambda: GenerationConfig.from_pretrained(folder) and None,
             "tokenizer_config.json": lambda: _different(_sample(tokenizer), _sample(read_tokenizer(folder))),
         }
-        read_alike = write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
+        with user_path(where):
+            read_alike = write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
         for name, read in readers.items():
             try:
                 different = read()
