@@ -363,8 +363,11 @@ def run_pairs(
         "min_explanation": min_explanation,
         "sampling": sampling | about,
     }
-    seen = summary["paths"]
-    totals = {"questions": sum(seen.values()), "parse_failures": seen["unparsed"], "truncated": seen["truncated"]}
+    totals = {
+        "questions": len(asked) * num_paths,
+        "parse_failures": sum(path.parsed.failure is not None for of_one in graded.values() for path in of_one),
+        "truncated": sum(path.truncated for of_one in paths.values() for path in of_one),
+    }
     if echo is not None and (note := unread_note("paths", totals, file.path)):
         echo(note)
     if rows or not out.exists():  # pairs of another strategy stay, with their summary

@@ -286,13 +286,22 @@ def test_another_strategy_needs_no_new_sampling_and_another_sampling_is_refused(
 
 
 def test_where_no_pair_comes_about_the_paths_and_the_reasons_are_there_all_the_same(tmp_path, exam, checkpoint):
+    said = []
     with pytest.raises(InputError) as error:
-        run_pairs(checkpoint, exam, tmp_path / "none.jsonl", **RUN | {"max_new_tokens": 2})
+        run_pairs(checkpoint, exam, tmp_path / "none.jsonl", **RUN | {"max_new_tokens": 2}, echo=said.append)
+    assert any("paths: no answer was read in" in line and "none.paths.jsonl" in line for line in said)
     message = str(error.value)
     assert "no pair came about from 3 questions (every path was cut off: 3; paths: " in message and "\n" not in message
     assert "none.paths.jsonl" in message and "for example the path '理由'" in message
     assert not (tmp_path / "none.jsonl").exists() and (tmp_path / "none.summary.json").exists()
     assert {row["kind"] for row in read(tmp_path / "none.paths.jsonl")[1:]} == {"truncated", "duplicate"}
+
+
+def test_nothing_is_sampled_where_the_cache_does_not_reach_the_model(tmp_path, exam, checkpoint, monkeypatch):
+    monkeypatch.setattr(HFEngine, "cache_agrees", lambda *_: False)
+    with pytest.raises(InputError, match="nothing was sampled: with and without the KV cache"):
+        run_pairs(checkpoint, exam, tmp_path / "pairs.jsonl", **RUN)
+    assert not list(tmp_path.glob("pairs*"))
 
 
 def test_a_strategy_that_makes_nothing_leaves_the_pairs_that_are_there(tmp_path, checkpoint):
