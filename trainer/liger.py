@@ -32,9 +32,13 @@ def select_layers(
     Liger's on this device and cannot, it says why.
 
     Raises:
-        InputError: Liger asked for where it cannot be.
+        InputError: Liger asked for where it cannot be; layers compiled in a way that this torch cannot.
     """
     if config.compile:
+        if config.activation_checkpointing == "selective" and torch.__version__ < "2.13":
+            raise bad_input("compiled with this torch, it makes new graphs for new lengths until the compiler gives up",
+                            field="model.activation_checkpointing", found=f"selective, torch {torch.__version__}",
+                            expected="full or budget with model.compile, or torch 2.13")  # fmt: skip
         return "compiled"
     if config.kernels == "torch" or (config.kernels == "auto" and device.type != "cuda"):
         return "torch"

@@ -7,6 +7,7 @@ import torch._dynamo
 from helpers import SIZES, assert_same_curve, read_metrics, run, run_on_ranks
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch.torch_version import TorchVersion
 
 from medtrain.trainer import compile as compiling
 from medtrain.trainer.config import ModelConfig, config_from_dict
@@ -14,6 +15,7 @@ from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.model import build_model, load_model_config
+from medtrain.trainer.prepare import check
 from medtrain.trainer.weights import init_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -45,7 +47,16 @@ def ragged(num_packs):
         yield windows_batch([generator.integers(0, 20, size=n).astype(np.uint32) for n in lengths])
 
 
-@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "none",
+        pytest.param(
+            "selective",
+            marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="refused: makes a graph for each length"),
+        ),
+    ],
+)
 def test_ragged_packs_and_all_layers_share_a_graph(mode, graphs, monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     policy = policy_of(mode)
@@ -56,6 +67,13 @@ def test_ragged_packs_and_all_layers_share_a_graph(mode, graphs, monkeypatch):
     # A single document may have one of its own.
     assert graphs["stats"]["unique_graphs"] == after_three <= 2
     assert not graphs["graph_break"]
+
+
+def test_selective_checkpointing_is_not_compiled_by_a_torch_that_gives_up(cpt_tree, monkeypatch):
+    cpt_tree["model"] |= {"compile": True, "activation_checkpointing": "selective"}
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    with pytest.raises(InputError, match=r"model\.activation_checkpointing.*found selective, torch 2\.11\.0"):
+        check(config_from_dict("cpt", cpt_tree))
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
