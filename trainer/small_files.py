@@ -147,11 +147,24 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | N
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         config = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
         config |= {name: value for name, value in old.items() if name in names and value is not None}
-    ends = config.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = end_tokens(config.get("eos_token_id"), file)
     if tokenizer.eos_token_id not in ends:  # the end this run taught must end generation
         config["eos_token_id"] = [tokenizer.eos_token_id, *ends]
     return config
+
+
+def end_tokens(value: Any, file: str | Path | None) -> list[int]:
+    """The ids of ``eos_token_id`` as a generation config has it: none, one or a list.
+
+    Raises:
+        InputError: something else; ``file`` is named.
+    """
+    ends = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(end) is int and end >= 0 for end in ends):
+        raise bad_input(
+            "not token ids", file=file, field="eos_token_id", found=value, expected="a whole number or a list"
+        )
+    return ends
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -142,7 +142,9 @@ def test_a_tokenizer_that_autotokenizer_would_change_is_told(cpt_tree, capsys):
     assert "AutoTokenizer makes other tokens of this tokenizer.json in a qwen2 folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["{broken", "[]", '{"max_new_tokens": -5}'])
+@pytest.mark.parametrize(
+    "content", ["{broken", "[]", '{"max_new_tokens": -5}', '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}']
+)
 def test_a_generation_config_that_the_export_could_not_read_is_refused_before_anything_runs(
     base, cpt_tree, tmp_path, content
 ):

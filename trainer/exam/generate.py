@@ -17,6 +17,7 @@ import torch
 from medtrain.trainer.data.encode import continuations, tokenize_starts
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.prompts import Stop
+from medtrain.trainer.small_files import end_tokens
 from medtrain.trainer.tokenizer import PROBES, check_ids, read_tokenizer
 
 ENGINES = ("hf", "vllm")
@@ -52,7 +53,8 @@ class HFEngine:
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.max_rows = batch_tokens, max_rows
         configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        eos = [configured] if isinstance(configured, int) else list(configured or [])
+        folder = getattr(model, "name_or_path", None) or None
+        eos = [*end_tokens(configured, folder)]
         if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos:
             eos.append(tokenizer.eos_token_id)
         self.eos = eos

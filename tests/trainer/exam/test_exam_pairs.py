@@ -304,6 +304,12 @@ def test_nothing_is_sampled_where_the_cache_does_not_reach_the_model(tmp_path, e
     assert not list(tmp_path.glob("pairs*"))
 
 
+def test_an_end_token_that_is_no_id_is_one_line(tmp_path, exam, checkpoint):
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(InputError, match="field 'eos_token_id': not token ids"):
+        run_pairs(checkpoint, exam, tmp_path / "pairs.jsonl", **RUN)
+
+
 def test_a_strategy_that_makes_nothing_leaves_the_pairs_that_are_there(tmp_path, checkpoint):
     truths = [{**row, "explanation": "赤と白は薬。"} for row in read(write_exam(tmp_path / "exam.jsonl"))]
     exam = write_jsonl(tmp_path / "truths.jsonl", [row for row in truths if row["answer"] == ["a", "c"]])
