@@ -75,8 +75,7 @@ def rehearse(
             "generation_config.json": lambda: GenerationConfig.from_pretrained(folder) and None,
             "tokenizer_config.json": lambda: _different(_sample(tokenizer), _sample(read_tokenizer(folder))),
         }
-        with user_path(where):
-            read_alike = write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
+        read_alike = write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
         for name, read in readers.items():
             try:
                 different = read()
@@ -174,7 +173,9 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     if tokenizer.name_or_path and (source / "tokenizer.json").is_file():
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+                with user_path(source / name):
+                    content = (source / name).read_bytes()
+                (folder / name).write_bytes(content)
         if (source / _TEMPLATES).is_dir():
             shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES, copy_function=shutil.copyfile)
     else:
@@ -215,8 +216,10 @@ def _text(token: str | dict[str, Any] | None) -> str | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    with user_path(file):
+        stored = file.read_bytes()
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(stored)
     except ValueError as error:
         raise bad_input("no JSON", file=file, found=str(error)) from None
     if not isinstance(content, dict):

@@ -142,6 +142,32 @@ def test_a_tokenizer_that_autotokenizer_would_change_is_told(cpt_tree, capsys):
     assert "AutoTokenizer makes other tokens of this tokenizer.json in a qwen2 folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["merges.txt", "generation_config.json", "config.json"])
+def test_a_file_of_the_source_that_cannot_be_read_is_named_and_a_full_disk_is_not_the_users(name, base, monkeypatch):
+    (base / "merges.txt").write_text("a b")
+    (base / "generation_config.json").write_text("{}")
+    model = ModelConfig(path=str(base))
+    tokenizer = load_tokenizer(model)
+    hf_config = load_model_config(model, tokenizer)
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path == base / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(InputError, match=f"{name}: cannot be read.*Permission denied"):
+            rehearse(hf_config, tokenizer, dtype=torch.bfloat16, source=base)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        rehearse(hf_config, tokenizer, dtype=torch.bfloat16, source=base)
+
+
 @pytest.mark.parametrize(
     "content", ["{broken", "[]", '{"max_new_tokens": -5}', '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}']
 )
