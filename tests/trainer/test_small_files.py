@@ -1,8 +1,10 @@
 """What an export holds beside its weights: as the source has it, read by everybody, rehearsed, and kept by the run."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
