@@ -43,7 +43,7 @@ test: $(VENV)/.installed-peers
 # What to run between two edits, in a minute: the kernels (of the Triton path, which an interpreter runs here, a sample),
 # the data and the configurations.
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 tests/kernels tests/trainer/test_data_*.py tests/trainer/test_config.py tests/test_configs.py \
+	$(BIN)/python -m pytest -n 2 tests/kernels tests/trainer/data tests/trainer/config tests/test_configs.py \
 		-k 'not test_triton or odd_shapes or strided'
 
 # What we rely on of each library, with the newest and with the lowest versions that setup.py allows.

@@ -29,16 +29,16 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from medtrain.trainer import weights
-from medtrain.trainer.checkpoint import Saver
-from medtrain.trainer.config import ModelConfig, config_from_dict
+from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.distributed import World, join_world, local_part
-from medtrain.trainer.model import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
-from medtrain.trainer.optimizer import make_optimizer
+from medtrain.trainer.model.policy import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
 from medtrain.trainer.processes import clean_context
-from medtrain.trainer.proof import prove
-from medtrain.trainer.run_folder import commit, device_name, versions
-from medtrain.trainer.weights import CHECKSUMS, Checkpoint, export_model, init_weights, load_weights
+from medtrain.trainer.run.folder import commit, device_name, versions
+from medtrain.trainer.train.optimizer import make_optimizer
+from medtrain.trainer.weights import load as weights
+from medtrain.trainer.weights.checkpoint import Saver
+from medtrain.trainer.weights.load import CHECKSUMS, Checkpoint, export_model, init_weights, load_weights
+from medtrain.trainer.weights.verify import prove
 
 SIZES = {
     "model_type": "qwen2", "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,

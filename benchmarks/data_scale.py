@@ -27,16 +27,16 @@ import numpy as np
 import torch
 
 from medtrain.benchmarks.report import free_path, header
+from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.batch import cpt_batch
 from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import pack
 from medtrain.trainer.data.parts import part_path, write_index, write_part
 from medtrain.trainer.data.pieces import NUM_PARTS
-from medtrain.trainer.data.sources import Source
+from medtrain.trainer.data.tokenizer import read_tokenizer
 from medtrain.trainer.data.tokens import cache_folder, tokenize_source
 from medtrain.trainer.data.windows import make_windows
 from medtrain.trainer.processes import clean_context
-from medtrain.trainer.tokenizer import read_tokenizer
 
 SOURCES = {"medical": (0.9, 0.8), "replay": (0.1, 0.2)}  # share of the tokens, weight
 MEAN_LENGTH, SIGMA = 1250, 1.2  # tokens of a document: mean, and standard deviation of its logarithm

@@ -21,19 +21,19 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedTokenizerFast
 
-from medtrain.trainer.attention import packed_layout
-from medtrain.trainer.config import Config, config_from_dict
+from medtrain.trainer.config.settings import Config, config_from_dict
 from medtrain.trainer.distributed import World, join_world, local_tensor, unwrapped
-from medtrain.trainer.lora import fill_adapters
-from medtrain.trainer.model import build_model
-from medtrain.trainer.optimizer import make_optimizer
-from medtrain.trainer.plan import Machine, Step, moments, read_model
-from medtrain.trainer.prepare import prepare
+from medtrain.trainer.model.attention import packed_layout
+from medtrain.trainer.model.lora import fill_adapters
+from medtrain.trainer.model.policy import build_model
+from medtrain.trainer.plan.memory import Machine, Step, moments, read_model
 from medtrain.trainer.processes import clean_context
-from medtrain.trainer.progress import Display
-from medtrain.trainer.run_folder import commit, device_name, versions
-from medtrain.trainer.step import _clip
-from medtrain.trainer.weights import init_weights
+from medtrain.trainer.run.console import Display
+from medtrain.trainer.run.folder import commit, device_name, versions
+from medtrain.trainer.train.optimizer import make_optimizer
+from medtrain.trainer.train.setup import prepare
+from medtrain.trainer.train.step import _clip
+from medtrain.trainer.weights.load import init_weights
 
 SIZES = {
     "model_type": "qwen2", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -189,7 +189,7 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     optimizer = make_optimizer(policy, config)
     guard = None
     if prepared.fp8 is not None:
-        from medtrain.trainer.fp8 import Guard  # torchao, for the cases that need it
+        from medtrain.trainer.model.fp8 import Guard  # torchao, for the cases that need it
 
         guard = Guard(config.precision, policy, world)
     seen: list[Any] = []

@@ -24,15 +24,15 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from medtrain.trainer import attention
-from medtrain.trainer.config import config_from_dict
+from medtrain.trainer.config.settings import config_from_dict
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
-from medtrain.trainer.model import build_model, load_model_config
-from medtrain.trainer.plan import Machine, Step, moments, read_model
-from medtrain.trainer.plan_report import MODELS
+from medtrain.trainer.model import attention
+from medtrain.trainer.model.policy import build_model, load_model_config
+from medtrain.trainer.plan.command import MODELS
+from medtrain.trainer.plan.memory import Machine, Step, moments, read_model
 from medtrain.trainer.processes import clean_context
-from medtrain.trainer.run_folder import commit, versions
+from medtrain.trainer.run.folder import commit, versions
 
 CASES = [
     ("qwen2.5-7b", 8, 8192, {}),

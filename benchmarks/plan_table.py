@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from medtrain.trainer.config import load_config
-from medtrain.trainer.plan_report import plan_config
+from medtrain.trainer.config.settings import load_config
+from medtrain.trainer.plan.command import plan_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = (8, 64, 128)  # 1, 8 and 16 nodes of 8

@@ -21,9 +21,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from medtrain.trainer.config import config_from_dict
-from medtrain.trainer.loop import train
-from medtrain.trainer.run_folder import commit, device_name, versions
+from medtrain.trainer.config.settings import config_from_dict
+from medtrain.trainer.run.folder import commit, device_name, versions
+from medtrain.trainer.train.loop import train
 
 SIZES = {
     "model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

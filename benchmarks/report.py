@@ -22,8 +22,8 @@ from rich.table import Table
 
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import check_can_make
-from medtrain.trainer.run_folder import commit as tree_commit
-from medtrain.trainer.run_folder import device_name, versions
+from medtrain.trainer.run.folder import commit as tree_commit
+from medtrain.trainer.run.folder import device_name, versions
 
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "accelerate")
 SHEETS = {"kernels": "kernel_tables", "train-rpo": "train_tables", "train-cpt": "train_cpt_tables"}

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from medtrain.trainer.attention import packed_layout, select_backend
-from medtrain.trainer.config import ModelConfig, config_from_dict
+from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.data.batch import MicroBatch
 from medtrain.trainer.distributed import World
-from medtrain.trainer.model import PolicyModel, build_model, load_model_config, load_tokenizer
-from medtrain.trainer.objectives import Rpo
-from medtrain.trainer.run_folder import commit, device_name, versions
-from medtrain.trainer.weights import init_weights
+from medtrain.trainer.model.attention import packed_layout, select_backend
+from medtrain.trainer.model.policy import PolicyModel, build_model, load_model_config, load_tokenizer
+from medtrain.trainer.run.folder import commit, device_name, versions
+from medtrain.trainer.train.objectives import Rpo
+from medtrain.trainer.weights.load import init_weights
 
 SIZES = {
     "model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,

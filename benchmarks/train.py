@@ -40,15 +40,15 @@ from medtrain.benchmarks.train_inputs import (
     most_tokens,
     token_ids,
 )
-from medtrain.trainer.config import Config
+from medtrain.trainer.config.settings import Config
 from medtrain.trainer.data.pairs import load_pairs
+from medtrain.trainer.data.tokenizer import read_tokenizer
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
-from medtrain.trainer.flops import FlopsPerToken, num_parameters, peak_flops
-from medtrain.trainer.lora import plan_adapters
-from medtrain.trainer.model import parameter_shapes
-from medtrain.trainer.precision import LEAST_CAPABILITY
-from medtrain.trainer.tokenizer import read_tokenizer
+from medtrain.trainer.model.flops import FlopsPerToken, num_parameters, peak_flops
+from medtrain.trainer.model.lora import plan_adapters
+from medtrain.trainer.model.policy import parameter_shapes
+from medtrain.trainer.model.precision import LEAST_CAPABILITY
 
 OURS = Arm("medtrain", note="one micro-batch a step, each layer recomputed in the backward")
 SEPARATE = Arm("medtrain", "separate prompts", "as medtrain, but a prompt is computed anew for each completion",

@@ -100,10 +100,10 @@ def steps_to_run(device: torch.device, steps: int) -> int:
 def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.device) -> Measured:
     """Our step, as the training loop takes it."""
     from medtrain.trainer.distributed import join_world
-    from medtrain.trainer.prepare import prepare, start
-    from medtrain.trainer.progress import Display
-    from medtrain.trainer.schedule import lr_factor
-    from medtrain.trainer.step import optimizer_step
+    from medtrain.trainer.run.console import Display
+    from medtrain.trainer.train.schedule import lr_factor
+    from medtrain.trainer.train.setup import prepare, start
+    from medtrain.trainer.train.step import optimizer_step
 
     total = steps_to_run(device, steps)
     budget = model.few_tokens if arm.few else most_tokens(model)
@@ -146,7 +146,7 @@ def run_trl(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.de
     from transformers.utils import is_flash_attn_2_available
     from trl import DPOConfig, DPOTrainer
 
-    from medtrain.trainer.tokenizer import read_tokenizer
+    from medtrain.trainer.data.tokenizer import read_tokenizer
 
     disable_progress_bars()
     found, total = Measured(), steps_to_run(device, steps)
@@ -246,7 +246,7 @@ def run_trainer(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torc
 
 def _trainer_settings(arm: Arm, model: Model, folder: str, steps: int, device: torch.device) -> dict[str, Any]:
     """Settings of Hugging Face's Trainer and TRL's that make its step ours."""
-    from medtrain.trainer.config import OptimConfig
+    from medtrain.trainer.config.settings import OptimConfig
 
     ours = OptimConfig()
     return {

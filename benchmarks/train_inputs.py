@@ -17,13 +17,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from medtrain.trainer.config import Config, config_from_dict
+from medtrain.trainer.config.settings import Config, config_from_dict
 from medtrain.trainer.data.batch import cpt_batch, pair_batch
 from medtrain.trainer.data.pairs import PairSet
+from medtrain.trainer.data.tokenizer import read_tokenizer
 from medtrain.trainer.data.windows import Windows
 from medtrain.trainer.distributed import World
-from medtrain.trainer.objectives import Cpt, Rpo
-from medtrain.trainer.tokenizer import read_tokenizer
+from medtrain.trainer.train.objectives import Cpt, Rpo
 
 SEED = 0
 SPECIAL = ("<eos>", "<pad>", "<unk>")

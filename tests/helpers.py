@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from medtrain.trainer.config import config_from_dict
-from medtrain.trainer.loop import TrainResult, train
-from medtrain.trainer.run_folder import RunFolder
+from medtrain.trainer.config.settings import config_from_dict
+from medtrain.trainer.run.folder import RunFolder
+from medtrain.trainer.train.loop import TrainResult, train
 
 WORDS = [
     "熱",

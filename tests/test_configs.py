@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from medtrain.benchmarks.plan_table import END, MEMORY_GIB, comment, plans, shipped, table
-from medtrain.trainer.config import load_config, load_pairs_config
-from medtrain.trainer.plan_report import plan_config
+from medtrain.trainer.config.settings import load_config, load_pairs_config
+from medtrain.trainer.plan.command import plan_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRAINING = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "pairs")

@@ -66,7 +66,7 @@ USE = """
 import importlib.util, sys
 import medtrain.trainer.cli
 from medtrain.trainer.exam.prompts import load_style
-for name in ("kernels.preference", "trainer.loop", "trainer.demo.run", "benchmarks.kernels"):
+for name in ("kernels.preference", "trainer.train.loop", "trainer.demo.run", "benchmarks.kernels"):
     assert importlib.util.find_spec("medtrain." + name), name
 assert load_style("official") and "torch" not in sys.modules
 print(medtrain.__file__)

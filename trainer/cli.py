@@ -53,10 +53,10 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 
 
 def _train(stage: str, config: str, overrides: tuple[str, ...]) -> None:
-    from medtrain.trainer.config import load_config
+    from medtrain.trainer.config.settings import load_config
 
     settings = load_config(stage, config, overrides)
-    from medtrain.trainer.loop import train  # seconds, not for a typing slip
+    from medtrain.trainer.train.loop import train  # seconds, not for a typing slip
 
     result = train(settings)
     if result.interrupted:
@@ -128,7 +128,7 @@ def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
 
     A LoRA run's adapters are merged into the base weights that they were trained on (an NF4 base: widened, as trained).
     """
-    from medtrain.trainer.export import export_run
+    from medtrain.trainer.run.export import export_run
 
     path = export_run(run_or_checkpoint, out_dir, adapter=adapter)
     if _is_main():
@@ -143,7 +143,7 @@ def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
 )  # fmt: skip
 def report(run: str, evals: tuple[str, ...]) -> None:
     """Write RUN/report.html again: curves, exam, explanations before and after, ledger and settings of a run."""
-    from medtrain.trainer.report import write_report
+    from medtrain.trainer.run.report import write_report
 
     click.echo(write_report(run, evals=evals))
 
@@ -156,10 +156,10 @@ def report(run: str, evals: tuple[str, ...]) -> None:
 )
 def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     """Read and check settings, tokenizer, weights and data; train nothing, write nothing but the token cache."""
-    from medtrain.trainer.config import load_config
+    from medtrain.trainer.config.settings import load_config
 
     settings = load_config(None, config, overrides)
-    from medtrain.trainer.prepare import check as check_config
+    from medtrain.trainer.train.setup import check as check_config
 
     summary = check_config(settings, samples)
     if _is_main():
@@ -189,10 +189,10 @@ def plan(
     peak_tflops: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Memory a rank by formula, without GPU, weights or data, and what to change; exit status 1 where it does not fit."""
-    from medtrain.trainer.config import load_config
+    from medtrain.trainer.config.settings import load_config
 
     settings = load_config(None, config, overrides)
-    from medtrain.trainer.plan_report import as_text, plan_config
+    from medtrain.trainer.plan.command import as_text, plan_config
 
     result = plan_config(
         settings, world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes, mfu=mfu, peak_tflops=peak_tflops

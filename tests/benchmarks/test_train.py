@@ -20,9 +20,9 @@ from medtrain.benchmarks.train_inputs import CPT_MODELS, MODELS, config, make_in
 from medtrain.benchmarks.train_tables import verdicts
 from medtrain.trainer.cli import main
 from medtrain.trainer.data.pairs import PairSet
-from medtrain.trainer.flops import num_parameters
-from medtrain.trainer.loop import train
-from medtrain.trainer.model import parameter_shapes
+from medtrain.trainer.model.flops import num_parameters
+from medtrain.trainer.model.policy import parameter_shapes
+from medtrain.trainer.train.loop import train
 
 CPU = torch.device("cpu")
 TINY = MODELS["tiny"]

@@ -7,15 +7,15 @@ import torch
 from helpers import SIZES, documents
 from transformers import AutoModelForCausalLM
 
-from medtrain.trainer.config import ModelConfig, config_from_dict
+from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.liger import select_layers
-from medtrain.trainer.lora import Adapters, fill_adapters
-from medtrain.trainer.model import build_model, load_model_config
-from medtrain.trainer.prepare import check
-from medtrain.trainer.weights import init_weights
+from medtrain.trainer.model.liger import select_layers
+from medtrain.trainer.model.lora import Adapters, fill_adapters
+from medtrain.trainer.model.policy import build_model, load_model_config
+from medtrain.trainer.train.setup import check
+from medtrain.trainer.weights.load import init_weights
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 triton = pytest.importorskip("triton", reason="Triton is not installed")

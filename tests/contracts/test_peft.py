@@ -1,15 +1,15 @@
 """What we rely on of PEFT: layers injected into a decoder on meta under these names, switched off by ``_disable_adapters``,
-and its adapter_config.json. That its own model computes the same is in tests/trainer/test_lora.py."""
+and its adapter_config.json. That its own model computes the same is in tests/trainer/model/test_lora.py."""
 
 import torch
 from helpers import SIZES, documents
 
-from medtrain.trainer.config import ModelConfig
+from medtrain.trainer.config.settings import ModelConfig
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
-from medtrain.trainer.lora import Adapters, fill_adapters, is_adapter, without_adapters
-from medtrain.trainer.model import build_model, load_model_config
-from medtrain.trainer.weights import init_weights
+from medtrain.trainer.model.lora import Adapters, fill_adapters, is_adapter, without_adapters
+from medtrain.trainer.model.policy import build_model, load_model_config
+from medtrain.trainer.weights.load import init_weights
 
 ADAPTERS = Adapters(4, 8.0, ("q_proj", "down_proj"), None, "dense", 0)
 

@@ -10,7 +10,7 @@ import torch
 from helpers import SIZES, assert_same_curve, read_metrics, run, run_on_ranks, stopped_after, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from medtrain.trainer.export import export_run
+from medtrain.trainer.run.export import export_run
 
 WIDE = SIZES | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 STYLE = {"question": "{text} {choices}", "choice": "{letter} {text}", "choice_joint": " ", "joint": " ",

@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers import run_on_ranks
 
-from medtrain.trainer import checkpointing, compile
 from medtrain.trainer.distributed import local_part
+from medtrain.trainer.model import compile
+from medtrain.trainer.model import recompute as checkpointing
 
 
 def _shards_lie_where_local_part_says():

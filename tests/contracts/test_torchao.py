@@ -1,11 +1,11 @@
 """What we rely on of torchao: FP8 layers by a recipe's name, on a CPU by emulation, and the codes of 8-bit moments. How
-far a curve is from float32 is in tests/trainer/test_precision.py."""
+far a curve is from float32 is in tests/trainer/model/test_precision.py."""
 
 import pytest
 import torch
 
-from medtrain.trainer.optimizer import BLOCK, _code_of_zero, _levels
-from medtrain.trainer.precision import load_torchao
+from medtrain.trainer.model.precision import load_torchao
+from medtrain.trainer.train.optimizer import BLOCK, _code_of_zero, _levels
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 load_torchao("tests")
@@ -17,7 +17,7 @@ def test_a_layer_by_a_recipes_name_is_near_the_plain_one(recipe):
 
     from torchao.float8 import Float8LinearConfig
 
-    from medtrain.trainer.fp8 import FP8Linear
+    from medtrain.trainer.model.fp8 import FP8Linear
 
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True)
     torch.manual_seed(0)

@@ -10,14 +10,14 @@ from helpers import SIZES, documents, hf_logps
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig
 
-from medtrain.trainer import attention
-from medtrain.trainer.config import ModelConfig
+from medtrain.trainer.config.settings import ModelConfig
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
 from medtrain.trainer.exam import during
 from medtrain.trainer.exam.generate import HFEngine
-from medtrain.trainer.model import SUPPORTED_TYPES, build_model, load_model_config
-from medtrain.trainer.weights import init_weights
+from medtrain.trainer.model import attention
+from medtrain.trainer.model.policy import SUPPORTED_TYPES, build_model, load_model_config
+from medtrain.trainer.weights.load import init_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 

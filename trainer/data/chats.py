@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from medtrain.trainer.chat import left_out, squeeze
+from medtrain.trainer.data.chat import left_out, squeeze
 from medtrain.trainer.data.sources import Row
 from medtrain.trainer.errors import InputError, bad_input
 

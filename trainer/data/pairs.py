@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.chats import HISTORY_SHORTENED, KEY_LEFT_OUT, render_chat, why_no_prefix
 from medtrain.trainer.data.encode import continuations, eos_id, opening, tokenize_starts, tokenize_texts
-from medtrain.trainer.data.sources import Row, Source, check_text, kind_of, read_rows
+from medtrain.trainer.data.sources import Row, check_text, kind_of, read_rows
+from medtrain.trainer.data.tokenizer import check_ids, first_texts
 from medtrain.trainer.errors import InputError, bad_input
-from medtrain.trainer.tokenizer import check_ids, first_texts
 
 OVERLONG = ("error", "drop", "cut_completion", "cut_prompt")
 UNUSABLE = ("empty", "identical", "prompt not a prefix", "left out by the chat template")

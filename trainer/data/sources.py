@@ -14,33 +14,14 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from medtrain.trainer.config.source import Source
 from medtrain.trainer.errors import bad_input, user_path
 
 _ROWS_PER_READ = 1024
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """One entry of ``data.sources``, ``data.pairs`` or ``data.heldout``.
-
-    ``path``: file or folder. ``weight``: share of every step relative to the other sources (all have one or none has).
-    ``name``: what metrics and the ledger call it; the file's stem where not given (see :func:`name_sources`).
-    """
-
-    path: str
-    weight: float | None = None
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        weight = self.weight
-        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if weight is not None and not (is_number and math.isfinite(weight) and weight > 0):
-            raise bad_input("wrong weight", file=self.path, field="weight", found=weight, expected="a number above 0")
 
 
 class Row(NamedTuple):

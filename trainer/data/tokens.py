@@ -21,15 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
+from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.digests import files_digest
 from medtrain.trainer.data.encode import eos_id, tokenizer_digest
 from medtrain.trainer.data.parts import Part, is_whole, missing_parts, open_parts, write_index
 from medtrain.trainer.data.pieces import plan_parts
-from medtrain.trainer.data.sources import Source, read_rows, source_files
+from medtrain.trainer.data.sources import read_rows, source_files
+from medtrain.trainer.data.tokenizer import check_ids, first_texts
 from medtrain.trainer.data.workers import Job, Report, default_workers, make_parts
 from medtrain.trainer.errors import InputError, bad_input, user_path
 from medtrain.trainer.files import PARTIAL
-from medtrain.trainer.tokenizer import check_ids, first_texts
 
 _FORMAT = 1  # of what the tokens are
 _LAYOUT = 2  # of how they lie on the disk

@@ -72,7 +72,7 @@ def run_demo(
     """
     import torch
 
-    from medtrain.trainer.report import write_report
+    from medtrain.trainer.run.report import write_report
 
     demo = Demo(Path(out), seed, recipe, (lambda line: None) if quiet else lambda line: print(line, flush=True))
     claim(demo)
@@ -164,7 +164,7 @@ def make_pairs(demo: Demo, world: World, start: str) -> None:
     An answer that is none of the options is wrong here for certain, as answers are the options' own texts.
     A model may name any disease while it reasons; pairs that name one of another kind are left out and counted.
     """
-    from medtrain.trainer.exam.pairs import run_pairs
+    from medtrain.trainer.exam.pairs.build import run_pairs
 
     final = demo.pairs(start)
     if final.is_file():
@@ -240,8 +240,8 @@ def num_parameters(model: Path) -> int:
 
 
 def _train(demo: Demo, stage: str, name: str, **sections: dict) -> None:
-    from medtrain.trainer.config import config_from_dict
-    from medtrain.trainer.loop import train
+    from medtrain.trainer.config.settings import config_from_dict
+    from medtrain.trainer.train.loop import train
 
     if demo.model(name).is_dir():  # appears whole, at the very end
         return

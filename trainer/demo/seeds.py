@@ -24,7 +24,7 @@ from medtrain.trainer.demo.world import make_world
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import check_can_make, read_rows, write_json
 from medtrain.trainer.processes import clean_context
-from medtrain.trainer.run_folder import commit, device_name, versions
+from medtrain.trainer.run.folder import commit, device_name, versions
 
 # Student's t at 97.5 % by degrees of freedom; beyond the list the normal distribution is near enough.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)

@@ -31,12 +31,12 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
     """
     from dataclasses import asdict
 
-    from medtrain.trainer.config import load_pairs_config
+    from medtrain.trainer.config.settings import load_pairs_config
     from medtrain.trainer.exam.prompts import load_style
 
     settings = asdict(load_pairs_config(config, overrides))
     style = load_style(settings.pop("prompt"), chat=settings.pop("chat"))
-    from medtrain.trainer.exam.pairs import run_pairs  # seconds, not for a typing slip
+    from medtrain.trainer.exam.pairs.build import run_pairs  # seconds, not for a typing slip
 
     summary = run_pairs(**settings, style=style, echo=_say)
     del summary["settings"]  # in the file

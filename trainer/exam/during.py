@@ -25,8 +25,7 @@ import torch.nn as nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from medtrain.trainer import attention
-from medtrain.trainer.config import Config
+from medtrain.trainer.config.settings import Config
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.evaluate import answer_exam, summarize_rows
@@ -36,8 +35,9 @@ from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import read_outputs
 from medtrain.trainer.exam.scoring import INVALID, to_jsonl
 from medtrain.trainer.files import file_sha256, write_bytes
-from medtrain.trainer.model import PolicyModel
-from medtrain.trainer.small_files import generation_config
+from medtrain.trainer.model import attention
+from medtrain.trainer.model.policy import PolicyModel
+from medtrain.trainer.weights.small_files import generation_config
 
 _MOST_ROWS = 64  # of a batch, so that its logits stay small: 64 x 152,064 float32 are 39 MB
 

@@ -14,11 +14,11 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-from medtrain.trainer.chat import fix_time, now
+from medtrain.trainer.data.chat import fix_time, now
+from medtrain.trainer.data.tokenizer import read_tokenizer
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.choices import score_choices, summarize_choices
 from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
-from medtrain.trainer.exam.intervals import bootstrap_interval, p_text, paired_p_value
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import (
     MODES,
@@ -39,7 +39,7 @@ from medtrain.trainer.exam.scoring import (
     unread_note,
     write_atomically,
 )
-from medtrain.trainer.tokenizer import read_tokenizer
+from medtrain.trainer.intervals import bootstrap_interval, p_text, paired_p_value
 
 METHODS = ("generate", "choice_logp")
 Progress = Callable[[str, int, int], None]

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from medtrain.trainer.data.encode import continuations, tokenize_starts
+from medtrain.trainer.data.tokenizer import PROBES, check_ids, read_tokenizer
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.prompts import Stop
-from medtrain.trainer.small_files import end_tokens
-from medtrain.trainer.tokenizer import PROBES, check_ids, read_tokenizer
+from medtrain.trainer.weights.small_files import end_tokens
 
 ENGINES = ("hf", "vllm")
 # Stop rules need decoded text; looking every few steps costs little and generates at most this many tokens too many.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from medtrain.trainer.config_reading import read_tree
+from medtrain.trainer.config.reading import read_tree
 from medtrain.trainer.errors import bad_input
 
 AnswerAs = Literal["letters", "text", "index0", "index1"]

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medtrain.trainer.chat import left_out, squeeze
-from medtrain.trainer.config_reading import build, read_tree
+from medtrain.trainer.config.reading import build, read_tree
+from medtrain.trainer.data.chat import left_out, squeeze
 from medtrain.trainer.data.encode import opening, tokenize_starts
+from medtrain.trainer.data.tokenizer import check_ids, first_texts
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.questions import Question, load_questions
-from medtrain.trainer.tokenizer import check_ids, first_texts
 
 MODES = ("answer", "explain")
 _NAMED = Path(__file__).resolve().parents[2] / "configs" / "prompts"

@@ -18,10 +18,10 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from medtrain.trainer.errors import bad_input, user_path
-from medtrain.trainer.exam.intervals import bootstrap_interval
 from medtrain.trainer.exam.parse import Parsed, parse_output
 from medtrain.trainer.exam.questions import Question, load_questions, read_jsonl
 from medtrain.trainer.files import write_bytes
+from medtrain.trainer.intervals import bootstrap_interval
 
 # Declared void after the examination: the official scorer counts it as right for every prediction.
 _ALWAYS_RIGHT = frozenset({"116A71"})

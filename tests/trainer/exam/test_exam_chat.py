@@ -8,9 +8,9 @@ from exam_models import QUESTIONS, chain_tokenizer
 
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam import evaluate as evaluation
-from medtrain.trainer.exam import pairs as pair_making
 from medtrain.trainer.exam.evaluate import run_eval
-from medtrain.trainer.exam.pairs import run_pairs
+from medtrain.trainer.exam.pairs import build as pair_making
+from medtrain.trainer.exam.pairs.build import run_pairs
 from medtrain.trainer.exam.prompts import PromptStyle, load_style
 
 YESTERDAY = datetime(2024, 7, 6, 8, 9, 10).astimezone()

@@ -16,15 +16,15 @@ from helpers import (
     write_jsonl,
 )
 
-from medtrain.trainer import loop
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.during import read_outputs
 from medtrain.trainer.exam.evaluate import evaluate
 from medtrain.trainer.exam.generate import HFEngine
 from medtrain.trainer.exam.prompts import MODES, load_style
 from medtrain.trainer.exam.scoring import INVALID
-from medtrain.trainer.progress import evaluation_lines
-from medtrain.trainer.run_folder import RunFolder
+from medtrain.trainer.run.console import evaluation_lines
+from medtrain.trainer.run.folder import RunFolder
+from medtrain.trainer.train import loop
 
 # The tokenizer of the tests splits at blanks and knows few words.
 STYLE = {
@@ -176,7 +176,7 @@ def test_the_answers_are_those_of_the_exported_model(stage, size, changes, tree_
 
 
 def test_compiled_layers_sit_the_exam_as_written(tree_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("medtrain.trainer.compile.BACKEND", "eager")
+    monkeypatch.setattr("medtrain.trainer.model.compile.BACKEND", "eager")
     run("cpt", tree_of("cpt"), tmp_path / "plain")
     run("cpt", tree_of("cpt", model__compile=True), tmp_path / "compiled")
     assert outputs(tmp_path / "compiled", 4) == outputs(tmp_path / "plain", 4)

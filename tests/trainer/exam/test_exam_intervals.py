@@ -12,8 +12,8 @@ from helpers import write_jsonl
 
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.compare import as_text, compare
-from medtrain.trainer.exam.intervals import bootstrap_interval, paired_p_value
 from medtrain.trainer.exam.scoring import run_score
+from medtrain.trainer.intervals import bootstrap_interval, paired_p_value
 
 IGAKUQA = Path(__file__).parents[4] / "shared/data/igakuqa"
 

@@ -9,10 +9,10 @@ from exam_models import CHAIN, QUESTIONS, STYLE, chain_model, write_exam
 from helpers import write_jsonl
 
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.exam import pairs as pairs_module
 from medtrain.trainer.exam.evaluate import answer_exam
 from medtrain.trainer.exam.generate import HFEngine
-from medtrain.trainer.exam.pairs import ReasoningPath, build_pairs, run_pairs, sample_paths
+from medtrain.trainer.exam.pairs import build as pairs_module
+from medtrain.trainer.exam.pairs.build import ReasoningPath, build_pairs, run_pairs, sample_paths
 
 
 @pytest.fixture

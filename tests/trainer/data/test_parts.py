@@ -1,0 +1,377 @@
+"""The token cache in parts: the same bits from any number of workers, after any kill; what is trusted and what is found."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import killed_in_a_child
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from medtrain.trainer.config.source import Source
+from medtrain.trainer.data import digests, pieces, workers
+from medtrain.trainer.data.digests import files_digest
+from medtrain.trainer.data.order import GlobalOrder, source_shares
+from medtrain.trainer.data.pieces import plan_parts
+from medtrain.trainer.data.sources import lines_before, read_range, read_rows
+from medtrain.trainer.data.tokens import TokenizedSource, tokenize_source
+from medtrain.trainer.data.windows import make_windows
+from medtrain.trainer.data.workers import default_workers
+from medtrain.trainer.errors import InputError
+
+WORDS = "the fever of marn rises at night and falls by day".split()
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of about 600 bytes of text."""
+    monkeypatch.setattr(pieces, "PART_BYTES", (600, 2**30))
+
+
+class Counting(PreTrainedTokenizerFast):
+    """A word-level tokenizer that counts its calls in this process."""
+
+    calls = 0
+
+    def __call__(self, *args, **kwargs):
+        type(self).calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+def make_tokenizer(kind=Counting):
+    vocab = {word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    Counting.calls = 0
+    return kind(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+
+
+def texts(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 30))) for _ in range(n)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), "utf-8")
+    return path
+
+
+def save_arrow(path, rows, rows_a_batch):
+    table = pa.table({"text": rows})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows_a_batch)
+    return path
+
+
+def corpus(folder):
+    """A folder of all kinds: large and small files, one with several row groups; and its texts in order."""
+    folder.mkdir()
+    parts = [texts(90, 0), texts(2, 1), texts(3, 2), texts(70, 3), texts(40, 4)]
+    write(folder / "a.jsonl", parts[0])
+    write(folder / "b.jsonl", parts[1])
+    write(folder / "c.jsonl", parts[2])
+    pq.write_table(pa.table({"text": parts[3], "id": range(70)}), folder / "d.parquet", row_group_size=9)
+    write(folder / "e.jsonl", parts[4])
+    return Source(str(folder)), [text for part in parts for text in part]
+
+
+def cache_files(cache):
+    """Every file of the one cache in a folder but the index, which has times in it: name and bytes."""
+    (folder,) = (path for path in Path(cache).iterdir() if path.is_dir())
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "index.json"}
+
+
+def decoded(source):
+    ids = {i: word for i, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    return [" ".join(ids[token] for token in source.document(i)) for i in range(source.num_docs)]
+
+
+lines = st.lists(st.sampled_from(["", " ", '{"t": 1}', '{"t": "熱"}', '{"t": "a longer line"}']), max_size=9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lines, st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans(), st.lists(st.integers(0, 120), max_size=5))
+def test_ranges_of_lines_hold_every_row_once_and_know_its_number(tmp_path_factory, drawn, end, bom, last_end, cuts):
+    file = tmp_path_factory.mktemp("ranges") / "a.jsonl"
+    text = end.join(drawn) + (end if last_end else "")
+    file.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
+    size = file.stat().st_size
+    edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
+    found = [
+        row
+        for begin, stop in zip(edges, edges[1:], strict=False)
+        for row in read_range(file, ["t"], begin, stop, lines_before=lines_before(file, begin))
+    ]
+    assert found == list(read_range(file, ["t"]))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_ranges_of_rows_hold_every_row_once_and_know_its_number(tmp_path, kind):
+    file, rows = tmp_path / f"a.{kind}", texts(50)
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": rows}), file, row_group_size=7)
+    else:
+        save_arrow(file, rows, 7)
+    whole = [(row.number, row.fields["text"]) for row in read_range(file, ["text"])]
+    assert whole == list(enumerate(rows, start=1))
+    for edges in ([0, 7, 21, 50], [0, 14, 14, 49, 50]) if kind == "parquet" else ([0, 5, 33, 50], [0, 49, 49, 50]):
+        found = [row for b, e in zip(edges, edges[1:], strict=False) for row in read_range(file, ["text"], b, e)]
+        assert [(row.number, row.fields["text"]) for row in found] == whole
+
+
+def test_parts_are_of_about_one_size_and_follow_the_rows(tmp_path, small_parts):
+    source, expected = corpus(tmp_path / "corpus")
+    files = sorted(Path(source.path).iterdir())
+    plan = plan_parts(files, "text")
+    sizes = [sum(piece.size for piece in part) for part in plan]
+    assert len(plan) > 10 and 300 < min(sizes[:-1]) and max(sizes) < 1500, "row groups stay whole"
+    files_of = [{piece.file.name for piece in part} for part in plan]
+    assert {"b.jsonl", "c.jsonl"} in files_of, "small files share a part"
+    assert sum(piece.file.name == "a.jsonl" for part in plan for piece in part) > 5, "a large file is divided"
+    rows = [r for part in plan for p in part for r in read_range(p.file, ["text"], p.begin, p.end)]
+    assert [row.fields["text"] for row in rows] == expected
+    assert [row.fields for row in rows] == [{"text": r.fields["text"]} for r in read_rows(source.path, ["text"])]
+
+
+def test_the_number_of_parts_is_bounded_and_small_sources_are_one(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", texts(300))
+    assert len(plan_parts([file], "text")) == 1
+    monkeypatch.setattr(pieces, "PART_BYTES", (10, 2**30))
+    monkeypatch.setattr(pieces, "NUM_PARTS", 40)
+    assert len(plan_parts([file], "text")) == 40
+    monkeypatch.setattr(pieces, "PART_BYTES", (10, 100))
+    assert len(plan_parts([file], "text")) == -(-file.stat().st_size // 100)
+
+
+def test_any_number_of_workers_makes_the_same_bits_in_the_order_of_the_rows(tmp_path, small_parts, monkeypatch):
+    source, expected = corpus(tmp_path / "corpus")
+    seen = []
+    alone = tokenize_source(source, make_tokenizer(), tmp_path / "one", workers=1)
+    assert decoded(alone) == [f"{text} <eos>" for text in expected] and len(alone.parts) > 10
+    assert alone.num_bytes.tolist() == [len(text.encode()) for text in expected]
+    assert Counting.calls > 0
+    with monkeypatch.context() as patch:
+        patch.delattr(workers, "_make")  # here, not in the workers
+        plain = make_tokenizer(PreTrainedTokenizerFast)
+        many = tokenize_source(source, plain, tmp_path / "two", workers=2, progress=seen.append)
+    assert cache_files(tmp_path / "one") == cache_files(tmp_path / "two")
+    assert many.digest == alone.digest and decoded(many) == decoded(alone)
+    assert seen[-1].rows == len(expected) and seen[-1].tokens == many.num_tokens
+    assert seen[-1].bytes_done == seen[-1].bytes_total
+
+
+def test_a_dataset_folder_is_divided_by_rows(tmp_path, small_parts):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    save_arrow(folder / "data-0.arrow", texts(80), 1000)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-0.arrow"}]}))
+    tokenized = tokenize_source(Source(str(folder)), make_tokenizer(), tmp_path / "cache", workers=1)
+    assert len(tokenized.parts) > 3 and decoded(tokenized) == [f"{text} <eos>" for text in texts(80)]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_first_bad_row_is_named_whoever_meets_it(tmp_path, small_parts, num_workers):
+    tokenizer = make_tokenizer(PreTrainedTokenizerFast)
+    rows = texts(120)
+    rows[70] = rows[100] = " "
+    file = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(InputError) as caught:
+        tokenize_source(Source(str(file)), tokenizer, tmp_path / "cache", workers=num_workers)
+    assert str(caught.value) == f"{file}: row 71: field 'text': empty text (found ' ')"
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+    file.write_bytes(file.read_bytes().replace(b'{"text": " "}', b'{"text": " ', 1))
+    with pytest.raises(InputError, match="row 71: not valid JSON"):
+        tokenize_source(Source(str(file)), tokenizer, tmp_path / "cache", workers=num_workers)
+
+
+def test_rows_of_parquet_and_arrow_are_named_in_divided_files(tmp_path, small_parts):
+    rows = [*texts(60), None, *texts(20)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=8)
+    with pytest.raises(InputError, match="a.parquet: row 61: field 'text': wrong type .found null"):
+        tokenize_source(Source(str(tmp_path / "a.parquet")), make_tokenizer(), tmp_path / "cache", workers=1)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    save_arrow(folder / "data-0.arrow", rows, 1000)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-0.arrow"}]}))
+    with pytest.raises(InputError, match="data-0.arrow: row 61: field 'text': wrong type .found null"):
+        tokenize_source(Source(str(folder)), make_tokenizer(), tmp_path / "cache", workers=1)
+
+
+def _die_within_part(source, cache, wanted):
+    made = []
+
+    def report(progress):
+        made.append(progress)
+        if len(made) == wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    tokenize_source(source, make_tokenizer(), cache, workers=1, progress=report)
+
+
+@pytest.mark.parametrize("wanted", [1, 6, 13])
+def test_after_a_kill_only_the_missing_parts_are_made_and_nothing_is_left_over(tmp_path, small_parts, wanted):
+    source, expected = corpus(tmp_path / "corpus")
+    whole = tokenize_source(source, make_tokenizer(), tmp_path / "whole", workers=1)
+    calls = Counting.calls
+    killed_in_a_child(_die_within_part, source, tmp_path / "cache", wanted)
+    assert any(name.endswith(".partial") for name in cache_files(tmp_path / "cache")) == (wanted % 2 == 1)
+    seen = []
+    again = tokenize_source(source, make_tokenizer(), tmp_path / "cache", workers=1, progress=seen.append)
+    assert Counting.calls == calls - wanted // 2, "two reports a part: its batch, its end"
+    assert seen[-1].rows < len(expected) or wanted == 1
+    assert seen[-1].bytes_done == seen[-1].bytes_total
+    assert cache_files(tmp_path / "cache") == cache_files(tmp_path / "whole")
+    assert decoded(again) == decoded(whole)
+
+
+def test_of_a_damaged_cache_only_the_damaged_part_is_made_anew(tmp_path, small_parts):
+    source, _ = corpus(tmp_path / "corpus")
+    first = tokenize_source(source, make_tokenizer(), tmp_path / "cache", workers=1)
+    expected, before = decoded(first), cache_files(tmp_path / "cache")
+    folder = next(path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    victim = folder / "part-00004.bin"
+    data = bytearray(victim.read_bytes())
+    data[9] ^= 4
+    victim.write_bytes(data)
+    again = tokenize_source(source, make_tokenizer(), tmp_path / "cache", workers=1)
+    assert Counting.calls == 1 and decoded(again) == expected and cache_files(tmp_path / "cache") == before
+    changed = {path.name for path in folder.iterdir() if path.stat().st_mtime_ns != times[path.name]}
+    assert changed == {"part-00004.bin", "index.json"}
+
+
+def test_same_size_and_time_are_trusted_until_everything_is_verified(tmp_path, small_parts):
+    """What an open does not see and `medtrain check` does: bits that changed on the disk by themselves."""
+    source, _ = corpus(tmp_path / "corpus")
+    before = decoded(tokenize_source(source, make_tokenizer(), tmp_path / "cache", workers=1))
+    victim = next((tmp_path / "cache").glob("*/part-00002.bin"))
+    times = victim.stat()
+    data = bytearray(victim.read_bytes())
+    data[8] ^= 1
+    victim.write_bytes(data)
+    os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert decoded(tokenize_source(source, make_tokenizer(), tmp_path / "cache")) != before
+    assert decoded(tokenize_source(source, make_tokenizer(), tmp_path / "cache", workers=1, verify=True)) == before
+    assert Counting.calls == 1
+
+
+def test_a_part_of_another_time_is_read_once_and_its_time_learned(tmp_path, small_parts, monkeypatch):
+    from medtrain.trainer.data import parts
+
+    source, _ = corpus(tmp_path / "corpus")
+    tokenize_source(source, make_tokenizer(), tmp_path / "cache", workers=1)
+    read = []
+    body_digest = parts._body_digest
+    monkeypatch.setattr(parts, "_body_digest", lambda path: (read.append(path.name), body_digest(path))[1])
+    make = make_tokenizer()
+    tokenize_source(source, make, tmp_path / "cache")
+    assert read == []
+    os.utime(next((tmp_path / "cache").glob("*/part-00003.bin")))
+    for _ in range(2):
+        tokenize_source(source, make, tmp_path / "cache")
+    assert read == ["part-00003.bin"] and Counting.calls == 0
+
+
+def test_parts_of_another_division_are_not_taken_for_these(tmp_path, small_parts, monkeypatch):
+    source, expected = corpus(tmp_path / "corpus")
+    tokenize_source(source, make_tokenizer(), tmp_path / "cache", workers=1)
+    monkeypatch.setattr(pieces, "PART_BYTES", (900, 2**30))
+    next((tmp_path / "cache").glob("*/index.json")).unlink()
+    again = tokenize_source(source, make_tokenizer(), tmp_path / "cache", workers=1)
+    assert decoded(again) == [f"{text} <eos>" for text in expected]
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that were read to be hashed."""
+    found = []
+    original = digests.file_sha256
+    monkeypatch.setattr(digests, "file_sha256", lambda file: (found.append(Path(file).name), original(file))[1])
+    return found
+
+
+def test_unchanged_input_is_hashed_once(tmp_path, monkeypatch, hashed):
+    monkeypatch.setattr(digests, "_SETTLED_NS", -(2**62))  # files just written count as settled
+    files, memory = [write(tmp_path / name, texts(3)) for name in ("a.jsonl", "b.jsonl")], tmp_path / "raw-files.json"
+    first = files_digest(files, memory)
+    assert sorted(hashed) == ["a.jsonl", "b.jsonl"] and files_digest(files, memory) == first and len(hashed) == 2
+    assert files_digest(files, memory, trust=False) == first and len(hashed) == 4
+    # Another content of the same size, given the old date: the system's own time of change tells.
+    times = files[1].stat()
+    files[1].write_bytes(files[1].read_bytes().replace(b"e", b"a"))
+    os.utime(files[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = files_digest(files, memory)
+    assert second != first and hashed[4:] == ["b.jsonl"]
+    memory.write_text("{")
+    assert files_digest(files, memory) == second and len(hashed) == 7
+    files[0].unlink()
+    files_digest(files[1:], memory, trust=False)
+    write(tmp_path / "c.jsonl", texts(1))
+    files_digest([tmp_path / "c.jsonl"], memory)
+    assert sorted(Path(path).name for path in json.loads(memory.read_text())) == ["b.jsonl", "c.jsonl"]
+
+
+def test_of_a_file_that_changed_just_now_nothing_is_remembered(tmp_path, hashed):
+    file, memory = write(tmp_path / "a.jsonl", texts(3)), tmp_path / "raw-files.json"
+    assert files_digest([file], memory) == files_digest([file], memory)
+    assert hashed == ["a.jsonl"] * 2 and not memory.exists()
+
+
+class Positions:
+    """Stands for a huge part: every token is its own place in the source, above what 32 bits hold."""
+
+    def __init__(self, start, size):
+        self.start, self.size = start, size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, cut):
+        begin, end, _ = cut.indices(self.size)
+        return np.arange(self.start + begin, self.start + end)
+
+
+def test_places_beyond_32_bits_are_found():
+    lengths = np.array([5, 2**31 + 3, 2**30, 2**31 - 1, 7, 2**31 + 9, 4], dtype=np.uint32)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    assert offsets[-1] > 2**32
+    edges = [0, 2, 4, 4, 6, 7]
+    parts = [Positions(int(offsets[a]), int(offsets[b] - offsets[a])) for a, b in zip(edges, edges[1:], strict=False)]
+    source = TokenizedSource("huge", None, "huge", parts, offsets, lengths, "")
+    assert source.num_tokens == offsets[-1]
+    assert source.document(6).tolist() == list(range(offsets[6], offsets[7]))
+    windows = make_windows(source, 2**20)
+    ends = offsets[1:] - 1
+    assert windows.lengths.sum(dtype=np.int64) == int(offsets[-1]) - len(lengths)
+    for doc in range(len(lengths)):
+        for i in {int(windows.first[doc]), int(windows.first[doc + 1]) - 1}:
+            window = windows.window(i)
+            start = int(offsets[doc]) + (i - int(windows.first[doc])) * 2**20
+            assert window[0] == start and window[-1] == min(start + 2**20, ends[doc])
+            assert len(window) == windows.lengths[i] + 1
+
+
+def test_an_epoch_beyond_32_bits_holds_every_window_once():
+    lengths = [np.full(5000, 2**20, np.int32), np.full(900, 2**20 - 1, np.int32)]
+    order = GlobalOrder(lengths, source_shares([9, 1], [1, 1]), 2**30, 3)
+    assert order.totals[0] > 2**32
+    taken = np.concatenate([(step := order.step(s)).item_ids[step.source_ids == 0] for s in range(12)])
+    for epoch in range(2):
+        assert sorted(taken[epoch * 5000 : (epoch + 1) * 5000]) == list(range(5000))
+    late = order.step(10**7)
+    assert (
+        len(late)
+        and (late.lengths == [lengths[s][i] for s, i in zip(late.source_ids, late.item_ids, strict=True)]).all()
+    )
+
+
+def test_workers_are_the_cpus_less_the_ranks_that_wait(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert [default_workers(n) for n in (1, 8, 16, 99)] == [16, 9, 1, 1]

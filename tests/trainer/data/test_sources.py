@@ -1,0 +1,151 @@
+"""Reading rows: formats, folders, names, and the text of every error."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medtrain.trainer.config.source import Source
+from medtrain.trainer.data.digests import files_digest
+from medtrain.trainer.data.sources import check_text, name_sources, read_rows, source_files
+from medtrain.trainer.errors import InputError
+
+TEXTS = ["rash of the left arm", "発熱と咳", "a\nb"]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def read_texts(path):
+    return [check_text(row.fields["text"], row, "text") for row in read_rows(path, ["text"])]
+
+
+def message(call) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def save_to_disk(folder, texts, shards=2):
+    """As datasets.Dataset.save_to_disk lays a folder out."""
+    folder.mkdir()
+    names = [f"data-{k:05d}-of-{shards:05d}.arrow" for k in range(shards)]
+    for k, name in enumerate(names):
+        table = pa.table({"text": texts[k::shards], "other": [1] * len(texts[k::shards])})
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    return folder
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [{"text": t, "other": None} for t in TEXTS])
+    pq.write_table(pa.table({"other": [1, 2, 3], "text": TEXTS}), tmp_path / "a.parquet")
+    assert read_texts(jsonl) == read_texts(tmp_path / "a.parquet") == TEXTS
+    assert read_texts(save_to_disk(tmp_path / "saved", TEXTS)) == [TEXTS[0], TEXTS[2], TEXTS[1]]
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_without_other_files(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "second"}])
+    pq.write_table(pa.table({"text": ["first"]}), tmp_path / "a.parquet")
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / ".hidden.jsonl").write_text("not data")
+    assert read_texts(tmp_path) == ["first", "second"]
+    assert [row.number for row in read_rows(tmp_path, ["text"])] == [1, 1]
+
+
+def test_byte_order_mark_crlf_and_blank_lines_are_read_over_and_rows_stay_lines(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "three"}')
+    assert [(row.number, row.fields["text"]) for row in read_rows(file, ["text"])] == [(1, "one"), (3, "three")]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"text": "cut', ["row 2", "not valid JSON", '{"text": "cut']),
+        (b"[" * 100_000, ["row 2", "not valid JSON"]),
+        (b'["a list"]', ["row 2", "found a list", "expected a JSON object"]),
+        (b'{"text": "\xff"}', ["row 2", "invalid UTF-8", "byte 0xff at byte 11"]),
+        (b'{"txt": "x", "id": 3}', ["row 2", "field 'text'", "missing", "id, txt"]),
+        (b"{}", ["row 2", "field 'text'", "missing", "no fields"]),
+        (b'{"text": 3}', ["row 2", "field 'text'", "found a number", "expected a string"]),
+        (b'{"text": null}', ["row 2", "field 'text'", "found null", "expected a string"]),
+        (b'{"text": true}', ["row 2", "field 'text'", "found a boolean", "expected a string"]),
+        (b'{"text": ""}', ["row 2", "field 'text'", "empty text"]),
+        (b'{"text": " \\n\\u3000"}', ["row 2", "field 'text'", "empty text"]),
+        (b'{"text": "a\\ud800"}', ["row 2", "field 'text'", "surrogate", "\\ud800 at character 2"]),
+    ],
+)
+def test_a_bad_line_is_named_with_file_row_and_field(tmp_path, line, words):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    text = message(lambda: read_texts(file))
+    assert text.startswith(f"{file}: row 2: ")
+    for word in words:
+        assert word in text
+
+
+def test_bad_parquet_rows_are_named(tmp_path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x"] * 1500 + [None]}), file)
+    assert f"{file}: row 1501: field 'text': wrong type (found null" in message(lambda: read_texts(file))
+    pq.write_table(pa.table({"body": ["x"], "id": [1]}), file)
+    assert "field 'text': missing (found body, id" in message(lambda: read_texts(file))
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff"))
+    pq.write_table(pa.table({"text": bad}), file)
+    text = message(lambda: read_texts(file))
+    assert "row 2: field 'text': invalid UTF-8" in text and "0xff" in text
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_broken_binary_file_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "folder" / name
+    file.write_bytes(b"not what it says")
+    (tmp_path / "folder" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    assert f"{file}: not a readable {file.suffix[1:]} file" in message(lambda: read_texts(tmp_path / "folder"))
+
+
+def test_paths_without_data_are_named(tmp_path):
+    assert "no such file or folder" in message(lambda: source_files(tmp_path / "gone.jsonl"))
+    assert "the folder holds no data files" in message(lambda: source_files(tmp_path))
+    (tmp_path / "a.csv").write_text("text\n")
+    assert "expected .jsonl or .parquet" in message(lambda: source_files(tmp_path / "a.csv"))
+    for content in ("", "\n\n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        assert f"{tmp_path / 'empty.jsonl'}: no rows" in message(lambda: read_texts(tmp_path / "empty.jsonl"))
+    (tmp_path / "dict" / "train").mkdir(parents=True)
+    (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert "holds several splits (found train" in message(lambda: source_files(tmp_path / "dict"))
+    save_to_disk(tmp_path / "saved", TEXTS)
+    (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
+    assert "data-00001-of-00002.arrow: no such file" in message(lambda: source_files(tmp_path / "saved"))
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    assert "field '_data_files'" in message(lambda: source_files(tmp_path / "saved"))
+
+
+def test_names_are_filled_in_and_unique():
+    named = name_sources([Source("x/a.jsonl"), Source("y/a.parquet"), Source("z", name="a-2"), Source("a.jsonl")])
+    assert [source.name for source in named] == ["a", "a-3", "a-2", "a-4"]
+    text = message(lambda: name_sources([Source("x", name="n"), Source("y", name="n")]))
+    assert text == "y: field 'name': two sources have this name (found n)"
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), True, "2"])
+def test_a_weight_must_be_a_number_above_zero(weight):
+    assert "field 'weight'" in message(lambda: Source("a.jsonl", weight=weight))
+
+
+def test_digest_follows_bytes_not_names(tmp_path):
+    a = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    b = write_jsonl(tmp_path / "b.jsonl", [{"text": "x"}])
+    before = files_digest([a])
+    assert files_digest([b]) == before
+    write_jsonl(a, [{"text": "y"}])
+    assert files_digest([a]) != before
+    assert files_digest([a, b]) != files_digest([b, a])

@@ -1,0 +1,1 @@
+"""The whole recipe in miniature, on made-up medicine."""

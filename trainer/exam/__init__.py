@@ -1,0 +1,1 @@
+"""Questions, prompts, generation, parsing and scoring."""

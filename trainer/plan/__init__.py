@@ -1,0 +1,1 @@
+"""What a run will hold in GPU memory, computed before any GPU is used."""

@@ -1,0 +1,1 @@
+"""The folder of a run and what a person sees of it: manifest, metrics, console, report."""

@@ -1,0 +1,1 @@
+"""The training loop, its setup, step and optimizer, and the two stages."""

@@ -1,0 +1,1 @@
+"""Weights in and out: safetensors, verification, sharded checkpoints, export."""

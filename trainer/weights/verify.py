@@ -1,0 +1,242 @@
+"""Proof, before the first step, that the loaded policy is the checkpoint: its bytes, and Hugging Face's own forward.
+
+Every tensor is gathered as the forward gathers it and compared bit for bit with the files' bytes, which are read anew and
+without the code that loaded them. Where the model is small enough for the host, log-probabilities of a few tokens are
+compared with those of ``AutoModelForCausalLM`` in float32: bytes in the right place may still be used wrongly. For a model
+of any size, medtrain.trainer.model.verify compares a small one of its kind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from medtrain.trainer.data.batch import windows_batch
+from medtrain.trainer.distributed import World, whole
+from medtrain.trainer.errors import bad_input
+from medtrain.trainer.model.lora import Adapters, is_adapter, is_packed, weight_name, without_adapters
+from medtrain.trainer.model.nf4 import quantize
+from medtrain.trainer.model.policy import PolicyModel
+from medtrain.trainer.weights.load import DTYPES, Checkpoint
+
+NUM_TOKENS = 32
+FORWARD_BYTES = (
+    40_000_000_000  # of the float32 model on rank 0's host; loading a larger one would keep all ranks waiting
+)
+FORWARD_SHARE = 0.5  # of the host memory that is free
+# Mean absolute difference, nats a token, to float32: this much in float32; in a lower precision, so many times what Hugging
+# Face's own forward loses in it. A bias left out or another rope base changes trained weights' log-probabilities by far more.
+TOLERANCE = 1e-3
+TIMES_THEIR_LOSS = 3.0
+BLOCK_BYTES = 64 * 2**20  # read and compared at once
+
+
+def prove(
+    policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapters | None, world: World, *, forward: bool
+) -> dict:
+    """Compare ``policy`` as loaded with ``checkpoint``; all ranks must call this. Adapters are left out of it.
+
+    Returns what the manifest keeps: ``tensors`` compared; ``unused``, names in the files that the model has no place for;
+    ``forward``, the differences in nats a token or why there are none; ``seconds``.
+
+    Args:
+        forward: compare with Hugging Face's forward too, where the model fits and is not rounded to 4 bits.
+
+    Raises:
+        InputError: the policy is not the checkpoint; says what differs and the likely cause.
+    """
+    started = time.perf_counter()
+    names = _check_tensors(policy, checkpoint, world)
+    known = {*names, "lm_head.weight"}  # of tied models some files hold it all the same
+    found: dict[str, Any] = {"tensors": len(names), "unused": sorted(set(checkpoint.where) - known)}
+    found["forward"] = _check_forward(policy, checkpoint, adapters, world) if forward else "not asked for"
+    return found | {"seconds": time.perf_counter() - started}
+
+
+def describe(proof: dict) -> str:
+    """One line for a person, of what :func:`prove` and ``prove_architecture`` (under ``architecture``) found."""
+    parts = []
+    if "architecture" in proof:
+        small = proof["architecture"]
+        parts.append(
+            f"a small {small['model_type']}, packed and up to position {small['positions'] - 1:,}, agrees with Hugging Face's "
+            f"within {small['largest_difference']:.1e} nats a token"
+        )
+    if "tensors" in proof:
+        parts.append(_describe_checkpoint(proof))
+    seconds = sum(part.get("seconds", 0.0) for part in (proof, proof.get("architecture", {})))
+    return f"proof: {'; '.join(parts)}; {seconds:.1f} s"
+
+
+def _describe_checkpoint(proof: dict) -> str:
+    forward = proof["forward"]
+    if isinstance(forward, dict):
+        forward = (
+            f"log-probabilities of {forward['tokens']} tokens agree with Hugging Face's within "
+            f"{forward['mean_difference']:.1e} nats (allowed: {forward['tolerance']:.1e})"
+        )
+    else:
+        forward = f"no forward beside Hugging Face's: {forward}"
+    unused = f", {len(proof['unused'])} tensors of the files unused" if proof["unused"] else ""
+    return f"{proof['tensors']} tensors are the files' own{unused}; {forward}"
+
+
+@torch.no_grad()
+def _check_tensors(policy: PolicyModel, checkpoint: Checkpoint, world: World) -> list[str]:
+    """Names of the tensors compared. Ranks that share a tensor out share the comparing out, tensor by tensor."""
+    policy.reshard_all()
+    named = [(name, p) for name, p in policy.named_parameters() if not is_adapter(name)]
+    wrong = torch.zeros(len(named), dtype=torch.float64)
+    for i, (name, param) in enumerate(named):
+        tensor = whole(param)
+        index, size = _place_among_shards(param)
+        if i % size == index:
+            wrong[i] = not _is_stored(tensor, checkpoint, weight_name(name), packed=is_packed(name))
+        del tensor
+    names = [weight_name(name) for name, _ in named]
+    differ = [name for name, count in zip(names, world.sum(wrong), strict=True) if count > 0]
+    if differ:
+        others = f" and {len(differ) - 1} others" if len(differ) > 1 else ""
+        raise bad_input(f"the loaded weights are not those of the files: {differ[0]}{others} differ; likely cause: the files "
+                        "changed while they were read, or a defective disk or memory", file=checkpoint.folder)  # fmt: skip
+    return names
+
+
+def _place_among_shards(param: torch.Tensor) -> tuple[int, int]:
+    """This rank's number among the ranks that hold the parts of one copy of ``param``, and how many they are."""
+    index, size = 0, 1
+    if isinstance(param, DTensor):
+        for dim, placement in enumerate(param.placements):
+            if placement.is_shard():
+                index = index * param.device_mesh.size(dim) + param.device_mesh.get_local_rank(dim)
+                size *= param.device_mesh.size(dim)
+    return index, size
+
+
+def _is_stored(tensor: torch.Tensor, checkpoint: Checkpoint, name: str, *, packed: bool) -> bool:
+    """Whether ``tensor`` has the bits of the stored one, cast to its dtype (packed: quantized)."""
+    for first, rows in _stored_rows(checkpoint.where[name], name):
+        rows = rows.to(tensor.device)
+        expected = quantize(rows, tensor.dtype) if packed else rows.to(tensor.dtype)
+        held = tensor[first : first + len(rows)]
+        if held.shape != expected.shape or not torch.equal(
+            held.contiguous().view(torch.uint8), expected.view(torch.uint8)
+        ):
+            return False
+    return True
+
+
+def _stored_rows(path: Path, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows) of a tensor, block by block, from a file's bytes: the safetensors format, read without its library."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        per_block = max(1, BLOCK_BYTES // row_bytes)
+        file.seek(8 + length + entry["data_offsets"][0])
+        for first in range(0, shape[0], per_block):
+            content = bytearray(min(per_block, shape[0] - first) * row_bytes)
+            file.readinto(content)
+            yield first, torch.frombuffer(content, dtype=dtype).view(-1, *shape[1:])
+
+
+@torch.no_grad()
+def _check_forward(
+    policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapters | None, world: World
+) -> dict[str, Any] | str:
+    if adapters is not None and adapters.base == "nf4":
+        return "the base is rounded to 4 bits"
+    needed = 4 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.shapes)
+    allowed = world.from_main(lambda: min(FORWARD_BYTES, int(FORWARD_SHARE * free_host_bytes())))
+    if needed > allowed:
+        return f"{needed / 1e9:,.1f} GB in float32, of {allowed / 1e9:,.1f} GB allowed"
+    ids = torch.randint(policy.config.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
+    with without_adapters(policy):
+        ours = policy(windows_batch([ids.numpy().astype("uint32")]).to(policy.device)).cpu()
+    policy.reshard_all()
+
+    return world.from_main(lambda: _compare(ours, ids, policy, checkpoint))
+
+
+def _compare(ours: torch.Tensor, ids: torch.Tensor, policy: PolicyModel, checkpoint: Checkpoint) -> dict[str, Any]:
+    """On rank 0, beside transformers' own model in float32 on the CPU."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+        theirs, their_loss = _hugging_face_logps(model, ids, policy.compute_dtype)
+    except Exception as error:  # whatever it is, the other ranks wait for an answer
+        raise bad_input("Hugging Face's forward failed; model.proof=tensors goes without it", file=checkpoint.folder,
+                        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                        ) from error  # fmt: skip
+    difference = (ours.double() - theirs).abs()
+    mean, largest = float(difference.mean()), float(difference.max())
+    tolerance = max(TOLERANCE, TIMES_THEIR_LOSS * their_loss)
+    if not mean <= tolerance:  # so that NaN is wrong too
+        raise bad_input(
+            f"the loaded policy is not Hugging Face's model; likely cause: {_cause(model, policy, checkpoint)}; "
+            "model.proof=tensors goes without this comparison", file=checkpoint.folder,
+            found=f"log-probabilities of {len(ours)} tokens {mean:.2e} nats apart in the mean, {largest:.2e} at most",
+            expected=f"at most {tolerance:.1e} in the mean")  # fmt: skip
+    return {"tokens": len(ours), "mean_difference": mean, "largest_difference": largest, "tolerance": tolerance}
+
+
+def _cause(model: torch.nn.Module, policy: PolicyModel, checkpoint: Checkpoint) -> str:
+    """Where ``model``, as Hugging Face loaded it, and ``policy``, whose tensors are the files', part."""
+    for name, param in model.named_parameters():
+        if name not in checkpoint.where:
+            return f"transformers has a tensor {name} that the files lack"
+        if not _is_stored(param, checkpoint, name, packed=False):
+            return f"transformers reads {name} otherwise than the files have it"
+    ours = dict(policy.named_buffers())
+    for name, buffer in model.named_buffers():  # on a GPU the last bits are others
+        if name not in ours or not torch.allclose(buffer, ours[name].cpu(), rtol=1e-4):
+            return f"other values of {name}, which no file holds (rotary frequencies: rope_theta, rope_type and its factors)"
+    return (
+        f"the computation itself, in {policy.compute_dtype} on {policy.device.type} with {policy.backend} attention, since all "
+        "weights and rotary frequencies agree"
+    )
+
+
+def _hugging_face_logps(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """float64 log-probabilities of ``ids`` after the first, by ``model`` in float32; and how far, in the mean, it is from them
+    itself when it computes in ``dtype``, in which it is left."""
+
+    def logps() -> torch.Tensor:
+        logits = model(ids[:-1].unsqueeze(0), use_cache=False).logits[0].double()
+        return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+
+    exact = logps()
+    if dtype == torch.float32:
+        return exact, 0.0
+    for param in model.parameters():  # not model.to: rotary frequencies stay in float32, as transformers loads them
+        param.data = param.data.to(dtype)
+    return exact, float((logps() - exact).abs().mean())
+
+
+def free_host_bytes() -> int:
+    """Host memory that may still be taken: what Linux calls available, within this container's limit. Elsewhere half of what
+    the machine has, and 0 where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except OSError:  # macOS
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (AttributeError, OSError, ValueError):
+            return 0
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        taken = next(line for line in (group / "memory.stat").read_text().splitlines() if line.startswith("anon "))
+    except (OSError, StopIteration):
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(taken.split()[1]))
