@@ -41,9 +41,15 @@ from medtrain.trainer.weights.load import CHECKSUMS, Checkpoint, export_model, i
 from medtrain.trainer.weights.verify import prove
 
 SIZES = {
-    "model_type": "qwen2", "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
-    "intermediate_size": 4096, "vocab_size": 32768, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "intermediate_size": 4096,
+    "vocab_size": 32768,
+    "tie_word_embeddings": False,
+}
 SMALL = SIZES | {"num_hidden_layers": 4, "vocab_size": 8192}  # of what is saved with its moments
 FILE_BYTES = 200 * 2**20
 MIB = 2**20
@@ -124,8 +130,12 @@ def load_prove_export(world: World, folder: Path, out: Path, cap: int) -> dict[s
         started, read = time.perf_counter(), _bytes_from_disk()
         with peak_memory() as peak:
             result = do()
-        found[name] = {"anonymous_bytes": peak["anonymous"] - base, "file_bytes": peak["file"],
-                       "from_disk_bytes": _bytes_from_disk() - read, "seconds": time.perf_counter() - started}  # fmt: skip
+        found[name] = {
+            "anonymous_bytes": peak["anonymous"] - base,
+            "file_bytes": peak["file"],
+            "from_disk_bytes": _bytes_from_disk() - read,
+            "seconds": time.perf_counter() - started,
+        }
         return result
 
     def load() -> PolicyModel:
@@ -155,8 +165,12 @@ def load_alone(folder: Path, cap: int) -> str:
 
 def saves(world: World, folder: Path) -> dict[str, Any]:
     """Seconds of training held up by each of five saves of trained weights and moments, at once and in the background."""
-    tree = {"model": {"init": SMALL, "tokenizer": "-"}, "data": {"sources": [{"path": "-"}]}, "optim": {"steps": 1},
-            "run": {"out": "-"}}  # fmt: skip
+    tree = {
+        "model": {"init": SMALL, "tokenizer": "-"},
+        "data": {"sources": [{"path": "-"}]},
+        "optim": {"steps": 1},
+        "run": {"out": "-"},
+    }
     config = config_from_dict("cpt", tree)
     policy = build_model(config.model, load_model_config(config.model, None), world, torch.float32, backend="sdpa")
     init_weights(policy, 0)
@@ -177,8 +191,11 @@ def saves(world: World, folder: Path) -> dict[str, Any]:
             whole.append(time.perf_counter() - started)
         saver.close(click.echo)
         # The first copy in the background takes its host memory.
-        found[name] = {"first_seconds": held_up[0], "median_seconds": statistics.median(held_up[1:]),
-                       "until_complete_median_seconds": statistics.median(whole[1:])}  # fmt: skip
+        found[name] = {
+            "first_seconds": held_up[0],
+            "median_seconds": statistics.median(held_up[1:]),
+            "until_complete_median_seconds": statistics.median(whole[1:]),
+        }
     return found
 
 
@@ -251,9 +268,7 @@ def measure(folder: Path, ranks: list[int], cap_bytes: int) -> dict[str, Any]:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
 @click.option("--ranks", type=int, multiple=True, default=(2, 4), show_default=True)
-@click.option(
-    "--cap-mib", type=int, default=1200, show_default=True, help="Private memory a rank, beside the bare process."
-)
+@click.option("--cap-mib", type=int, default=1200, show_default=True, help="Private memory a rank, beside the bare process.")
 def main(out: Path, ranks: tuple[int, ...], cap_mib: int) -> None:
     """Load, prove and export under the cap, time saves, and write checkpoint-io-cpu-DATE.json."""
     with tempfile.TemporaryDirectory() as folder:
@@ -271,8 +286,14 @@ def main(out: Path, ranks: tuple[int, ...], cap_mib: int) -> None:
         )
     click.echo(f"saves: {json.dumps(result['saves'])}")
     path = out / f"checkpoint-io-cpu-{date.today().isoformat()}.json"
-    about = {"device": device_name(torch.device("cpu")), "date": date.today().isoformat(), "commit": commit(),
-             "versions": versions(), "sizes": SIZES, "saved_sizes": SMALL}  # fmt: skip
+    about = {
+        "device": device_name(torch.device("cpu")),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+        "sizes": SIZES,
+        "saved_sizes": SMALL,
+    }
     path.write_text(json.dumps(about | result, indent=1) + "\n", encoding="utf-8")
     click.echo(path)
 

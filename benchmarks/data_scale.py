@@ -67,8 +67,16 @@ def write_cache(cache: Path, name: str, num_tokens: int, seed: int) -> str:
 
 def measure_start(cache: str, keys: dict[str, str], seq_len: int, results) -> None:
     before, own_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _own_mib()
-    row: dict = {"what": "start", "seq_len": seq_len, "batch_tokens": BATCH_TOKENS, "world_size": WORLD_SIZE,
-                 "seconds": {}, "cpu_seconds": {}, "peak_mib": {}, "own_mib": {}}  # fmt: skip
+    row: dict = {
+        "what": "start",
+        "seq_len": seq_len,
+        "batch_tokens": BATCH_TOKENS,
+        "world_size": WORLD_SIZE,
+        "seconds": {},
+        "cpu_seconds": {},
+        "peak_mib": {},
+        "own_mib": {},
+    }
     began = last = np.array(_clocks())
 
     def mark(phase: str) -> None:
@@ -79,9 +87,7 @@ def measure_start(cache: str, keys: dict[str, str], seq_len: int, results) -> No
         row["peak_mib"][phase] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
         row["own_mib"][phase] = _own_mib() - own_before
 
-    sources = [
-        tokenize_source(Source(name, SOURCES[name][1], name), None, cache, key=key) for name, key in keys.items()
-    ]
+    sources = [tokenize_source(Source(name, SOURCES[name][1], name), None, cache, key=key) for name, key in keys.items()]
     mark("open")
     windows = [make_windows(source, seq_len) for source in sources]
     mark("windows")
@@ -162,11 +168,19 @@ def tokenise_rows(args: argparse.Namespace, folder: str) -> list[dict]:
     for (workers, threads), found in forms.items():
         seconds = [round(f[0], 2) for f in found]
         median = statistics.median(seconds)
-        rows.append({
-            "what": "tokenise", "workers": workers, "tokenizer_threads": threads, "megabytes": round(size / 1e6, 1),
-            "tokens": found[0][1], "parts": found[0][2], "seconds": seconds,
-            "tokens_per_second": round(found[0][1] / median), "megabytes_per_second": round(size / 1e6 / median, 2),
-        })  # fmt: skip
+        rows.append(
+            {
+                "what": "tokenise",
+                "workers": workers,
+                "tokenizer_threads": threads,
+                "megabytes": round(size / 1e6, 1),
+                "tokens": found[0][1],
+                "parts": found[0][2],
+                "seconds": seconds,
+                "tokens_per_second": round(found[0][1] / median),
+                "megabytes_per_second": round(size / 1e6 / median, 2),
+            }
+        )
     return rows
 
 
@@ -183,8 +197,13 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cpu")
     result = header("data-scale", device)
-    result |= {"what": " ".join(__doc__.split("\n\n")[2].split()), "cpus": len(os.sched_getaffinity(0)),
-               "load_at_start": os.getloadavg()[0], "parts": NUM_PARTS, "rows": []}  # fmt: skip
+    result |= {
+        "what": " ".join(__doc__.split("\n\n")[2].split()),
+        "cpus": len(os.sched_getaffinity(0)),
+        "load_at_start": os.getloadavg()[0],
+        "parts": NUM_PARTS,
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         keys = {
             name: write_cache(Path(folder), name, int(share * args.tokens), seed)

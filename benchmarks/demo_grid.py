@@ -64,9 +64,7 @@ def run_grid(demos: Sequence[Demo], arms: Sequence[str], rates: Sequence[float],
         name = cell_name(arm, rate, beta)
         for demo in demos:
             scores = by_world[demo.seed][name] = train_cell(demo, arm, rate, beta)
-            demo.say(
-                f"world {demo.seed}  {name:28}" + "".join(f"{mode} {scores[mode]:.3f}   " for mode in MODES).rstrip()
-            )
+            demo.say(f"world {demo.seed}  {name:28}" + "".join(f"{mode} {scores[mode]:.3f}   " for mode in MODES).rstrip())
         return statistics.fmean(by_world[demo.seed][name]["explain"] for demo in demos)
 
     best = {}
@@ -92,9 +90,7 @@ def run_grid(demos: Sequence[Demo], arms: Sequence[str], rates: Sequence[float],
 @click.option("--rates-only", is_flag=True, help="No other betas: the best rate is that of all worlds.")
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where the models go.")
 @click.option("--out", type=click.Path(path_type=Path), help="Result file (JSON).")
-def main(
-    recipe: str, seed: int, worlds: int, arms: str, rates: str, rates_only: bool, folder: Path, out: Path | None
-) -> None:
+def main(recipe: str, seed: int, worlds: int, arms: str, rates: str, rates_only: bool, folder: Path, out: Path | None) -> None:
     """Which learning rate and beta suit each preference loss of the demo."""
     torch.set_num_threads(NUM_THREADS)
     demos = [Demo(folder / f"seed-{n}", n, RECIPES[recipe], click.echo) for n in range(seed, seed + worlds)]

@@ -69,9 +69,7 @@ def differences(first: dict, other: dict) -> dict:
     """Texts whose ids and greedy tokens differ, and the largest difference of a log-prob (nats), where both have it."""
     found = {name: sum(a != b for a, b in zip(first[name], other[name], strict=True)) for name in ("ids", "greedy")}
     if "logps" in other and not found["ids"] and not found["greedy"]:
-        logps = [
-            abs(a - b) for x, y in zip(first["logps"], other["logps"], strict=True) for a, b in zip(x, y, strict=True)
-        ]
+        logps = [abs(a - b) for x, y in zip(first["logps"], other["logps"], strict=True) for a, b in zip(x, y, strict=True)]
         found["logps"] = max(logps)
     return found
 

@@ -147,18 +147,14 @@ def reference(inputs: Inputs) -> Reference:
     pairs = inputs.num_pairs
     rows = num_rows // pairs
     flops = 8 * rows * hidden_size * vocab_size
-    checked = max(
-        1, min(pairs, _REFERENCE_PAIRS, int(_REFERENCE_SECONDS * _float64_rate(inputs.hidden.device) / flops))
-    )
+    checked = max(1, min(pairs, _REFERENCE_PAIRS, int(_REFERENCE_SECONDS * _float64_rate(inputs.hidden.device) / flops)))
     if checked < pairs:
         halves = [tensor.unflatten(0, (2, pairs, -1)) for tensor in (inputs.hidden, inputs.targets)]
         hidden, targets = (half[:, :checked].flatten(0, 2).contiguous() for half in halves)
         subset = Inputs(hidden, inputs.weight, targets, checked, torch.empty(len(hidden), device=hidden.device))
     else:
         subset = inputs
-    spread = torch.arange(
-        0, vocab_size, max(1, -(-vocab_size // (SAMPLED_VOCABULARY // 2))), device=inputs.hidden.device
-    )
+    spread = torch.arange(0, vocab_size, max(1, -(-vocab_size // (SAMPLED_VOCABULARY // 2))), device=inputs.hidden.device)
     if vocab_size <= SAMPLED_VOCABULARY:
         spread = torch.arange(vocab_size, device=inputs.hidden.device)
     sampled = torch.cat([subset.targets, spread]).unique()

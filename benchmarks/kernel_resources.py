@@ -27,10 +27,25 @@ HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 227 * 1024
 
 _POINTERS = {
-    "hidden": "*bf16", "weight": "*bf16", "targets": "*i64", "logits": "*fp32", "offset": "*fp32", "sums": "*fp32",
-    "target_values": "*fp32", "total": "*fp32", "inverse": "*fp32", "target_logits": "*fp32", "maxima": "*fp32",
-    "slots": "*fp32", "acc": "*fp32", "rows": "*i32", "count": "*i32", "unit": "*bf16", "kept": "*bf16", "out": "*bf16",
-}  # fmt: skip
+    "hidden": "*bf16",
+    "weight": "*bf16",
+    "targets": "*i64",
+    "logits": "*fp32",
+    "offset": "*fp32",
+    "sums": "*fp32",
+    "target_values": "*fp32",
+    "total": "*fp32",
+    "inverse": "*fp32",
+    "target_logits": "*fp32",
+    "maxima": "*fp32",
+    "slots": "*fp32",
+    "acc": "*fp32",
+    "rows": "*i32",
+    "count": "*i32",
+    "unit": "*bf16",
+    "kept": "*bf16",
+    "out": "*bf16",
+}
 _FLOAT32 = {name: "*fp32" for name in ("hidden", "weight", "unit", "kept", "out")}
 _SECOND = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "UPCAST": False}
 
@@ -38,9 +53,7 @@ _SECOND = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "UPCAST": False}
 def _source(kernel, constants: dict, types: dict | None = None) -> ASTSource:
     """The kernel as the launcher would specialise it: sizes and strides multiples of 16, pointers aligned to 16 bytes."""
     names = [parameter.name for parameter in kernel.params]
-    signature = {
-        name: "constexpr" if name in constants else ({**_POINTERS, **(types or {})}).get(name, "i32") for name in names
-    }
+    signature = {name: "constexpr" if name in constants else ({**_POINTERS, **(types or {})}).get(name, "i32") for name in names}
     # Left out: sizes that change from batch to batch, which the launcher is told not to specialise on.
     varying = {"stride_wh", "stride_sums", "stride_kept", "num_rows", "num_slots", "num_kept", "low"}
     aligned = {
@@ -54,8 +67,13 @@ def _source(kernel, constants: dict, types: dict | None = None) -> ASTSource:
 
 
 def _exp_gemm(blocks: ExpGemm, **flags: bool) -> tuple[ASTSource, dict]:
-    tile = {"BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "BLOCK_K": blocks.block_k, "GROUP_M": blocks.group_m,
-            "FLATTEN": blocks.flatten}  # fmt: skip
+    tile = {
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_N": blocks.block_n,
+        "BLOCK_K": blocks.block_k,
+        "GROUP_M": blocks.group_m,
+        "FLATTEN": blocks.flatten,
+    }
     descriptors = {
         "hidden_desc": f"tensordesc<bf16[{blocks.block_m}, {blocks.block_k}]>",
         "weight_desc": f"tensordesc<bf16[{blocks.block_n}, {blocks.block_k}]>",

@@ -13,8 +13,20 @@ TITLES = {
     ("trained", True): "trained head, forward and backward",
     ("frozen", False): "no gradient, forward",
 }
-COLUMNS = ("", "forward ms", "backward ms", "both ms", "spread", "x medtrain", "of floor", "extra MB", "kept MB",
-           "margin error", "dX error", "dW error")  # fmt: skip
+COLUMNS = (
+    "",
+    "forward ms",
+    "backward ms",
+    "both ms",
+    "spread",
+    "x medtrain",
+    "of floor",
+    "extra MB",
+    "kept MB",
+    "margin error",
+    "dX error",
+    "dW error",
+)
 
 LEGEND = """\
 - ms: median over rounds in which every implementation ran once, in turn, after a warm-up (CUDA events, or a clock on the
@@ -28,9 +40,7 @@ LEGEND = """\
 - errors: against float64 on peaked logits (targets from nearly certain down to about -20 nats): largest error of a
   pair's summed margin, in nats, over sequences of about 512 tokens; gradients of the mean DPO loss, relative Frobenius
   error (of the weight: the targets' rows and an even sample of the others)."""
-CPU_NOTE = (
-    "- On a CPU the milliseconds mean little, and the shape is small: memory and errors are what this table is for."
-)
+CPU_NOTE = "- On a CPU the milliseconds mean little, and the shape is small: memory and errors are what this table is for."
 
 
 def shape_name(num_rows: int, hidden_size: int, vocab_size: int, dtype: str) -> str:
@@ -116,9 +126,7 @@ def verdicts(rows: list[dict]) -> list[dict[str, Any]]:
         for peer, factor in (("trl", trl_factor), ("liger", 1.9)):
             found += judge(
                 f"{head} head: at least {factor} x as fast as {peer}",
-                lambda head=head, peer=peer: (
-                    value((peer, "", head), "ms_median") / value(("medtrain", "", head), "ms_median")
-                ),
+                lambda head=head, peer=peer: value((peer, "", head), "ms_median") / value(("medtrain", "", head), "ms_median"),
                 factor,
                 True,
                 ".2f",
@@ -138,11 +146,7 @@ def verdicts(rows: list[dict]) -> list[dict[str, Any]]:
             ".1e",
         )
     found += judge(
-        "frozen head: at most 0.4 GB extra",
-        lambda: value(("medtrain", "", "frozen"), "extra_bytes") / 1e9,
-        0.4,
-        False,
-        ".2f",
+        "frozen head: at most 0.4 GB extra", lambda: value(("medtrain", "", "frozen"), "extra_bytes") / 1e9, 0.4, False, ".2f"
     )
     found += judge(
         "trained head, keep_bytes=0: at most 0.7 GB extra beside dW",

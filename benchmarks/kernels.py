@@ -198,9 +198,7 @@ def _run_shape(
         if floor_ms:
             row = _row(_FLOOR, head, shape, dtype, times=times[_FLOOR]["forward"])
             rows.append(row | {"floor_share": 1.0, "tflops": floor_flops(inputs) / floor_ms / 1e9})
-        echo(
-            f"  {head or 'no gradient'}: timed {', '.join(f'{one.impl} {one.variant}'.strip() for one in times) or 'none'}"
-        )
+        echo(f"  {head or 'no gradient'}: timed {', '.join(f'{one.impl} {one.variant}'.strip() for one in times) or 'none'}")
     return rows, seen
 
 

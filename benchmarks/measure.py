@@ -182,15 +182,7 @@ def clocks(device: torch.device) -> dict[str, str] | None:
     """What nvidia-smi says of the device's clocks, power and temperature right now; None where it cannot be read."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
-    fields = (
-        "clocks.sm",
-        "clocks.mem",
-        "clocks.max.sm",
-        "power.draw",
-        "power.limit",
-        "temperature.gpu",
-        "driver_version",
-    )
+    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "driver_version")
     which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", "-i", which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:

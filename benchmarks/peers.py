@@ -50,9 +50,7 @@ class Implementation:
     gemm: str | None = None
 
 
-def per_token(
-    inputs: Inputs, op: Callable[[], Tensor], *, sign: int = 1, dtype: torch.dtype = torch.float32
-) -> Prepared:
+def per_token(inputs: Inputs, op: Callable[[], Tensor], *, sign: int = 1, dtype: torch.dtype = torch.float32) -> Prepared:
     """Of an ``op() -> [N]`` that gives log-probabilities (sign 1) or losses (sign -1) of that dtype."""
     upstream = (sign * inputs.upstream).to(dtype)
     trained = inputs.trained()
@@ -68,8 +66,7 @@ def medtrain(inputs: Inputs, keep_bytes: int | None = None, **launch: object) ->
     prepared = per_token(inputs, lambda: chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes))
     calls = prepared.calls
     return replace(
-        prepared,
-        calls=Calls(_with_launch(launch, calls.forward), calls.backward and _with_launch(launch, calls.backward)),
+        prepared, calls=Calls(_with_launch(launch, calls.forward), calls.backward and _with_launch(launch, calls.backward))
     )
 
 
@@ -112,15 +109,7 @@ def trl(inputs: Inputs) -> Prepared:
     return per_token(
         inputs,
         lambda: ChunkedLogProbFunction.apply(
-            inputs.hidden,
-            inputs.weight,
-            None,
-            inputs.targets,
-            1.0,
-            min(32768, inputs.shape[2]),
-            None,
-            1.0,
-            ("log_probs",),
+            inputs.hidden, inputs.weight, None, inputs.targets, 1.0, min(32768, inputs.shape[2]), None, 1.0, ("log_probs",)
         )[0],
     )
 
@@ -153,9 +142,7 @@ def liger_cross_entropy(inputs: Inputs) -> Prepared:
 
     _need_cuda(inputs)
     return per_token(
-        inputs,
-        lambda: liger_fused_linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, reduction="none"),
-        sign=-1,
+        inputs, lambda: liger_fused_linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, reduction="none"), sign=-1
     )
 
 
@@ -165,9 +152,7 @@ def cce(inputs: Inputs, filter_eps: str | None) -> Prepared:
     _need_cuda(inputs)
     return per_token(
         inputs,
-        lambda: linear_cross_entropy(
-            inputs.hidden, inputs.weight, inputs.targets, reduction="none", filter_eps=filter_eps
-        ),
+        lambda: linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, reduction="none", filter_eps=filter_eps),
         sign=-1,
     )
 
@@ -193,23 +178,37 @@ KEEP_ALL = 2**62
 
 IMPLEMENTATIONS = (
     Implementation("medtrain", medtrain, note="keep_bytes at its default when the head is trained"),
-    Implementation("medtrain", partial(medtrain, keep_bytes=0), "keep_bytes=0", "the backward recomputes",
-                   heads=("trained",), keep_bytes=0),
-    Implementation("medtrain", partial(medtrain, keep_bytes=KEEP_ALL), "keep all", "the backward recomputes nothing",
-                   heads=("trained",), keep_bytes=KEEP_ALL),
-    Implementation("medtrain", partial(_of_gemm, "cublas"), "cublas", "logits from cuBLAS, the exponential apart",
-                   gemm="cublas"),
+    Implementation(
+        "medtrain", partial(medtrain, keep_bytes=0), "keep_bytes=0", "the backward recomputes", heads=("trained",), keep_bytes=0
+    ),
+    Implementation(
+        "medtrain",
+        partial(medtrain, keep_bytes=KEEP_ALL),
+        "keep all",
+        "the backward recomputes nothing",
+        heads=("trained",),
+        keep_bytes=KEEP_ALL,
+    ),
+    Implementation("medtrain", partial(_of_gemm, "cublas"), "cublas", "logits from cuBLAS, the exponential apart", gemm="cublas"),
     Implementation("medtrain", partial(_of_gemm, "fused"), "fused", "the exponential in the GEMM's epilogue", gemm="fused"),
     Implementation("trl", trl, note="log-probabilities alone; logits rounded to the inputs' dtype"),
-    Implementation("liger", liger_dpo, note="computes the DPO loss too, and both gradients in the forward; "
-                   "its margins set its own upstream gradient; one pair at a time; compiled on CUDA only"),
-    Implementation("liger", liger_cross_entropy, "cross entropy", "fused linear cross-entropy, reduction none, which "
-                   "recomputes the logits in the backward"),
+    Implementation(
+        "liger",
+        liger_dpo,
+        note="computes the DPO loss too, and both gradients in the forward; "
+        "its margins set its own upstream gradient; one pair at a time; compiled on CUDA only",
+    ),
+    Implementation(
+        "liger",
+        liger_cross_entropy,
+        "cross entropy",
+        "fused linear cross-entropy, reduction none, which recomputes the logits in the backward",
+    ),
     Implementation("cce", partial(cce, filter_eps="high"), note="skips blocks of small gradients"),
     Implementation("cce-exact", partial(cce, filter_eps=None), note="without the gradient filter"),
     Implementation("torch", torch_own, note="chunked; its unreduced output has the inputs' dtype"),
     Implementation("plain", plain, note="all N x V logits, log-softmax in float32"),
-)  # fmt: skip
+)
 
 
 # Logits of one slab of the floor: enough that one GEMM of a slab fills any device.

@@ -36,14 +36,18 @@ from medtrain.trainer.train.step import _clip
 from medtrain.trainer.weights.load import init_weights
 
 SIZES = {
-    "model_type": "qwen2", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 704, "vocab_size": 8192, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 704,
+    "vocab_size": 8192,
+    "tie_word_embeddings": False,
+}
 LENGTH, DOCUMENTS = 255, 4  # every micro-batch: four documents of 256 tokens with their end
 
-Case = tuple[
-    int, str, dict[str, Any]
-]  # ranks, stage, settings changed; a step has two micro-batches unless it says batch_tokens
+Case = tuple[int, str, dict[str, Any]]  # ranks, stage, settings changed; a step has two micro-batches unless it says batch_tokens
 
 SELECTIVE = {"model.activation_checkpointing": "selective"}
 COPIES, WHOLE = {"parallel.replicate": 2}, {"parallel.reshard_after_forward": False}
@@ -80,11 +84,7 @@ CASES: dict[str, Case] = {
         FEW_WORDS | WIDE | BF16 | COPIES | FULL | SMALL_WEIGHTS,
     ),
     "CPT, few words, wide layers, bf16, layers kept whole": (4, "cpt", FEW_WORDS | WIDE | BF16 | WHOLE | FULL),
-    "CPT, few words, wide layers, bf16, 2 layers ahead": (
-        4,
-        "cpt",
-        FEW_WORDS | WIDE | BF16 | FULL | {"parallel.prefetch": 2},
-    ),
+    "CPT, few words, wide layers, bf16, 2 layers ahead": (4, "cpt", FEW_WORDS | WIDE | BF16 | FULL | {"parallel.prefetch": 2}),
     "RPO, float32": (2, "rpo", {}),
     "RPO, bf16, alone, checkpointing": (1, "rpo", BF16 | FULL),
     "CPT, bf16 weights, alone": (1, "cpt", BF16 | SMALL_WEIGHTS),
@@ -105,11 +105,7 @@ CASES: dict[str, Case] = {
     ),
     "CPT, FP8 tensorwise (emulated), bf16, checkpointing": (2, "cpt", FEW_WORDS | BF16 | FULL | FP8),
     "CPT, FP8 tensorwise (emulated), bf16": (2, "cpt", BF16 | FP8),
-    "CPT, FP8 rowwise (emulated), bf16, checkpointing": (
-        2,
-        "cpt",
-        FEW_WORDS | BF16 | FULL | FP8 | {"precision.fp8": "rowwise"},
-    ),
+    "CPT, FP8 rowwise (emulated), bf16, checkpointing": (2, "cpt", FEW_WORDS | BF16 | FULL | FP8 | {"precision.fp8": "rowwise"}),
     "CPT, FP8 all-gather (emulated), wide layers, bf16, checkpointing": (
         2,
         "cpt",
@@ -148,18 +144,12 @@ def settings_of(stage: str, changes: dict[str, Any], world_size: int, folder: Pa
 def write_data(folder: Path) -> None:
     """A word-level tokenizer, documents of LENGTH words, and pairs that come to LENGTH tokens of one prompt and two sides."""
     words = [f"w{i}" for i in range(20)]
-    backend = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate([*words, "</s>", "<unk>"])}, unk_token="<unk>")
-    )
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*words, "</s>", "<unk>"])}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(
-        folder / "tokenizer"
-    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(folder / "tokenizer")
 
     def text(seed: int, num: int) -> str:
-        return " ".join(
-            words[i] for i in torch.randint(20, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
-        )
+        return " ".join(words[i] for i in torch.randint(20, (num,), generator=torch.Generator().manual_seed(seed)).tolist())
 
     with (folder / "text.jsonl").open("w") as file:
         for i in range(128):
@@ -176,9 +166,17 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     torch.manual_seed(0)
     prepared = prepare(config, world, Display(enabled=False))
     backend = prepared.paths["attention"]
-    policy = build_model(config.model, prepared.hf_config, world, prepared.compute_dtype, backend=backend,
-                         adapters=prepared.adapters, fp8=prepared.fp8, parallel=config.parallel,
-                         weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32)  # fmt: skip
+    policy = build_model(
+        config.model,
+        prepared.hf_config,
+        world,
+        prepared.compute_dtype,
+        backend=backend,
+        adapters=prepared.adapters,
+        fp8=prepared.fp8,
+        parallel=config.parallel,
+        weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
+    )
     init_weights(policy, 0)
     if prepared.adapters is not None:
         fill_adapters(policy, prepared.adapters, 0)
@@ -226,9 +224,7 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
 def _held(policy, optimizer) -> int:
     storages = {}
     tensors = [*policy.parameters(), *policy.buffers()]
-    tensors += [
-        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
-    ]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     for tensor in tensors:
         storage = unwrapped(local_tensor(tensor)).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
@@ -275,11 +271,15 @@ def compare(case: Case, folder: Path, world: World) -> dict[str, Any]:
         planned[part] = max(moment.total for moment in found if moment.name.startswith(first))
     planned["peak"] = max(planned.values())
     return {
-        "stage": stage, "ranks": world_size, "settings": changes, "tokens": step.tokens,
-        "measured_bytes": measured, "planned_bytes": planned,
+        "stage": stage,
+        "ranks": world_size,
+        "settings": changes,
+        "tokens": step.tokens,
+        "measured_bytes": measured,
+        "planned_bytes": planned,
         "planned_moments": {m.name: m.total for m in found},
         "error": planned["peak"] / measured["peak"] - 1,
-    }  # fmt: skip
+    }
 
 
 def _rank(rank: int, backend: str, case: Case, folder: str, queue) -> None:
@@ -311,8 +311,10 @@ def run_case(case: Case, folder: Path, backend: str = "fake") -> dict[str, Any]:
     context = clean_context("medtrain.benchmarks.plan_error")
     queue, size = context.SimpleQueue(), case[0]
     (folder / "store").unlink(missing_ok=True)
-    ranks = [context.Process(target=_rank, args=(r, backend if size > 1 else "", case, str(folder), queue))
-             for r in range(size if backend == "gloo" else 1)]  # fmt: skip
+    ranks = [
+        context.Process(target=_rank, args=(r, backend if size > 1 else "", case, str(folder), queue))
+        for r in range(size if backend == "gloo" else 1)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -345,8 +347,14 @@ def main(out: Path, names: tuple[str, ...], backend: str, verbose: bool) -> None
                     click.echo(f"    {moment}: {nbytes / 2**20:.1f}")
     if not names:
         path = out / f"plan-error-cpu-{date.today().isoformat()}.json"
-        result = {"device": device_name(torch.device("cpu")), "date": date.today().isoformat(), "commit": commit(),
-                  "versions": versions(), "sizes": SIZES, "rows": rows}  # fmt: skip
+        result = {
+            "device": device_name(torch.device("cpu")),
+            "date": date.today().isoformat(),
+            "commit": commit(),
+            "versions": versions(),
+            "sizes": SIZES,
+            "rows": rows,
+        }
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         click.echo(path)
 

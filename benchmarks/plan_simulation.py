@@ -48,11 +48,16 @@ def simulate(name: str, ranks: int, tokens: int, precision: dict[str, Any]) -> d
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
     init = json.loads((MODELS / f"{name}.json").read_text(encoding="utf-8"))
-    config = config_from_dict("cpt", {
-        "model": {"init": init, "tokenizer": "none", "activation_checkpointing": "full"}, "run": {"out": "none"},
-        "data": {"sources": [{"path": "none"}]}, "optim": {"steps": 1},
-        "precision": {"compute": "bfloat16"} | precision,
-    })  # fmt: skip
+    config = config_from_dict(
+        "cpt",
+        {
+            "model": {"init": init, "tokenizer": "none", "activation_checkpointing": "full"},
+            "run": {"out": "none"},
+            "data": {"sources": [{"path": "none"}]},
+            "optim": {"steps": 1},
+            "precision": {"compute": "bfloat16"} | precision,
+        },
+    )
     hf_config = load_model_config(config.model, None)
     batch = windows_batch([np.zeros(tokens + 1, dtype=np.int64)])
     layout = attention.packed_layout(batch, "sdpa")
@@ -68,9 +73,13 @@ def simulate(name: str, ranks: int, tokens: int, precision: dict[str, Any]) -> d
             return type(record)(**{f.name: fake(getattr(record, f.name)) for f in dataclasses.fields(record)})
 
         policy = build_model(
-            config.model, hf_config, World(0, ranks, torch.device("cpu"), mesh), torch.bfloat16, backend="sdpa",
+            config.model,
+            hf_config,
+            World(0, ranks, torch.device("cpu"), mesh),
+            torch.bfloat16,
+            backend="sdpa",
             weights_dtype=torch.bfloat16 if config.precision.weights == "bf16" else torch.float32,
-        )  # fmt: skip
+        )
         fake_layout, fake_batch = faked(layout), faked(batch)
         attention.packed_layout = lambda *_: fake_layout  # it reads lengths, which fake tensors do not have
         tracker = FSDPMemTracker(policy)
@@ -82,15 +91,20 @@ def simulate(name: str, ranks: int, tokens: int, precision: dict[str, Any]) -> d
     step = Step(tokens, tokens, tokens, accumulates=False, rows=(1, tokens))
     found = moments(config, read_model(config, hf_config), Machine(ranks, "cpu"), step)
     # The tracker sees no optimizer, and of the head op no temporaries: the layers' moments are what can be compared.
-    totals = {
-        m.name: m.total - m.parts.get("optimizer", 0) for m in found if "layer" in m.name or "embedding" in m.name
-    }
+    totals = {m.name: m.total - m.parts.get("optimizer", 0) for m in found if "layer" in m.name or "embedding" in m.name}
     total = next(value for key, value in tracked.items() if key.lower().endswith("total"))
     return {
-        "model": name, "ranks": ranks, "tokens": tokens, "precision": precision, "tracked": tracked, "tracked_bytes": total,
-        "planned_bytes": max(totals.values()), "moment": max(totals, key=totals.get),
-        "error": max(totals.values()) / total - 1, "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+        "model": name,
+        "ranks": ranks,
+        "tokens": tokens,
+        "precision": precision,
+        "tracked": tracked,
+        "tracked_bytes": total,
+        "planned_bytes": max(totals.values()),
+        "moment": max(totals, key=totals.get),
+        "error": max(totals.values()) / total - 1,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def _in_child(case, queue) -> None:

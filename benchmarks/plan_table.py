@@ -37,18 +37,10 @@ def between(text: str, inner: str, prefix: str) -> str:
 
 def comment(found: list[dict[str, Any]]) -> str:
     """What stands in a configuration's head: peak and verdict for each number of ranks, and a way out where it does not fit."""
-    lines = [
-        f"# `medtrain plan`, GiB a rank of {MEMORY_GIB:g}, allowance included (by formula, not measured on a GPU):"
-    ]
+    lines = [f"# `medtrain plan`, GiB a rank of {MEMORY_GIB:g}, allowance included (by formula, not measured on a GPU):"]
     for plan in found:
         most = plan["largest_micro_batch_tokens"]
-        room = (
-            ""
-            if most is None
-            else f"; micro_batch_tokens up to {most:,}"
-            if most < 2**20
-            else "; any micro_batch_tokens"
-        )
+        room = "" if most is None else f"; micro_batch_tokens up to {most:,}" if most < 2**20 else "; any micro_batch_tokens"
         verdict = f"fits{room}" if plan["fits"] else "DOES NOT FIT"
         ways = [f"{each['change']} ({each['peak_gib']:.1f})" for each in plan["alternatives"] if each["fits"]]
         way = f"; would: {', '.join(ways)}" if ways else ""

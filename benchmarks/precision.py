@@ -26,9 +26,14 @@ from medtrain.trainer.run.folder import commit, device_name, versions
 from medtrain.trainer.train.loop import train
 
 SIZES = {
-    "model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 256, "initializer_range": 0.05,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 256,
+    "initializer_range": 0.05,
+}
 NUM_WORDS, NUM_DOCS = 64, 64
 SEED = 0
 
@@ -72,21 +77,14 @@ def run_arm(folder: Path, name: str, steps: int) -> dict:
     tree = {
         "model": {"init": SIZES, "tokenizer": str(folder / "tokenizer")},
         "data": {"sources": [{"path": str(folder / "text.jsonl")}], "seq_len": 128, "cache": str(folder / "cache")},
-        "optim": {"lr": 2e-3, "steps": steps, "batch_tokens": 1024, "micro_batch_tokens": 512, "warmup_steps": 5,
-                  "state": state},
+        "optim": {"lr": 2e-3, "steps": steps, "batch_tokens": 1024, "micro_batch_tokens": 512, "warmup_steps": 5, "state": state},
         "precision": {"compute": "float32"} | precision,
         "run": {"out": str(folder / name.replace(" ", "-").replace(",", "")), "seed": SEED},
-    }  # fmt: skip
+    }
     result = train(config_from_dict("cpt", tree), quiet=True)
     rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows]
-    row = {
-        "arm": name,
-        "precision": tree["precision"],
-        "optim_state": state,
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-    }
+    row = {"arm": name, "precision": tree["precision"], "optim_state": state, "loss_first": losses[0], "loss_last": losses[-1]}
     if "fp8" in precision:
         shadow = [abs(found["fp8/shadow_loss_difference"]) for found in rows]
         row |= {"shadow_loss_difference": {"mean_abs": statistics.mean(shadow), "max_abs": max(shadow)}}
@@ -106,20 +104,19 @@ def main() -> None:
         for arm in ARMS:
             row = run_arm(Path(name), arm, args.steps)
             off = [a - b for a, b in zip(row["losses"], (rows or [row])[0]["losses"], strict=True)]
-            row |= {
-                "difference": {
-                    "mean_abs": statistics.mean(map(abs, off)),
-                    "max_abs": max(map(abs, off)),
-                    "last": off[-1],
-                }
-            }
+            row |= {"difference": {"mean_abs": statistics.mean(map(abs, off)), "max_abs": max(map(abs, off)), "last": off[-1]}}
             rows.append(row)
             numbers = {key: f"{value:+.5f}" for key, value in row["difference"].items()}
             print(f"{arm:45} last {row['loss_last']:.5f}  to float32: {numbers}", flush=True)
     about = {
-        "date": datetime.now(UTC).date().isoformat(), "commit": commit(), "versions": versions(),
-        "device": device_name(torch.device("cpu")), "model": SIZES, "steps": args.steps, "unit": "nats a token",
-    }  # fmt: skip
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+        "device": device_name(torch.device("cpu")),
+        "model": SIZES,
+        "steps": args.steps,
+        "unit": "nats a token",
+    }
     if args.out is not None:
         args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
 

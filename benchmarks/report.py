@@ -157,8 +157,4 @@ def _notes(result: dict[str, Any]) -> list[str]:
     sheet = _sheet(result)
     notes = {f"{row['impl']} {row['variant']}".strip(): row["note"] for row in result["rows"] if row["note"]}
     on_cpu = result["device"].startswith("cpu")
-    return [
-        *(f"- {name}: {note}." for name, note in notes.items()),
-        sheet.LEGEND,
-        *([sheet.CPU_NOTE] if on_cpu else []),
-    ]
+    return [*(f"- {name}: {note}." for name, note in notes.items()), sheet.LEGEND, *([sheet.CPU_NOTE] if on_cpu else [])]

@@ -30,9 +30,14 @@ from medtrain.trainer.train.objectives import Rpo
 from medtrain.trainer.weights.load import init_weights
 
 SIZES = {
-    "model_type": "qwen2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 384, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 384,
+    "tie_word_embeddings": True,
+}
 MICRO_BATCH_TOKENS = 16_384
 DEVICE = torch.device("cpu")
 
@@ -83,9 +88,11 @@ def backbone_seconds(policy: PolicyModel, objective: Rpo, step: int) -> float:
 
 def hidden(policy: PolicyModel, batch: MicroBatch) -> torch.Tensor:
     output = policy.model(
-        input_ids=batch.input_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(0), use_cache=False,
+        input_ids=batch.input_ids.unsqueeze(0),
+        position_ids=batch.position_ids.unsqueeze(0),
+        use_cache=False,
         layout=packed_layout(batch, policy.backend),
-    )  # fmt: skip
+    )
     return output.last_hidden_state.squeeze(0).index_select(0, batch.counted)
 
 
@@ -97,8 +104,10 @@ def compare(args: argparse.Namespace, policy: PolicyModel, seconds_of, batch_pai
         for share in (True, False) if repeat % 2 else (False, True):
             seconds[share].append(seconds_of(policy, objectives[share], repeat))
     ratios = [separate / shared for separate, shared in zip(seconds[False], seconds[True], strict=True)]
-    inputs = {share: [o.micro_batches(r, World(0, 1, DEVICE, None))[1].inputs.computed for r in range(repeats)]
-              for share, o in objectives.items()}  # fmt: skip
+    inputs = {
+        share: [o.micro_batches(r, World(0, 1, DEVICE, None))[1].inputs.computed for r in range(repeats)]
+        for share, o in objectives.items()
+    }
     return {
         "batch_pairs": batch_pairs,
         "cpu_seconds_shared": [round(s, 3) for s in seconds[True]],
@@ -127,14 +136,19 @@ def main() -> None:
     (ledger,) = objective.ledger["sources"].values()
     result = {
         "what": " ".join(__doc__.split("\n\n")[2].split()),
-        "device": device_name(DEVICE), "threads": torch.get_num_threads(),
-        "date": datetime.now(UTC).date().isoformat(), "commit": commit(), "versions": versions(),
+        "device": device_name(DEVICE),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
         "command": "python -m medtrain.benchmarks.shared_prompts " + " ".join(sys.argv[1:]),
-        "model": SIZES | {"vocab_size": hf_config.vocab_size}, "micro_batch_tokens": MICRO_BATCH_TOKENS,
-        "ledger": ledger | {"path": Path(args.pairs).name}, "tokens": rows,
+        "model": SIZES | {"vocab_size": hf_config.vocab_size},
+        "micro_batch_tokens": MICRO_BATCH_TOKENS,
+        "ledger": ledger | {"path": Path(args.pairs).name},
+        "tokens": rows,
         "backbone": compare(args, policy, backbone_seconds, 64, args.repeats),
         "step": compare(args, policy, step_seconds, 16, args.step_repeats),
-    }  # fmt: skip
+    }
     Path(args.out).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps({k: result[k] for k in ("tokens", "backbone", "step")}, indent=1))
 

@@ -29,17 +29,7 @@ import medtrain
 from medtrain.benchmarks import report
 from medtrain.benchmarks.measure import times_of
 from medtrain.benchmarks.train_arms import Arm, Measured, steps_to_run
-from medtrain.benchmarks.train_inputs import (
-    CPT_MODELS,
-    MODELS,
-    Inputs,
-    Model,
-    Work,
-    config,
-    make_inputs,
-    most_tokens,
-    token_ids,
-)
+from medtrain.benchmarks.train_inputs import CPT_MODELS, MODELS, Inputs, Model, Work, config, make_inputs, most_tokens, token_ids
 from medtrain.trainer.config.settings import Config
 from medtrain.trainer.data.pairs import load_pairs
 from medtrain.trainer.data.tokenizer import read_tokenizer
@@ -51,19 +41,19 @@ from medtrain.trainer.model.policy import parameter_shapes
 from medtrain.trainer.model.precision import LEAST_CAPABILITY
 
 OURS = Arm("medtrain", note="one micro-batch a step, each layer recomputed in the backward")
-SEPARATE = Arm("medtrain", "separate prompts", "as medtrain, but a prompt is computed anew for each completion",
-               share_prompts=False)  # fmt: skip
+SEPARATE = Arm(
+    "medtrain", "separate prompts", "as medtrain, but a prompt is computed anew for each completion", share_prompts=False
+)
 TRL = Arm("trl", note="one padded micro-batch a step, gradient checkpointing, transformers' own layers")
 TRL_LIGER = Arm("trl", "Liger layers", "as trl, its layers Liger's", liger=True)
 KEPT = Arm("medtrain", "no recomputing", "all activations are kept", checkpointing=False)
 FP8 = Arm("medtrain", "FP8 tensorwise", "as medtrain, its linear layers in FP8 by torchao", fp8="tensorwise")
 ROWWISE = Arm("medtrain", "FP8 rowwise", "as medtrain, its linear layers in FP8 by torchao", fp8="rowwise")
 COMPILED = Arm("medtrain", "compiled", "as medtrain, its layers by torch.compile", compiled=True)
-FP8_COMPILED = Arm("medtrain", "FP8 tensorwise, compiled", "as FP8 tensorwise, its layers by torch.compile", fp8="tensorwise",
-                   compiled=True)  # fmt: skip
-TRAINER = Arm(
-    "trainer", note="one packed row a step, documents apart, gradient checkpointing, transformers' own layers"
+FP8_COMPILED = Arm(
+    "medtrain", "FP8 tensorwise, compiled", "as FP8 tensorwise, its layers by torch.compile", fp8="tensorwise", compiled=True
 )
+TRAINER = Arm("trainer", note="one packed row a step, documents apart, gradient checkpointing, transformers' own layers")
 TRAINER_LIGER = Arm("trainer", "Liger", "as trainer, with use_liger_kernel: layers and fused cross-entropy", liger=True)
 TITAN = Arm("torchtitan")
 RPO_ARMS = {
@@ -75,13 +65,23 @@ RPO_ARMS = {
         Arm("medtrain", "no recomputing", "micro-batches within a small token budget", checkpointing=False, few=True),
         TRL,
         TRL_LIGER,
-        Arm("trl", "few pairs", "1 or 2 pairs a micro-batch, which pads less; it pools the NLL over each micro-batch, so "
-            "that its loss is another", few=True),
+        Arm(
+            "trl",
+            "few pairs",
+            "1 or 2 pairs a micro-batch, which pads less; it pools the NLL over each micro-batch, so that its loss is another",
+            few=True,
+        ),
         Arm("trl", "few pairs, no recomputing", "as before, without gradient checkpointing", checkpointing=False, few=True),
-        Arm("trl", "few pairs, no recomputing, Liger layers", "as before, its layers Liger's", checkpointing=False, few=True,
-            liger=True),
+        Arm(
+            "trl",
+            "few pairs, no recomputing, Liger layers",
+            "as before, its layers Liger's",
+            checkpointing=False,
+            few=True,
+            liger=True,
+        ),
     ),
-}  # fmt: skip
+}
 CPT_ARMS = {
     "small": (OURS, KEPT, FP8, ROWWISE, COMPILED, TRAINER, TITAN),
     "quick": (OURS, TRAINER_LIGER, COMPILED, FP8_COMPILED, FP8, ROWWISE, TITAN),
@@ -92,18 +92,30 @@ CPT_ARMS = {
         Arm("medtrain", "compiled, no recomputing", COMPILED.note, compiled=True, checkpointing=False),
         FP8,
         FP8_COMPILED,
-        Arm("medtrain", "FP8 tensorwise, compiled, no recomputing", FP8_COMPILED.note, fp8="tensorwise", compiled=True,
-            checkpointing=False),
+        Arm(
+            "medtrain",
+            "FP8 tensorwise, compiled, no recomputing",
+            FP8_COMPILED.note,
+            fp8="tensorwise",
+            compiled=True,
+            checkpointing=False,
+        ),
         Arm("medtrain", "FP8 tensorwise, no recomputing", FP8.note, fp8="tensorwise", checkpointing=False),
         ROWWISE,
         TRAINER,
         TRAINER_LIGER,
         Arm("trainer", "Liger, no recomputing", TRAINER_LIGER.note, liger=True, checkpointing=False),
-        Arm("trainer", "Liger, no recomputing, documents not apart", "as before, but a document attends to those before it in "
-            "the row: another loss, and what SDPA needs no mask for", liger=True, checkpointing=False, apart=False),
+        Arm(
+            "trainer",
+            "Liger, no recomputing, documents not apart",
+            "as before, but a document attends to those before it in the row: another loss, and what SDPA needs no mask for",
+            liger=True,
+            checkpointing=False,
+            apart=False,
+        ),
         TITAN,
     ),
-}  # fmt: skip
+}
 ARMS = {"rpo": RPO_ARMS, "cpt": CPT_ARMS}
 OF_STAGE = {"rpo": MODELS, "cpt": CPT_MODELS}
 ON_GPU = {"rpo": ("1.5b", "7b"), "cpt": ("0.5b", "1.5b", "7b")}
@@ -221,10 +233,12 @@ def _run_arm(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.d
     job, result, log = (folder / name for name in ("job.json", "result.json", "log.txt"))
     result.unlink(missing_ok=True)
     job.write_text(
-        json.dumps({"arm": asdict(arm), "model": asdict(model), "inputs": asdict(inputs), "steps": steps,
-                    "device": device.type}, default=str),
+        json.dumps(
+            {"arm": asdict(arm), "model": asdict(model), "inputs": asdict(inputs), "steps": steps, "device": device.type},
+            default=str,
+        ),
         encoding="utf-8",
-    )  # fmt: skip
+    )
     # The process must find the same medtrain, installed or not, and datasets must keep its files within the folder.
     root = str(Path(medtrain.__file__).resolve().parent.parent)
     env = os.environ | {

@@ -107,8 +107,16 @@ def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: tor
 
     total = steps_to_run(device, steps)
     budget = model.few_tokens if arm.few else most_tokens(model)
-    settings = config(model, inputs, total, micro_batch_tokens=budget, checkpointing=arm.checkpointing,
-                      share_prompts=arm.share_prompts, fp8=arm.fp8, compiled=arm.compiled)  # fmt: skip
+    settings = config(
+        model,
+        inputs,
+        total,
+        micro_batch_tokens=budget,
+        checkpointing=arm.checkpointing,
+        share_prompts=arm.share_prompts,
+        fp8=arm.fp8,
+        compiled=arm.compiled,
+    )
     display, optim, found = Display(enabled=False), settings.optim, Measured()
     with join_world(needs_group=model.precision != "float32", device_type=device.type) as world:
         prepared = prepare(settings, world, display)
@@ -123,8 +131,7 @@ def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: tor
             meter.start()
             for step in range(total):
                 lr = optim.lr * lr_factor(optim, step, total)
-                this = optimizer_step(policy, objective, optimizer, step, world, lr=lr, grad_clip=optim.grad_clip,
-                                      guard=guard)  # fmt: skip
+                this = optimizer_step(policy, objective, optimizer, step, world, lr=lr, grad_clip=optim.grad_clip, guard=guard)
                 meter.step_done()
                 found.losses.append(this.metrics["loss"])
                 if model.stage == "rpo":
@@ -182,11 +189,15 @@ def run_trl(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.de
         peft["peft_config"].inference_mode = False
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
-            **_trainer_settings(arm, model, folder, total, device), per_device_train_batch_size=pairs_at_once,
+            **_trainer_settings(arm, model, folder, total, device),
+            per_device_train_batch_size=pairs_at_once,
             gradient_accumulation_steps=pairs_a_step // pairs_at_once,
-            loss_type=[RPO["loss"], "sft"], loss_weights=[1.0, RPO["alpha"]], beta=RPO["beta"], max_length=None,
+            loss_type=[RPO["loss"], "sft"],
+            loss_weights=[1.0, RPO["alpha"]],
+            beta=RPO["beta"],
+            max_length=None,
             precompute_ref_log_probs=True,
-        )  # fmt: skip
+        )
         trainer = Recorder(
             model=hf_model,
             args=args,
@@ -231,14 +242,15 @@ def run_trainer(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torc
     )
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            **_trainer_settings(arm, model, folder, total, device),
-            per_device_train_batch_size=1,
-            remove_unused_columns=False,
+            **_trainer_settings(arm, model, folder, total, device), per_device_train_batch_size=1, remove_unused_columns=False
         )
         trainer = _recorder(Trainer, found)(
-            model=hf_model, args=args, train_dataset=rows, data_collator=lambda batch: flatten(batch[0]),
+            model=hf_model,
+            args=args,
+            train_dataset=rows,
+            data_collator=lambda batch: flatten(batch[0]),
             callbacks=[_timer(meter)],
-        )  # fmt: skip
+        )
         trainer.train()
     found.losses = [float(loss) for loss in found.losses]
     return found
@@ -250,13 +262,27 @@ def _trainer_settings(arm: Arm, model: Model, folder: str, steps: int, device: t
 
     ours = OptimConfig()
     return {
-        "output_dir": folder, "seed": SEED, "max_steps": steps, "gradient_checkpointing": arm.checkpointing,
-        "bf16": model.precision == "bfloat16", "use_cpu": device.type == "cpu", "use_liger_kernel": arm.liger,
-        "learning_rate": model.lr, "lr_scheduler_type": "constant", "optim": "adamw_torch_fused",
-        "adam_beta1": ours.beta1, "adam_beta2": ours.beta2, "adam_epsilon": ours.eps, "weight_decay": 0.0,
-        "max_grad_norm": ours.grad_clip, "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "dataloader_pin_memory": device.type == "cuda",
-    }  # fmt: skip
+        "output_dir": folder,
+        "seed": SEED,
+        "max_steps": steps,
+        "gradient_checkpointing": arm.checkpointing,
+        "bf16": model.precision == "bfloat16",
+        "use_cpu": device.type == "cpu",
+        "use_liger_kernel": arm.liger,
+        "learning_rate": model.lr,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "adam_beta1": ours.beta1,
+        "adam_beta2": ours.beta2,
+        "adam_epsilon": ours.eps,
+        "weight_decay": 0.0,
+        "max_grad_norm": ours.grad_clip,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
 
 
 def _recorder(trainer: type, found: Measured) -> type:

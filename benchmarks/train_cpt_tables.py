@@ -10,8 +10,21 @@ from medtrain.benchmarks.train_tables import TOLERANCE, about, cells_of_a_step, 
 
 __all__ = ["COLUMNS", "CPU_NOTE", "LEGEND", "about", "missing", "tables", "verdicts"]
 
-COLUMNS = ("", "precision", "tok/s", "of medtrain", "step ms", "spread", "useful", "mfu", "max GiB", "step MB", "loss 1st",
-           "last", "off by")  # fmt: skip
+COLUMNS = (
+    "",
+    "precision",
+    "tok/s",
+    "of medtrain",
+    "step ms",
+    "spread",
+    "useful",
+    "mfu",
+    "max GiB",
+    "step MB",
+    "loss 1st",
+    "last",
+    "off by",
+)
 
 LEGEND = """\
 - Each row ran in a process of its own on the same random weights, the same documents of random tokens in the same steps, one
@@ -60,17 +73,20 @@ def verdicts(rows: list[dict]) -> list[dict[str, Any]]:
         if not here:
             continue
         limit = TOLERANCE[here[0]["precision"]]
-        found += judge(f"{model}: the same loss curve as Trainer, within {limit:.0e} relative over the first steps",
-                       lambda here=here: _loss_difference(here), limit, False, ".1e")  # fmt: skip
+        found += judge(
+            f"{model}: the same loss curve as Trainer, within {limit:.0e} relative over the first steps",
+            lambda here=here: _loss_difference(here),
+            limit,
+            False,
+            ".1e",
+        )
     return found
 
 
 def _loss_difference(rows: list[dict]) -> float:
     found = [row["loss_difference"] for row in rows if row["same_pooling"] and row["loss_difference"] is not None]
     if not found:
-        raise LookupError(
-            f"not measured: {next((row['reason'] for row in rows if row['reason']), 'medtrain is missing')}"
-        )
+        raise LookupError(f"not measured: {next((row['reason'] for row in rows if row['reason']), 'medtrain is missing')}")
     return max(found)
 
 

@@ -63,31 +63,81 @@ _QWEN = {"model_type": "qwen2", "max_position_embeddings": 32_768, "rms_norm_eps
 
 # The shapes of Qwen2.5. 7B with float32 masters and AdamW takes 122 GB, so it is trained by LoRA, on both sides.
 MODELS = {
-    "tiny": Model("tiny", _QWEN | {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 176, "vocab_size": 512, "tie_word_embeddings": True,
-    }, lr=2e-3, precision="float32", pairs_a_step=8, prompt=(10, 25, 60), completion=(15, 42, 90)),
-    "1.5b": Model("1.5b", _QWEN | {
-        "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "intermediate_size": 8960, "vocab_size": 151_936, "tie_word_embeddings": True,
-    }, lr=1e-5),
-    "7b": Model("7b", _QWEN | {
-        "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "intermediate_size": 18_944, "vocab_size": 152_064, "tie_word_embeddings": False,
-    }, lr=1e-4, lora_rank=16, few_tokens=4096, few_pairs=1),
-}  # fmt: skip
+    "tiny": Model(
+        "tiny",
+        _QWEN
+        | {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 176,
+            "vocab_size": 512,
+            "tie_word_embeddings": True,
+        },
+        lr=2e-3,
+        precision="float32",
+        pairs_a_step=8,
+        prompt=(10, 25, 60),
+        completion=(15, 42, 90),
+    ),
+    "1.5b": Model(
+        "1.5b",
+        _QWEN
+        | {
+            "hidden_size": 1536,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "intermediate_size": 8960,
+            "vocab_size": 151_936,
+            "tie_word_embeddings": True,
+        },
+        lr=1e-5,
+    ),
+    "7b": Model(
+        "7b",
+        _QWEN
+        | {
+            "hidden_size": 3584,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "intermediate_size": 18_944,
+            "vocab_size": 152_064,
+            "tie_word_embeddings": False,
+        },
+        lr=1e-4,
+        lora_rank=16,
+        few_tokens=4096,
+        few_pairs=1,
+    ),
+}
 
 # All weights. Of 7B 8 layers, whose float32 masters, gradients and moments take 47 GB.
 CPT_MODELS = {
-    "tiny": Model("tiny", MODELS["tiny"].sizes, lr=2e-3, precision="float32", stage="cpt", document=(10, 40, 120),
-                  tokens_a_step=512),
-    "0.5b": Model("0.5b", _QWEN | {
-        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-        "intermediate_size": 4864, "vocab_size": 151_936, "tie_word_embeddings": True,
-    }, lr=1e-5, stage="cpt", tokens_a_step=16_384),
+    "tiny": Model(
+        "tiny", MODELS["tiny"].sizes, lr=2e-3, precision="float32", stage="cpt", document=(10, 40, 120), tokens_a_step=512
+    ),
+    "0.5b": Model(
+        "0.5b",
+        _QWEN
+        | {
+            "hidden_size": 896,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "intermediate_size": 4864,
+            "vocab_size": 151_936,
+            "tie_word_embeddings": True,
+        },
+        lr=1e-5,
+        stage="cpt",
+        tokens_a_step=16_384,
+    ),
     "1.5b": Model("1.5b", MODELS["1.5b"].sizes, lr=1e-5, stage="cpt"),
     "7b": Model("7b, 8 of 28 layers", MODELS["7b"].sizes | {"num_hidden_layers": 8}, lr=1e-5, stage="cpt"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -129,13 +179,16 @@ def config(
     if fp8 is not None:
         precision |= {"fp8": fp8, "fp8_check_every": 0}
     tree = {
-        "model": {"path": str(inputs.checkpoint), "activation_checkpointing": "full" if checkpointing else "none",
-                  "compile": compiled},
+        "model": {
+            "path": str(inputs.checkpoint),
+            "activation_checkpointing": "full" if checkpointing else "none",
+            "compile": compiled,
+        },
         "optim": optim | {"micro_batch_tokens": micro_batch_tokens},
         "lora": {"path": str(inputs.adapter)} if inputs.adapter else {},
         "precision": precision,
         "run": {"out": str(inputs.checkpoint.parent / "run"), "seed": SEED},
-    }  # fmt: skip
+    }
     if model.stage == "cpt":
         tree["data"] = {"sources": rows, "seq_len": model.document[2], "cache": str(inputs.checkpoint.parent / "cache")}
         tree["optim"] |= {"batch_tokens": model.tokens_a_step}
@@ -165,9 +218,7 @@ def make_inputs(model: Model, folder: Path, steps: int, device: torch.device) ->
         _write_pairs(model, inputs.rows, steps * model.pairs_a_step)
     settings = config(model, inputs, steps, micro_batch_tokens=most_tokens(model), checkpointing=True)
     world = World(0, 1, torch.device("cpu"), None)
-    objective = (Cpt if model.stage == "cpt" else Rpo)(
-        settings, read_tokenizer(inputs.checkpoint), world, lambda line: None
-    )
+    objective = (Cpt if model.stage == "cpt" else Rpo)(settings, read_tokenizer(inputs.checkpoint), world, lambda line: None)
     order = [objective.order.step(step).item_ids.tolist() for step in range(steps)]
     inputs = Inputs(inputs.checkpoint, inputs.rows, inputs.adapter, order)
     return inputs, [work(objective.sources[0], items) for items in order]
@@ -207,8 +258,14 @@ def _write_model(model: Model, inputs: Inputs, device: torch.device) -> None:
         from peft import LoraConfig, get_peft_model
 
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        settings = LoraConfig(r=model.lora_rank, lora_alpha=2 * model.lora_rank, target_modules=targets,
-                              lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")  # fmt: skip
+        settings = LoraConfig(
+            r=model.lora_rank,
+            lora_alpha=2 * model.lora_rank,
+            target_modules=targets,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
         get_peft_model(hf_model, settings).save_pretrained(inputs.adapter)
 
 

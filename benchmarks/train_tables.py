@@ -7,8 +7,21 @@ from typing import Any
 
 from medtrain.benchmarks.report import form_number, judge
 
-COLUMNS = ("", "pairs/s", "of medtrain", "useful tok/s", "step ms", "spread", "useful", "mfu", "max GiB", "step MB",
-           "loss 1st", "last", "off by")  # fmt: skip
+COLUMNS = (
+    "",
+    "pairs/s",
+    "of medtrain",
+    "useful tok/s",
+    "step ms",
+    "spread",
+    "useful",
+    "mfu",
+    "max GiB",
+    "step MB",
+    "loss 1st",
+    "last",
+    "off by",
+)
 # How far the losses of the first steps may lie apart, relative, for "the same curve".
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
 GOAL_MODELS = ("1.5b", "7b")
@@ -39,9 +52,7 @@ CPU_NOTE = """\
 def about(rows: list[dict]) -> str:
     """What the first line of the page says of the rows."""
     paths = dict.fromkeys(
-        f"{row['impl']}: " + ", ".join(f"{name} {path}" for name, path in row["paths"].items())
-        for row in rows
-        if row["paths"]
+        f"{row['impl']}: " + ", ".join(f"{name} {path}" for name, path in row["paths"].items()) for row in rows if row["paths"]
     )
     return "paths: " + ("; ".join(paths) or "none")
 
@@ -75,15 +86,28 @@ def verdicts(rows: list[dict]) -> list[dict[str, Any]]:
         here = [row for row in rows if key_of(row) == key]
         title = title_of(key)
         if key[0] in GOAL_MODELS:
-            found += judge(f"{title}: at least twice TRL's pairs/s, fastest row of each",
-                           lambda here=here: _fastest(here, "medtrain")["pairs_per_second"]
-                           / _fastest(here, "trl")["pairs_per_second"], 2.0, True, ".2f")  # fmt: skip
-            found += judge(f"{title}: less memory than TRL, in the same rows",
-                           lambda here=here: _gib(_fastest(here, "medtrain")) / _gib(_fastest(here, "trl")),
-                           1.0, False, ".2f")  # fmt: skip
+            found += judge(
+                f"{title}: at least twice TRL's pairs/s, fastest row of each",
+                lambda here=here: _fastest(here, "medtrain")["pairs_per_second"] / _fastest(here, "trl")["pairs_per_second"],
+                2.0,
+                True,
+                ".2f",
+            )
+            found += judge(
+                f"{title}: less memory than TRL, in the same rows",
+                lambda here=here: _gib(_fastest(here, "medtrain")) / _gib(_fastest(here, "trl")),
+                1.0,
+                False,
+                ".2f",
+            )
         limit = TOLERANCE[key[1]]
-        found += judge(f"{title}: the same loss curve as TRL, within {limit:.0e} relative over the first steps",
-                       lambda here=here: _loss_difference(here), limit, False, ".1e")  # fmt: skip
+        found += judge(
+            f"{title}: the same loss curve as TRL, within {limit:.0e} relative over the first steps",
+            lambda here=here: _loss_difference(here),
+            limit,
+            False,
+            ".1e",
+        )
     return found
 
 

@@ -26,12 +26,7 @@ MIB = 2**20
 # Of the blocks only those that compile for Hopper without spills (medtrain.benchmarks.kernel_resources).
 BLOCKS = tuple(
     ExpGemm(m, n, k, group_m, stages, warps, flatten)
-    for m, n, k, stages, warps in (
-        (128, 256, 64, 3, 8),
-        (128, 256, 64, 4, 8),
-        (128, 128, 64, 4, 8),
-        (256, 128, 64, 3, 8),
-    )
+    for m, n, k, stages, warps in ((128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (256, 128, 64, 3, 8))
     for group_m in (8, 16)
     for flatten in (True, False)
 )

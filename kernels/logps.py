@@ -35,14 +35,7 @@ from torch.autograd.function import once_differentiable
 from medtrain.kernels import logps_torch
 from medtrain.kernels.logps_torch import compute_dtype, kept_dtype, unit_dtype
 
-__all__ = [
-    "DEFAULT_KEEP_BYTES",
-    "chunked_logps",
-    "clamped_rows",
-    "num_kept_entries",
-    "reset_clamped_rows",
-    "select_path",
-]
+__all__ = ["DEFAULT_KEEP_BYTES", "chunked_logps", "clamped_rows", "num_kept_entries", "reset_clamped_rows", "select_path"]
 
 DEFAULT_KEEP_BYTES = 2**30
 """Bytes of E kept from forward to backward when the weight is trained and the caller names no budget."""
@@ -141,9 +134,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, keep_bytes: int | No
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64; found {targets.dtype}")
     if not hidden.device == weight.device == targets.device:
-        raise ValueError(
-            f"hidden is on {hidden.device}, weight on {weight.device}, targets on {targets.device}: not one device"
-        )
+        raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}, targets on {targets.device}: not one device")
     # Gathering a sharded weight here would give every rank a wrong gradient without a word.
     if hasattr(weight, "placements"):
         raise ValueError("weight is a sharded DTensor: call chunked_logps in the forward of the module that owns it")
@@ -222,12 +213,7 @@ class _ChunkedLogps(torch.autograd.Function):
             ctx.save_for_backward(unit, hidden, None if all_kept else weight, targets, offset, total, inverse, kept)
         else:
             ctx.save_for_backward(unit)
-        ctx.keep_bytes, ctx.slab_size, ctx.vocab_size, ctx.hidden_dtype = (
-            keep_bytes,
-            slab_size,
-            len(weight),
-            hidden.dtype,
-        )
+        ctx.keep_bytes, ctx.slab_size, ctx.vocab_size, ctx.hidden_dtype = (keep_bytes, slab_size, len(weight), hidden.dtype)
         return logps
 
     @staticmethod

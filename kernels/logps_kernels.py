@@ -38,9 +38,7 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def target_logits_kernel(
-    hidden, weight, targets, out, hidden_size, vocab_size, stride_wv, stride_wh, BLOCK_H: tl.constexpr
-):
+def target_logits_kernel(hidden, weight, targets, out, hidden_size, vocab_size, stride_wv, stride_wh, BLOCK_H: tl.constexpr):
     """out [N] = hidden [N, H] . weight[targets]; one program a row."""
     row = tl.program_id(0).to(tl.int64)
     # A target outside [0, V) fails an assertion of its own; here it must only not read foreign memory.
@@ -104,9 +102,7 @@ def exp_rows_kernel(
 
 
 @triton.jit
-def _exp_half(
-    acc, m, target, value, width, HALF: tl.constexpr, TAIL: tl.constexpr, SUM: tl.constexpr, PUT: tl.constexpr
-):
+def _exp_half(acc, m, target, value, width, HALF: tl.constexpr, TAIL: tl.constexpr, SUM: tl.constexpr, PUT: tl.constexpr):
     """(E of one half of a tile, with the value to store in the target's place; its row sums). ``target`` and ``width``
     are relative to the half, in 32 bits: the epilogue has little time between two tiles."""
     column = tl.arange(0, HALF)
@@ -189,9 +185,7 @@ def exp_gemm_kernel(
 
 
 @triton.jit
-def unit_kernel(
-    acc, weight, targets, total, inverse, unit, hidden_size, vocab_size, stride_wv, stride_wh, BLOCK_H: tl.constexpr
-):
+def unit_kernel(acc, weight, targets, total, inverse, unit, hidden_size, vocab_size, stride_wv, stride_wh, BLOCK_H: tl.constexpr):
     """unit [n, H] = v (acc - S weight[targets]), acc being E @ W in float32; a program a row and block of H."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.minimum(tl.maximum(tl.load(targets + row), 0), vocab_size - 1)
@@ -260,9 +254,7 @@ def _second_logits(
         h_mask = h < hidden_size
         x = tl.load(hidden + row[:, None] * hidden_size + h[None, :], mask=h_mask[None, :], other=0.0)
         w = tl.load(
-            weight + column[None, :] * stride_wv + h[:, None] * stride_wh,
-            mask=h_mask[:, None] & in_vocab[None, :],
-            other=0.0,
+            weight + column[None, :] * stride_wv + h[:, None] * stride_wh, mask=h_mask[:, None] & in_vocab[None, :], other=0.0
         )
         z = _dot(x, w, z, UPCAST)
     return tl.where(in_vocab[None, :] & (column[None, :] != target[:, None]), z, -float("inf"))
@@ -301,9 +293,20 @@ def second_walk_kernel(
         for tile in range(first, tl.minimum(first + tiles_a_part, vocab_tiles)):
             column = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
             z = _second_logits(
-                hidden, weight, row, column, target, hidden_size, vocab_size, stride_wv, stride_wh,
-                BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
-            )  # fmt: skip
+                hidden,
+                weight,
+                row,
+                column,
+                target,
+                hidden_size,
+                vocab_size,
+                stride_wv,
+                stride_wh,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                UPCAST,
+            )
             new = tl.maximum(m, tl.max(z, 1))
             finite = tl.where(new == -float("inf"), 0.0, new)
             s = s * tl.exp2((m - finite) * LOG2E) + tl.sum(tl.exp2((z - finite[:, None]) * LOG2E), 1)
@@ -314,9 +317,7 @@ def second_walk_kernel(
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def second_merge_kernel(
-    rows, count, maxima, sums, num_slots, target_logits, offset, total, inverse, BLOCK_M: tl.constexpr
-):
+def second_merge_kernel(rows, count, maxima, sums, num_slots, target_logits, offset, total, inverse, BLOCK_M: tl.constexpr):
     """Writes m, S and v of the listed rows from the parts' maxima and sums. As many programs as in second_walk_kernel."""
     num_listed = tl.load(count)
     num_tiles, num_parts = _second_split(num_listed, num_slots, BLOCK_M)
@@ -383,9 +384,20 @@ def second_unit_kernel(
         for tile in range(first, tl.minimum(first + tiles_a_part, vocab_tiles)):
             column = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
             z = _second_logits(
-                hidden, weight, row, column, target, hidden_size, vocab_size, stride_wv, stride_wh,
-                BLOCK_M, BLOCK_N, BLOCK_K, UPCAST,
-            )  # fmt: skip
+                hidden,
+                weight,
+                row,
+                column,
+                target,
+                hidden_size,
+                vocab_size,
+                stride_wv,
+                stride_wh,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                UPCAST,
+            )
             e = tl.exp2((z - m[:, None]) * LOG2E).to(kept.dtype.element_ty)
             if KEEP:
                 tl.store(
@@ -440,8 +452,4 @@ def second_unit_merge_kernel(
         w = tl.load(weight + target[:, None] * stride_wv + h[None, :] * stride_wh, mask=h_mask, other=0.0)
         s, v = tl.load(total + row), tl.load(inverse + row)
         result = v[:, None] * (acc - s[:, None] * w.to(tl.float32))
-        tl.store(
-            unit + row[:, None] * hidden_size + h[None, :],
-            result.to(unit.dtype.element_ty),
-            mask=mask[:, None] & h_mask,
-        )
+        tl.store(unit + row[:, None] * hidden_size + h[None, :], result.to(unit.dtype.element_ty), mask=mask[:, None] & h_mask)

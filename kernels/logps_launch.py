@@ -50,12 +50,7 @@ class Launch:
 # By hidden size; a size between two entries takes the next larger one's rows, so that memory stays within its bound.
 # rows: 4096 x 896 is 448 tiles of 128 x 256 (3.4 waves), 2816 x 1536 132 (1.0), 3584 x 3584 392 (3.0), 2048 x 8192 512 (3.9).
 # No entry has been timed on a device yet: gemm stays "cublas" until one has.
-LAUNCHES = {
-    896: Launch(rows=4096),
-    1536: Launch(rows=2816),
-    3584: Launch(rows=3584),
-    8192: Launch(rows=2048),
-}
+LAUNCHES = {896: Launch(rows=4096), 1536: Launch(rows=2816), 3584: Launch(rows=3584), 8192: Launch(rows=2048)}
 
 # Vocabulary entries of a float16 gradient of the weight that are float32 at one time.
 FLOAT16_ROWS = 8192

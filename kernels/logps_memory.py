@@ -61,9 +61,7 @@ def logps_memory(
     backward = num_rows * hidden_size * dtype.itemsize if trains_hidden else 0
     backward += for_weight if trains_weight else 0
     return LogpsMemory(
-        kept=kept,
-        forward=kept + forward + 2 * rows,
-        backward=kept + backward + 2 * rows if trains_hidden or trains_weight else 0,
+        kept=kept, forward=kept + forward + 2 * rows, backward=kept + backward + 2 * rows if trains_hidden or trains_weight else 0
     )
 
 

@@ -9,8 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["OFFSET", "SUM_LIMIT", "Walk", "compute_dtype", "default_slab_size", "finish", "grad_weight", "kept_dtype",
-           "put_target", "slabs", "tile_rows", "unit_dtype", "walk"]  # fmt: skip
+__all__ = [
+    "OFFSET",
+    "SUM_LIMIT",
+    "Walk",
+    "compute_dtype",
+    "default_slab_size",
+    "finish",
+    "grad_weight",
+    "kept_dtype",
+    "put_target",
+    "slabs",
+    "tile_rows",
+    "unit_dtype",
+    "walk",
+]
 
 OFFSET = 40.0
 # 2**108 leaves a factor of 2**20 below float32's largest number: room for a vocabulary-wide sum times a weight.
@@ -82,9 +95,7 @@ def put_target(tile: Tensor, columns: Tensor, values: Tensor) -> None:
     """Write values [n] into tile [n, s] at columns [n], where the column lies in the tile. No synchronisation."""
     inside = (columns >= 0) & (columns < tile.shape[1])
     columns = columns.clamp(0, tile.shape[1] - 1).unsqueeze(1)
-    tile.scatter_(
-        1, columns, torch.where(inside.unsqueeze(1), values.to(tile.dtype).unsqueeze(1), tile.gather(1, columns))
-    )
+    tile.scatter_(1, columns, torch.where(inside.unsqueeze(1), values.to(tile.dtype).unsqueeze(1), tile.gather(1, columns)))
 
 
 def finish(target_logits: Tensor, offset: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,9 +107,7 @@ def finish(target_logits: Tensor, offset: Tensor, total: Tensor) -> tuple[Tensor
     return logps, (total + torch.exp(-rise)).reciprocal()
 
 
-def walk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, num_kept: int, needs_unit: bool, slab_size: int | None
-) -> Walk:
+def walk(hidden: Tensor, weight: Tensor, targets: Tensor, num_kept: int, needs_unit: bool, slab_size: int | None) -> Walk:
     """The forward: one walk over the vocabulary, and a second one for the rows that turn out to be out of range.
 
     Args:
@@ -125,9 +134,7 @@ def walk(
     if len(outside):
         x_outside, targets_outside, kept_outside = x[outside], targets[outside], kept.new_empty(len(outside), num_kept)
         offset[outside] = maximum = _row_maximum(x_outside, weight, targets_outside, slab_size)
-        total[outside], unit_outside = _sums(
-            x_outside, weight, targets_outside, maximum, kept_outside, needs_unit, slab_size
-        )
+        total[outside], unit_outside = _sums(x_outside, weight, targets_outside, maximum, kept_outside, needs_unit, slab_size)
         kept[outside] = kept_outside
         if needs_unit:
             unit[outside] = unit_outside
@@ -146,9 +153,7 @@ def _check_targets(targets: Tensor, vocab_size: int) -> None:
         low, high = (bound.item() for bound in targets.aminmax())
         if low < 0 or high >= vocab_size:
             row = int(((targets < 0) | (targets >= vocab_size)).nonzero()[0])
-            raise ValueError(
-                f"targets[{row}] is {int(targets[row])}, outside [0, {vocab_size}): pass only positions that count"
-            )
+            raise ValueError(f"targets[{row}] is {int(targets[row])}, outside [0, {vocab_size}): pass only positions that count")
 
 
 def _exp_tile(x: Tensor, slab: Tensor, offset: Tensor, out: Tensor) -> Tensor:

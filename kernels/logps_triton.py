@@ -28,9 +28,7 @@ _ALIGN = 16
 _SECOND_ROWS = 16
 
 
-def walk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, num_kept: int, needs_unit: bool, requested_slab: int | None
-) -> Walk:
+def walk(hidden: Tensor, weight: Tensor, targets: Tensor, num_kept: int, needs_unit: bool, requested_slab: int | None) -> Walk:
     """As ``logps_torch.walk``, in float32; ``kept`` is padded to a multiple of 16 columns."""
     num_rows, hidden_size = hidden.shape
     vocab_size = len(weight)
@@ -55,9 +53,7 @@ def walk(
         offset = target_logits + OFFSET
 
         fused = launch.gemm == "fused" and supports_fused(x, weight)
-        bytes_a_logit = (0 if fused else 4) + (
-            e_dtype.itemsize if needs_unit and (fused or e_dtype.itemsize < 4) else 0
-        )
+        bytes_a_logit = (0 if fused else 4) + (e_dtype.itemsize if needs_unit and (fused or e_dtype.itemsize < 4) else 0)
         chunk_rows = min(launch.rows, max(num_rows, 1))
         slab = _ceil(requested_slab or slab_size(vocab_size, chunk_rows, bytes_a_logit, launch.slab_bytes), _ALIGN)
         # Padded to whole tiles of rows: it also serves the rows out of range.
@@ -69,9 +65,17 @@ def walk(
             torch.reciprocal(total[part] + torch.exp(target_logits[part] - offset[part]), out=inverse[part])
             if needs_unit:
                 kernels.unit_kernel[(len(rows.x), triton.cdiv(hidden_size, 1024))](
-                    acc, weight, rows.targets, total[part], inverse[part], unit[part], hidden_size, vocab_size,
-                    *weight.stride(), BLOCK_H=1024,
-                )  # fmt: skip
+                    acc,
+                    weight,
+                    rows.targets,
+                    total[part],
+                    inverse[part],
+                    unit[part],
+                    hidden_size,
+                    vocab_size,
+                    *weight.stride(),
+                    BLOCK_H=1024,
+                )
             num_clamped += _walk_again(
                 rows, target_logits[part], total[part], inverse[part], kept[part], num_kept, unit[part], acc
             )
@@ -106,9 +110,20 @@ class Rows:
             _mm(self.x, self.weight[low:high].T, logits)
             parts = torch.empty(1, num_rows, dtype=torch.float32, device=self.x.device) if sums else logits
             kernels.exp_rows_kernel[(num_rows,)](
-                logits, self.offset, self.targets, put, out, parts, low, width, logits.stride(0), out.stride(0),
-                BLOCK=4096, num_warps=8, **flags,
-            )  # fmt: skip
+                logits,
+                self.offset,
+                self.targets,
+                put,
+                out,
+                parts,
+                low,
+                width,
+                logits.stride(0),
+                out.stride(0),
+                BLOCK=4096,
+                num_warps=8,
+                **flags,
+            )
             return parts if sums else None
         blocks = self.launch.exp_gemm
         tiles_m, tiles_n = triton.cdiv(num_rows, blocks.block_m), triton.cdiv(width, blocks.block_n)
@@ -118,11 +133,26 @@ class Rows:
             TensorDescriptor.from_tensor(self.x, [blocks.block_m, blocks.block_k]),
             TensorDescriptor.from_tensor(self.weight[low:high], [blocks.block_n, blocks.block_k]),
             TensorDescriptor.from_tensor(out, half),
-            self.offset, self.targets, put, parts, num_rows, low, width, self.x.shape[1], num_rows,
-            BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n, BLOCK_K=blocks.block_k, GROUP_M=blocks.group_m,
-            FLATTEN=blocks.flatten, TAIL=width % blocks.block_n != 0, UPCAST=_upcast(self.x),
-            num_stages=blocks.num_stages, num_warps=blocks.num_warps, **flags,
-        )  # fmt: skip
+            self.offset,
+            self.targets,
+            put,
+            parts,
+            num_rows,
+            low,
+            width,
+            self.x.shape[1],
+            num_rows,
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_n,
+            BLOCK_K=blocks.block_k,
+            GROUP_M=blocks.group_m,
+            FLATTEN=blocks.flatten,
+            TAIL=width % blocks.block_n != 0,
+            UPCAST=_upcast(self.x),
+            num_stages=blocks.num_stages,
+            num_warps=blocks.num_warps,
+            **flags,
+        )
         return parts if sums else None
 
 
@@ -151,14 +181,7 @@ def _walk_chunk(rows: Rows, kept: Tensor, num_kept: int, acc: Tensor | None, sla
 
 
 def _walk_again(
-    rows: Rows,
-    target_logits: Tensor,
-    total: Tensor,
-    inverse: Tensor,
-    kept: Tensor,
-    num_kept: int,
-    unit: Tensor,
-    slots: Tensor,
+    rows: Rows, target_logits: Tensor, total: Tensor, inverse: Tensor, kept: Tensor, num_kept: int, unit: Tensor, slots: Tensor
 ) -> Tensor:
     """Recompute the rows whose sum is out of range with their true maximum, all of their results in place.
 
@@ -179,9 +202,19 @@ def _walk_again(
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "UPCAST": _upcast(rows.x)}
     options["num_warps"] = num_warps
     kernels.second_walk_kernel[grid](
-        rows.x, rows.weight, rows.targets, listed, count, maxima[0], maxima[1], num_slots, hidden_size,
-        len(rows.weight), *strides, **options,
-    )  # fmt: skip
+        rows.x,
+        rows.weight,
+        rows.targets,
+        listed,
+        count,
+        maxima[0],
+        maxima[1],
+        num_slots,
+        hidden_size,
+        len(rows.weight),
+        *strides,
+        **options,
+    )
     kernels.second_merge_kernel[grid](
         listed, count, maxima[0], maxima[1], num_slots, target_logits, rows.offset, total, inverse, BLOCK_M=block_m
     )
@@ -189,15 +222,42 @@ def _walk_again(
     if needs_unit or num_kept:
         num_slots = len(slots) // block_m if needs_unit else num_slots
         kernels.second_unit_kernel[grid](
-            rows.x, rows.weight, rows.targets, listed, count, rows.offset, slots, kept, num_slots, hidden_size,
-            len(rows.weight), num_kept, *strides, kept.stride(0), BLOCK_H=block_h, UNIT=needs_unit, KEEP=num_kept > 0,
+            rows.x,
+            rows.weight,
+            rows.targets,
+            listed,
+            count,
+            rows.offset,
+            slots,
+            kept,
+            num_slots,
+            hidden_size,
+            len(rows.weight),
+            num_kept,
+            *strides,
+            kept.stride(0),
+            BLOCK_H=block_h,
+            UNIT=needs_unit,
+            KEEP=num_kept > 0,
             **options,
-        )  # fmt: skip
+        )
     if needs_unit:
         kernels.second_unit_merge_kernel[grid](
-            rows.weight, rows.targets, listed, count, total, inverse, slots, unit, num_slots, hidden_size,
-            len(rows.weight), *strides, BLOCK_M=block_m, BLOCK_H=block_h,
-        )  # fmt: skip
+            rows.weight,
+            rows.targets,
+            listed,
+            count,
+            total,
+            inverse,
+            slots,
+            unit,
+            num_slots,
+            hidden_size,
+            len(rows.weight),
+            *strides,
+            BLOCK_M=block_m,
+            BLOCK_H=block_h,
+        )
     return count
 
 

@@ -127,13 +127,9 @@ def preference_loss(
     """
     _check_settings(beta, alpha, loss, label_smoothing, nll_norm)
     if sequence_logps.ndim != 1 or len(sequence_logps) % 2:
-        raise ValueError(
-            f"sequence_logps must be [2P], chosen and rejected in turn; found shape {tuple(sequence_logps.shape)}"
-        )
+        raise ValueError(f"sequence_logps must be [2P], chosen and rejected in turn; found shape {tuple(sequence_logps.shape)}")
     if lengths.shape != sequence_logps.shape:
-        raise ValueError(
-            f"lengths has shape {tuple(lengths.shape)}, sequence_logps has {tuple(sequence_logps.shape)}: not equal"
-        )
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, sequence_logps has {tuple(sequence_logps.shape)}: not equal")
     if reference_logps is None:
         if loss != "simpo":
             raise ValueError(f"loss {loss!r} needs reference_logps; only simpo does without")
@@ -227,17 +223,13 @@ def sum_by_sequence(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
 def _lengths(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     _check_offsets(cu_seqlens, num_rows)
     if len(cu_seqlens) % 2 == 0:
-        raise ValueError(
-            f"cu_seqlens must have 2P + 1 entries for P pairs, an odd number; found {len(cu_seqlens)} entries"
-        )
+        raise ValueError(f"cu_seqlens must have 2P + 1 entries for P pairs, an odd number; found {len(cu_seqlens)} entries")
     return cu_seqlens.diff()
 
 
 def _check_offsets(cu_seqlens: Tensor, num_rows: int) -> None:
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens must be a list of integers; found shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}"
-        )
+        raise ValueError(f"cu_seqlens must be a list of integers; found shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}")
     if cu_seqlens.device.type == "cpu":
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != num_rows or bool((cu_seqlens.diff() < 0).any()):

@@ -46,12 +46,21 @@ def look_at(path: Path, tmp_path: Path, *, width: int, height: int = 900, dark: 
         os.dup2(high[1], 4)
 
     profile = tmp_path / f"profile-{len(list(tmp_path.glob('profile-*')))}"
-    command = [find_browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-               "--no-first-run", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-               f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]  # fmt: skip
-    process = subprocess.Popen(
-        command, preexec_fn=place, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = [
+        find_browser(),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--hide-scrollbars",
+        f"--user-data-dir={profile}",
+        "--remote-debugging-pipe",
+        "about:blank",
+    ]
+    process = subprocess.Popen(command, preexec_fn=place, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(to_browser)
     os.close(from_browser)
     try:
@@ -108,9 +117,7 @@ class _Session:
     def receive(self) -> dict:
         deadline = time.monotonic() + 120
         while b"\0" not in self.buffer:
-            assert select.select([self.read], [], [], max(0, deadline - time.monotonic()))[0], (
-                "the browser says nothing"
-            )
+            assert select.select([self.read], [], [], max(0, deadline - time.monotonic()))[0], "the browser says nothing"
             part = os.read(self.read, 1 << 20)
             assert part, "the browser has ended"
             self.buffer += part

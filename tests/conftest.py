@@ -28,9 +28,7 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items):
     # The tests on several ranks fork, and a process that has imported TRL or Liger runs threads: those tests go last.
-    items.sort(
-        key=lambda item: "benchmarks" in item.path.parts or item.path.stem in ("test_peers", "test_liger", "test_docs")
-    )
+    items.sort(key=lambda item: "benchmarks" in item.path.parts or item.path.stem in ("test_peers", "test_liger", "test_docs"))
 
 
 @pytest.fixture(scope="session")

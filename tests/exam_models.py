@@ -11,18 +11,7 @@ from medtrain.trainer.exam.questions import Question
 
 # Each character is a token, and the model is a Markov chain over them: after "説明：" it explains and answers b or c.
 STYLE = PromptStyle(explain_marker="説明：", joint="。", instruction_answer="", instruction_explain="")
-CHAIN = {
-    "：": "理",
-    "理": "由",
-    "由": "。",
-    "。": "答",
-    "答": "え",
-    "え": ":",
-    ":": " ",
-    " ": "b",
-    "b": "\n",
-    "c": "\n",
-}
+CHAIN = {"：": "理", "理": "由", "由": "。", "。": "答", "答": "え", "え": ":", ":": " ", " ": "b", "b": "\n", "c": "\n"}
 CHAIN |= {"\n": "問", "問": "題", "題": "<eos>"}
 TEXT = "abcde.,。：:説明答え問題理由薬はどれか赤青白黄\n 12345xyz"
 QUESTIONS = [

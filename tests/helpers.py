@@ -21,26 +21,7 @@ from medtrain.trainer.config.settings import config_from_dict
 from medtrain.trainer.run.folder import RunFolder
 from medtrain.trainer.train.loop import TrainResult, train
 
-WORDS = [
-    "熱",
-    "咳",
-    "の",
-    "患者",
-    "に",
-    "薬",
-    "を",
-    "与える",
-    "与えない",
-    "病",
-    "は",
-    "答え",
-    ":",
-    "a",
-    "b",
-    "c",
-    "。",
-    "理由",
-]
+WORDS = ["熱", "咳", "の", "患者", "に", "薬", "を", "与える", "与えない", "病", "は", "答え", ":", "a", "b", "c", "。", "理由"]
 
 
 def every_two(*axes: Sequence) -> list[tuple]:
@@ -66,9 +47,14 @@ def made_up_text(seed: int, num_words: int) -> str:
 
 
 SIZES = {
-    "model_type": "qwen2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "intermediate_size": 24, "initializer_range": 0.2,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "initializer_range": 0.2,
+}
 
 
 def read_metrics(run: str | Path) -> list[dict]:
@@ -82,9 +68,19 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 # What depends on speed and on how a step is packed.
 TIMING = (
-    "seconds", "checkpoint_seconds", "exam/seconds", "tokens_per_second", "mfu", "max_memory_gib",
-    "tokens_computed", "tokens_prompt", "tokens_padding", "tokens_saved", "tokens_completion", "useful_token_share",
-)  # fmt: skip
+    "seconds",
+    "checkpoint_seconds",
+    "exam/seconds",
+    "tokens_per_second",
+    "mfu",
+    "max_memory_gib",
+    "tokens_computed",
+    "tokens_prompt",
+    "tokens_padding",
+    "tokens_saved",
+    "tokens_completion",
+    "useful_token_share",
+)
 
 
 def without_timing(rows: list[dict]) -> list[dict]:

@@ -31,9 +31,7 @@ def test_the_plans_in_comments_and_in_the_docs_are_todays():
     assert len(found) == 10
     for path in shipped():
         text = path.read_text(encoding="utf-8")
-        assert comment(found[path.stem]) + f"# {END}" in text, (
-            f"{path.name}: run python -m medtrain.benchmarks.plan_table"
-        )
+        assert comment(found[path.stem]) + f"# {END}" in text, f"{path.name}: run python -m medtrain.benchmarks.plan_table"
     doc = CONFIGS.parent / "docs" / "plan.md"
     assert table(found) in doc.read_text(encoding="utf-8"), "run python -m medtrain.benchmarks.plan_table"
 

@@ -24,9 +24,14 @@ def code_of(name):
 def model():
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     return Qwen2ForCausalLM(config)
 
 
@@ -45,9 +50,18 @@ def test_rpo_loss_in_another_trainer(model, tmp_path):
     code, rows = code_of("rpo_loss.md"), batch()
     rows["reference_logps"] = code["reference_logps"](model, **rows)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), remove_unused_columns=False, use_cpu=True, report_to=[], max_steps=8, learning_rate=3e-3,
-        per_device_train_batch_size=4, disable_tqdm=True, logging_steps=1, save_strategy="no", lr_scheduler_type="constant",
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        remove_unused_columns=False,
+        use_cpu=True,
+        report_to=[],
+        max_steps=8,
+        learning_rate=3e-3,
+        per_device_train_batch_size=4,
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+        lr_scheduler_type="constant",
+    )
     # One batch, over and over: the collator gives the same rows whatever it is asked for.
     trainer = code["RpoTrainer"](model, arguments, train_dataset=[{}] * 32, data_collator=lambda _: dict(rows))
     loss, stats = trainer.compute_loss(model, rows, return_outputs=True)

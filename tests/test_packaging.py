@@ -85,9 +85,7 @@ def test_a_wheel_of_any_source_holds_every_module_and_works(wheels, kind, tmp_pa
         for file in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")]:
             assert f"medtrain/{file.relative_to(ROOT).as_posix()}" in found
     links = content(wheels["links"])
-    assert {name: found[name] for name in found.keys() - record} == {
-        name: links[name] for name in links.keys() - record
-    }
+    assert {name: found[name] for name in found.keys() - record} == {name: links[name] for name in links.keys() - record}
     with zipfile.ZipFile(wheels[kind]) as file:
         file.extractall(tmp_path)
     assert run("-c", USE, cwd=tmp_path / "medtrain", path=tmp_path).strip() == str(tmp_path / "medtrain/__init__.py")
@@ -109,16 +107,9 @@ def test_a_checkout_works_uninstalled_and_editable(kind, tmp_path):
 
 
 def test_the_command_starts_from_another_folder_and_as_a_module(tmp_path):
-    for words in (
-        ["-m", "medtrain", "--version"],
-        ["-c", "from medtrain.trainer.cli import main; main(['--version'])"],
-    ):
+    for words in (["-m", "medtrain", "--version"], ["-c", "from medtrain.trainer.cli import main; main(['--version'])"]):
         assert "0.1.0" in run(*words, cwd=tmp_path, path=ROOT)
 
 
 def test_the_public_face_is_lazy():
-    run(
-        "-c",
-        "import medtrain, sys; assert 'torch' not in sys.modules; from medtrain import chunked_logps, rpo_loss",
-        cwd=ROOT,
-    )
+    run("-c", "import medtrain, sys; assert 'torch' not in sys.modules; from medtrain import chunked_logps, rpo_loss", cwd=ROOT)

@@ -28,8 +28,7 @@ def byte_level(add_prefix_space=False) -> Tokenizer:
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     t.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False),
+        TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
     )
     return t
 
@@ -58,9 +57,7 @@ def prepend() -> Tokenizer:
     """As Llama-2's and Mistral-7B's tokenizer.json."""
     t = _sentencepiece_bpe()
     t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    t.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=500, special_tokens=[*SPECIALS, *BYTES], show_progress=False)
-    )
+    t.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=500, special_tokens=[*SPECIALS, *BYTES], show_progress=False))
     return t
 
 
@@ -68,9 +65,7 @@ def metaspace(scheme="first") -> Tokenizer:
     """As transformers' converter writes Llama's since."""
     t = _sentencepiece_bpe()
     t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    t.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=500, special_tokens=[*SPECIALS, *BYTES], show_progress=False)
-    )
+    t.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=500, special_tokens=[*SPECIALS, *BYTES], show_progress=False))
     return t
 
 
@@ -80,8 +75,7 @@ def unigram(normalizer=None) -> Tokenizer:
         t.normalizer = normalizer
     t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     t.train_from_iterator(
-        TEXTS,
-        trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False),
+        TEXTS, trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
     )
     return t
 
@@ -89,9 +83,7 @@ def unigram(normalizer=None) -> Tokenizer:
 def wordpiece() -> Tokenizer:
     t = Tokenizer(models.WordPiece(unk_token="<unk>"))
     t.pre_tokenizer, t.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    t.train_from_iterator(
-        TEXTS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIALS, show_progress=False)
-    )
+    t.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIALS, show_progress=False))
     return t
 
 
@@ -121,12 +113,7 @@ def save(folder: Path, tokenizer: Tokenizer, *, model_type: str | None = None, *
     """Write a tokenizer folder, with the config.json of a model of that type where one is named."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named | settings), encoding="utf-8")
     if model_type is not None:
         config = {"model_type": model_type, "vocab_size": tokenizer.get_vocab_size()}

@@ -85,22 +85,30 @@ for command in (exam.pairs, exam.evaluate, exam.score, exam.compare):
 
 @main.command(short_help="The whole recipe in miniature on made-up medicine.")
 @click.option("--out", type=PATH, default="demo-out", show_default=True, help="A new folder, or one to go on in.")
+@click.option("--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=10, show_default=True, help="Another seed is another world."
+    "--seeds",
+    "num_seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="So many worlds from --seed on, and a table over them.",
 )
 @click.option(
-    "--seeds", "num_seeds", type=click.IntRange(min=1), default=1, show_default=True,
-    help="So many worlds from --seed on, and a table over them.",
-)  # fmt: skip
-@click.option(
-    "--recipe", type=click.Choice(["plain", "steps"]), default="plain", show_default=True,
+    "--recipe",
+    type=click.Choice(["plain", "steps"]),
+    default="plain",
+    show_default=True,
     help="steps: explanations of several steps in varied wordings.",
-)  # fmt: skip
+)
 @click.option("--arms", "further", default="", metavar="LIST", help="Further arms: ipo, simpo or ipo,simpo.")
 @click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, show_default=True,
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
     help="With --seeds: so many worlds at a time, a CPU core each.",
-)  # fmt: skip
+)
 def demo(out: str, seed: int, num_seeds: int, recipe: str, further: str, jobs: int) -> None:
     """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
     from medtrain.trainer.demo.recipe import RECIPES
@@ -138,9 +146,13 @@ def export(run_or_checkpoint: str, out_dir: str, adapter: bool) -> None:
 @main.command(short_help="Write RUN/report.html again.")
 @click.argument("run", type=PATH)
 @click.option(
-    "--exam", "evals", multiple=True, type=PATH, metavar="DIR",
+    "--exam",
+    "evals",
+    multiple=True,
+    type=PATH,
+    metavar="DIR",
     help="A folder of `medtrain eval` whose results to show; may be given more than once.",
-)  # fmt: skip
+)
 def report(run: str, evals: tuple[str, ...]) -> None:
     """Write RUN/report.html again: curves, exam, explanations before and after, ledger and settings of a run."""
     from medtrain.trainer.run.report import write_report
@@ -151,9 +163,7 @@ def report(run: str, evals: tuple[str, ...]) -> None:
 @main.command(short_help="Check settings, tokenizer, weights and data; train nothing.")
 @CONFIG
 @OVERRIDES
-@click.option(
-    "--samples", type=click.IntRange(min=0), default=0, help="Print the first so many windows or pairs as text."
-)
+@click.option("--samples", type=click.IntRange(min=0), default=0, help="Print the first so many windows or pairs as text.")
 def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
     """Read and check settings, tokenizer, weights and data; train nothing, write nothing but the token cache."""
     from medtrain.trainer.config.settings import load_config
@@ -171,23 +181,28 @@ def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
 @OVERRIDES
 @click.option("--world-size", type=click.IntRange(1, 65536), default=8, show_default=True, help="Ranks, one a GPU.")
 @click.option(
-    "--gpu-memory-gib", type=click.FloatRange(min=1), default=79.0, show_default=True,
+    "--gpu-memory-gib",
+    type=click.FloatRange(min=1),
+    default=79.0,
+    show_default=True,
     help="Of one GPU; a card of 80 GB has about 79.",
-)  # fmt: skip
+)
 @click.option("--sizes", metavar="NAME_OR_FILE", help="The model's sizes: one of configs/models, or a config.json.")
 @click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Expected share of the peak, for tokens/s.")
 @click.option(
-    "--peak-tflops",
-    type=click.FloatRange(min=1),
-    default=989.0,
-    show_default=True,
-    help="Dense bf16 of one GPU (an H100's).",
+    "--peak-tflops", type=click.FloatRange(min=1), default=989.0, show_default=True, help="Dense bf16 of one GPU (an H100's)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
-    config: str, overrides: tuple[str, ...], world_size: int, gpu_memory_gib: float, sizes: str | None, mfu: float | None,
-    peak_tflops: float, as_json: bool,
-) -> None:  # fmt: skip
+    config: str,
+    overrides: tuple[str, ...],
+    world_size: int,
+    gpu_memory_gib: float,
+    sizes: str | None,
+    mfu: float | None,
+    peak_tflops: float,
+    as_json: bool,
+) -> None:
     """Memory a rank by formula, without GPU, weights or data, and what to change; exit status 1 where it does not fit."""
     from medtrain.trainer.config.settings import load_config
 
@@ -233,9 +248,7 @@ def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, 
 
 @bench.command("train", short_help="Our training step beside TRL's or Trainer's.")
 @click.option("--stage", type=click.Choice(["cpt", "rpo"]), default="rpo", show_default=True)
-@click.option(
-    "--model", metavar="tiny|0.5b|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU."
-)
+@click.option("--model", metavar="tiny|0.5b|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU.")
 @click.option("--quick", is_flag=True, help="On a GPU: fewer rows and steps, nothing begun after 300 seconds.")
 @click.option("--out", type=PATH, default="benchmarks/results", show_default=True, help="Folder of the files.")
 @click.option("--commit", help="Recorded where the source tree is not a git checkout.")
@@ -265,9 +278,7 @@ def _show_benchmark(result: dict, path: Path, failed: list[str], what: str) -> N
 
 
 @bench.command("tune", short_help="The op's fastest launch choices on this GPU.")
-@click.option(
-    "--shapes", metavar="NxHxV,...", default="8192x3584x152064", show_default=True, help="As in `bench kernels`."
-)
+@click.option("--shapes", metavar="NxHxV,...", default="8192x3584x152064", show_default=True, help="As in `bench kernels`.")
 def bench_tune(shapes: str) -> None:
     """Find the op's fastest launch choices on this GPU; prints entries for the table in kernels/logps_launch.py."""
     import torch

@@ -108,8 +108,9 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     inner = getattr(local, "_tensor", local)
     if inner is local:
         return tensor
-    return DTensor.from_local(inner, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape,
-                              stride=tensor.stride())  # fmt: skip
+    return DTensor.from_local(
+        inner, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def local_size() -> int:
@@ -153,8 +154,12 @@ def join_world(*, needs_group: bool = False, device_type: str | None = None, rep
     ended_well = False
     try:
         if size % replicate:
-            raise bad_input("does not divide the number of ranks", field="parallel.replicate", found=replicate,
-                            expected=f"a divisor of {size}")  # fmt: skip
+            raise bad_input(
+                "does not divide the number of ranks",
+                field="parallel.replicate",
+                found=replicate,
+                expected=f"a divisor of {size}",
+            )
         if replicate > 1:
             mesh = init_device_mesh(device.type, (replicate, size // replicate), mesh_dim_names=("replicate", "shard"))
         elif in_group:

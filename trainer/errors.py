@@ -51,6 +51,4 @@ def user_path(path: str | Path, problem: str = "cannot be read", *, field: str |
     try:
         yield
     except OSError as error:
-        raise bad_input(
-            problem, file=error.filename or path, field=field, found=error.strerror or str(error)
-        ) from error
+        raise bad_input(problem, file=error.filename or path, field=field, found=error.strerror or str(error)) from error

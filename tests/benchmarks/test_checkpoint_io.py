@@ -17,7 +17,5 @@ def test_shares_add_up_and_a_cap_below_one_is_refused(tmp_path, monkeypatch):
         assert share <= rank["load"]["anonymous_bytes"] < share + about["largest_tensor_bytes"]
     source, out = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("source", "out"))
     assert source == out
-    (alone,) = checkpoint_io._on_processes(
-        [(checkpoint_io._alone, (checkpoint_io.load_alone, (tmp_path / "source", share)))]
-    )
+    (alone,) = checkpoint_io._on_processes([(checkpoint_io._alone, (checkpoint_io.load_alone, (tmp_path / "source", share)))])
     assert alone.startswith("RuntimeError") and "allocate" in alone

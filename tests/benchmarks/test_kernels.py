@@ -27,9 +27,7 @@ from medtrain.trainer.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SHAPE = (128, 24, 700)
-CONTRACT = {
-    "impl", "head", "stage", "N", "H", "V", "ms_median", "ms_spread", "extra_bytes", "floor_share", "margin_error_nats",
-}  # fmt: skip
+CONTRACT = {"impl", "head", "stage", "N", "H", "V", "ms_median", "ms_spread", "extra_bytes", "floor_share", "margin_error_nats"}
 
 
 @pytest.fixture(autouse=True)
@@ -329,10 +327,22 @@ def made_up_rows(**changes):
     for head in ("frozen", "trained"):
         for impl, variant in (("medtrain", ""), ("medtrain", "keep_bytes=0"), ("trl", ""), ("liger", "")):
             row = {
-                "impl": impl, "variant": variant, "head": head, "gradient": True, "stage": "both", "reason": None,
-                "N": 8192, "H": 3584, "V": 152064, "dtype": "bfloat16", "ms_median": ms[impl], "floor_share": 0.85,
-                "extra_bytes": 390_000_000, "formula_bytes": 400_000_000, "margin_error_nats": 9e-4,
-            }  # fmt: skip
+                "impl": impl,
+                "variant": variant,
+                "head": head,
+                "gradient": True,
+                "stage": "both",
+                "reason": None,
+                "N": 8192,
+                "H": 3584,
+                "V": 152064,
+                "dtype": "bfloat16",
+                "ms_median": ms[impl],
+                "floor_share": 0.85,
+                "extra_bytes": 390_000_000,
+                "formula_bytes": 400_000_000,
+                "margin_error_nats": 9e-4,
+            }
             rows.append(row | changes.get(f"{impl} {head}", {}))
     return rows
 
@@ -372,8 +382,11 @@ def test_gpu_check_goes_on_to_the_benchmark_and_fails_if_anything_did(tmp_path, 
     stub.chmod(0o755)
     done = subprocess.run(
         ["make", "-s", "gpu-check", f"PYTHON={stub}", f"OUT_DIR={tmp_path}/out"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": "peers"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": "peers"},
+        capture_output=True,
+        text=True,
+    )
     calls = (tmp_path / "calls").read_text().splitlines()
     assert (done.returncode == 0) == (cuda == tests == bench == 0)
     if cuda:

@@ -28,9 +28,7 @@ CPU = torch.device("cpu")
 TINY = MODELS["tiny"]
 LORA = replace(TINY, lora_rank=4, lr=1e-2)
 CPT = replace(CPT_MODELS["tiny"], lr=1e-2)
-CONTRACT = {
-    "impl", "model", "precision", "tokens_per_second", "pairs_per_second", "mfu", "max_memory_gib", "useful_token_share",
-}  # fmt: skip
+CONTRACT = {"impl", "model", "precision", "tokens_per_second", "pairs_per_second", "mfu", "max_memory_gib", "useful_token_share"}
 
 
 @pytest.fixture(autouse=True)
@@ -83,13 +81,16 @@ def test_tiny_form_end_to_end_without_the_peer(tmp_path, monkeypatch):
     assert drawn.exit_code == 0 and drawn.stdout == text
 
 
-@pytest.mark.parametrize(("words", "parts"), [
-    (["--stage", "sft"], ["--stage", "'sft' is not one of 'cpt', 'rpo'"]),
-    (["--stage", "cpt", "--model", "9b"], ["medtrain: ", "--model", "9b", "tiny | 0.5b | 1.5b | 7b"]),
-    (["--model", "9b"], ["medtrain: ", "--model", "9b", "tiny | 1.5b | 7b"]),
-    (["--model", "7b"], ["medtrain: ", "--model", "needs a GPU", "expected tiny"]),
-    (["--out", __file__], ["medtrain: ", "--out", "not a folder"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--stage", "sft"], ["--stage", "'sft' is not one of 'cpt', 'rpo'"]),
+        (["--stage", "cpt", "--model", "9b"], ["medtrain: ", "--model", "9b", "tiny | 0.5b | 1.5b | 7b"]),
+        (["--model", "9b"], ["medtrain: ", "--model", "9b", "tiny | 1.5b | 7b"]),
+        (["--model", "7b"], ["medtrain: ", "--model", "needs a GPU", "expected tiny"]),
+        (["--out", __file__], ["medtrain: ", "--out", "not a folder"]),
+    ],
+)
 def test_a_wrong_option_is_refused(words, parts, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(main, ["bench", "train", *words])
@@ -135,9 +136,7 @@ def test_rows_of_ours_differ_in_what_is_computed_and_not_in_the_loss(tmp_path):
     assert all(a + 8 * 10 <= b for a, b in zip(ours.computed, separate.computed, strict=True))
     assert all(a <= b < c for a, b, c in zip(ours.computed, few.computed, separate.computed, strict=True))
     assert min(few.micro_batches) > 1 and ours.micro_batches == separate.micro_batches == [1, 1, 1]
-    assert few.losses == pytest.approx(ours.losses, rel=1e-5) and separate.losses == pytest.approx(
-        ours.losses, rel=1e-5
-    )
+    assert few.losses == pytest.approx(ours.losses, rel=1e-5) and separate.losses == pytest.approx(ours.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("model", [TINY, LORA], ids=["all weights", "lora"])
@@ -211,8 +210,17 @@ def test_inputs_are_the_same_on_every_run_and_some_pairs_share_their_prompt(tmp_
 
 def test_work_counts_a_shared_prompt_once_and_no_last_token():
     segments = [[5, 6, 7], [8, 0], [9, 9, 0], [5, 6, 7], [4, 0], [3, 3, 3, 0], [5], [8, 0], [9, 0]]
-    pairs = PairSet("made up", None, "", np.concatenate([np.array(s, dtype=np.int32) for s in segments]),
-                    np.cumsum([0, *map(len, segments)]), np.arange(3), "", {}, {})  # fmt: skip
+    pairs = PairSet(
+        "made up",
+        None,
+        "",
+        np.concatenate([np.array(s, dtype=np.int32) for s in segments]),
+        np.cumsum([0, *map(len, segments)]),
+        np.arange(3),
+        "",
+        {},
+        {},
+    )
     found = work(pairs, [0, 1, 2])
     assert (found.pairs, found.tokens, found.head_tokens) == (3, (3 + 1) + (1 + 2 + 1 + 3) + (1 + 1), 15)
     # Causal attention: a completion's tokens see their prompt and themselves. Twice the number of seen places, but for ends.
@@ -227,13 +235,24 @@ def test_work_counts_a_shared_prompt_once_and_no_last_token():
 def made_up_rows(model="1.5b", **changes):
     """Rows that meet every goal, but for changes {"impl variant": {column: value}}."""
     rows = []
-    for impl, variant, speed, gib in (("medtrain", "", 10.0, 40.0), ("medtrain", "no recomputing", 12.0, 50.0),
-                                      ("trl", "", 5.0, 45.0), ("trl", "few pairs", 6.0, 55.0)):  # fmt: skip
+    for impl, variant, speed, gib in (
+        ("medtrain", "", 10.0, 40.0),
+        ("medtrain", "no recomputing", 12.0, 50.0),
+        ("trl", "", 5.0, 45.0),
+        ("trl", "few pairs", 6.0, 55.0),
+    ):
         row = {
-            "impl": impl, "variant": variant, "model": model, "precision": "bfloat16", "trained": "all weights",
-            "pairs_per_second": speed, "max_memory_gib": gib, "reason": None, "same_pooling": variant != "few pairs",
+            "impl": impl,
+            "variant": variant,
+            "model": model,
+            "precision": "bfloat16",
+            "trained": "all weights",
+            "pairs_per_second": speed,
+            "max_memory_gib": gib,
+            "reason": None,
+            "same_pooling": variant != "few pairs",
             "loss_difference": 0.0 if impl == "medtrain" else 1e-3 if variant == "" else 0.5,
-        }  # fmt: skip
+        }
         rows.append(row | changes.get(f"{impl} {variant}".strip(), {}))
     return rows
 
@@ -257,10 +276,15 @@ def test_verdicts_follow_the_fastest_rows():
     assert ["curve" in verdict["goal"] for verdict in verdicts(made_up_rows("tiny"))] == [True]
 
 
-@pytest.mark.parametrize(("models", "name", "count"), [
-    (MODELS, "1.5b", 1_543_714_304), (MODELS, "7b", 7_615_616_512), (CPT_MODELS, "0.5b", 494_032_768),
-    (CPT_MODELS, "7b", 7_615_616_512 - 20 * 233_057_792),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("models", "name", "count"),
+    [
+        (MODELS, "1.5b", 1_543_714_304),
+        (MODELS, "7b", 7_615_616_512),
+        (CPT_MODELS, "0.5b", 494_032_768),
+        (CPT_MODELS, "7b", 7_615_616_512 - 20 * 233_057_792),
+    ],
+)
 def test_models_have_the_shapes_of_qwen(models, name, count):
     shapes = parameter_shapes(AutoConfig.for_model(**models[name].sizes))
     assert num_parameters(shapes)[0] == count

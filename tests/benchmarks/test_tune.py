@@ -22,8 +22,7 @@ def fastest_are(monkeypatch, **wanted):
             if call.backward:
                 call.backward(output)
         return {
-            launch: {"forward": Times(10.0 - sum(getattr(launch, k) == v for k, v in wanted.items()), 0.1, 5)}
-            for launch in calls
+            launch: {"forward": Times(10.0 - sum(getattr(launch, k) == v for k, v in wanted.items()), 0.1, 5)} for launch in calls
         }
 
     monkeypatch.setattr(tuning, "time_rounds", time_rounds)

@@ -5,9 +5,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-         "intermediate_size": 24, "vocab_size": 24, "sliding_window": None,
-         "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "vocab_size": 24,
+    "sliding_window": None,
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+}
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])

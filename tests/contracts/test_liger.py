@@ -58,8 +58,9 @@ def policy_of(layers, model_type="qwen2", mode="none", adapters=None):
     if model_type == "mistral":
         sizes["sliding_window"] = None
     config = ModelConfig(init=sizes, activation_checkpointing=mode)
-    policy = build_model(config, load_model_config(config, None), ALONE, torch.float32, backend="sdpa", layers=layers,
-                         adapters=adapters)  # fmt: skip
+    policy = build_model(
+        config, load_model_config(config, None), ALONE, torch.float32, backend="sdpa", layers=layers, adapters=adapters
+    )
     init_weights(policy, 0)
     if adapters is not None:
         fill_adapters(policy, adapters, 0)
@@ -72,12 +73,7 @@ ADAPTERS = Adapters(4, 8.0, ("q_proj", "gate_proj", "up_proj"), None, "dense", 0
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 @pytest.mark.parametrize(
     ("model_type", "mode", "adapters"),
-    [
-        ("qwen2", "none", None),
-        ("qwen3", "selective", None),
-        ("llama", "selective", ADAPTERS),
-        ("mistral", "full", None),
-    ],
+    [("qwen2", "none", None), ("qwen3", "selective", None), ("llama", "selective", ADAPTERS), ("mistral", "full", None)],
 )
 def test_log_probs_and_gradients_are_those_of_torchs_layers(model_type, mode, adapters, interpreted):
     found = []
@@ -104,8 +100,12 @@ def test_norms_mlps_and_rotary_are_replaced_and_names_and_other_models_are_not(i
     replaced = {name for name, module in liger.named_modules() if "forward" in vars(module)}
     layer = "model.layers.0"
     assert replaced == {
-        f"{layer}.self_attn", f"{layer}.mlp", f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm",
-    }  # fmt: skip
+        f"{layer}.self_attn",
+        f"{layer}.mlp",
+        f"{layer}.input_layernorm",
+        f"{layer}.post_attention_layernorm",
+        "model.norm",
+    }
     batch = windows_batch(documents()[:1])
     liger(batch)
     assert len(rotated) == 1 and vars(modeling) == own
@@ -141,7 +141,7 @@ def _no_longer_there(**_):
         (lambda **_: None, "RuntimeError: Liger left transformers.models.qwen2.modeling_qwen2.apply_rotary_pos_emb as it was"),
         (None, "not installed: pip install"),
     ],
-)  # fmt: skip
+)
 def test_where_liger_cannot_be_put_in_auto_takes_torchs_layers_and_says_why(apply, words, monkeypatch):
     if apply is None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -17,9 +17,7 @@ ADAPTERS = Adapters(4, 8.0, ("q_proj", "down_proj"), None, "dense", 0)
 def policy_of(adapters):
     config = ModelConfig(init={**SIZES, "vocab_size": 24})
     alone = World(0, 1, torch.device("cpu"), None)
-    policy = build_model(
-        config, load_model_config(config, None), alone, torch.float32, backend="sdpa", adapters=adapters
-    )
+    policy = build_model(config, load_model_config(config, None), alone, torch.float32, backend="sdpa", adapters=adapters)
     init_weights(policy, 0)
     if adapters is not None:
         fill_adapters(policy, adapters, 0)

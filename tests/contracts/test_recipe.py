@@ -13,24 +13,30 @@ from transformers import AutoModelForCausalLM
 from medtrain.trainer.run.export import export_run
 
 WIDE = SIZES | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-STYLE = {"question": "{text} {choices}", "choice": "{letter} {text}", "choice_joint": " ", "joint": " ",
-         "answer_marker": "答え :", "explain_marker": "理由 :", "instruction_answer": "", "instruction_explain": ""}  # fmt: skip
+STYLE = {
+    "question": "{text} {choices}",
+    "choice": "{letter} {text}",
+    "choice_joint": " ",
+    "joint": " ",
+    "answer_marker": "答え :",
+    "explain_marker": "理由 :",
+    "instruction_answer": "",
+    "instruction_explain": "",
+}
 
 
 @pytest.fixture
 def base(cpt_tree, tmp_path):
     """A folder that CPT left, 20 steps long, with an exam on the way."""
-    rows = [{"problem_id": str(i), "problem_text": text, "choices": ["熱", "咳"], "answer": ["a"], "points": "1"}
-            for i, text in enumerate(["熱 の 薬 は", "咳 は", "病 は"])]  # fmt: skip
+    rows = [
+        {"problem_id": str(i), "problem_text": text, "choices": ["熱", "咳"], "answer": ["a"], "points": "1"}
+        for i, text in enumerate(["熱 の 薬 は", "咳 は", "病 は"])
+    ]
     (tmp_path / "style.yaml").write_text(json.dumps(STYLE))
     cpt_tree["model"]["init"] = dict(WIDE)
     cpt_tree["optim"] |= {"steps": 4, "lr": 2e-3}
     cpt_tree["data"]["exam"] = str(write_jsonl(tmp_path / "exam.jsonl", rows))
-    cpt_tree["eval"] = {
-        "exam_prompt": str(tmp_path / "style.yaml"),
-        "exam_max_new_tokens": 9,
-        "exam_max_answer_tokens": 3,
-    }
+    cpt_tree["eval"] = {"exam_prompt": str(tmp_path / "style.yaml"), "exam_max_new_tokens": 9, "exam_max_answer_tokens": 3}
     run_on_ranks(2, tmp_path, run, "cpt", cpt_tree, tmp_path / "cpt")
     return tmp_path / "cpt"
 

@@ -61,9 +61,12 @@ def test_the_blank_before_a_text_has_three_names():
     def named(tokenizer):
         state = json.loads(tokenizer.to_str())
         text = json.dumps([state["normalizer"], state["pre_tokenizer"]])
-        return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text or (
-            '"add_prefix_space": true' in text
-        )  # fmt: skip
+        return (
+            '"Prepend"' in text
+            or '"prepend_scheme": "first"' in text
+            or '"prepend_scheme": "always"' in text
+            or ('"add_prefix_space": true' in text)
+        )
 
     for make in (*PUTS_BLANK.values(), *PUTS_NONE.values()):
         tokenizer = make()

@@ -69,9 +69,7 @@ def test_the_attention_function_gets_the_layout_and_nothing_that_would_change_th
         assert isinstance(inputs["layout"], attention.PackedLayout) and inputs["scaling"] == 8**-0.5
 
 
-@pytest.mark.parametrize(
-    "unknown", [{"s_aux": torch.zeros(2)}, {"softcap": 30.0}, {"sliding_window": 4}, {"dropout": 0.1}]
-)
+@pytest.mark.parametrize("unknown", [{"s_aux": torch.zeros(2)}, {"softcap": 30.0}, {"sliding_window": 4}, {"dropout": 0.1}])
 def test_inputs_of_attention_that_are_not_known_are_refused(unknown):
     layout = attention.packed_layout(windows_batch(documents()), "sdpa")
     q = torch.zeros(1, 2, len(layout.inverse), 8)
@@ -85,8 +83,7 @@ def test_generate_around_a_policy_makes_the_tokens_of_hugging_faces_own_model(mo
     policy = policy_of(model_type, tie_word_embeddings=model_type == "qwen3")
     ids = torch.tensor([[0, 0, 5, 9, 4], [3, 1, 17, 8, 2]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    config = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0, output_logits=True,
-                              return_dict_in_generate=True)  # fmt: skip
+    config = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
     theirs = as_hugging_face(policy).generate(ids, attention_mask=mask, generation_config=config)
     with during._as_causal_lm(policy, {}, ALONE) as model:
         ours = model.eval().generate(ids, attention_mask=mask, generation_config=config)

@@ -64,9 +64,7 @@ def train_one_rank(rank, folder, keep_bytes, sync_every_micro_batch):
 @pytest.mark.parametrize("keep_bytes", [None, 0])
 def test_two_ranks_accumulate_the_gradient_of_one_process(keep_bytes, sync_every_micro_batch, tmp_path):
     # Fork: a child starts in a tenth of a second, with everything imported.
-    mp.start_processes(
-        train_one_rank, args=(str(tmp_path), keep_bytes, sync_every_micro_batch), nprocs=2, start_method="fork"
-    )
+    mp.start_processes(train_one_rank, args=(str(tmp_path), keep_bytes, sync_every_micro_batch), nprocs=2, start_method="fork")
     found = torch.load(tmp_path / "gradients.pt")
     assert "sharded DTensor" in found.pop("error")
 

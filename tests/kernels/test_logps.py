@@ -68,8 +68,7 @@ def test_float64_equals_full_softmax_for_any_slab_and_budget(shape, trained, sla
 def test_gradcheck(keep_bytes):
     hidden, weight, targets = problem(7, 5, 23)
     assert torch.autograd.gradcheck(
-        lambda hidden, weight: chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes, slab_size=6),
-        (hidden, weight),
+        lambda hidden, weight: chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes, slab_size=6), (hidden, weight)
     )
 
 

@@ -83,9 +83,7 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(on_path, path, trained)
     hidden_size = 4
 
     def extra(num_rows, vocab_size):
-        _, peak = measured(
-            on_path, num_rows, hidden_size, vocab_size, torch.float32, trains_hidden, trains_weight, keep_bytes
-        )
+        _, peak = measured(on_path, num_rows, hidden_size, vocab_size, torch.float32, trains_hidden, trains_weight, keep_bytes)
         return peak - (4 * hidden_size * vocab_size if trains_weight else 0)
 
     # 16 times as many logits: 192 MB of them. What may grow is a few numbers a row and, on the CUDA path, the slab of

@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from medtrain.kernels.preference import preference_loss, rpo_loss, sum_by_sequence
 from medtrain.kernels.reference import reference_logps, reference_rpo_loss
 
-LOSSES = [
-    ("sigmoid", 0.0),
-    ("sigmoid", 0.15),
-    ("robust", 0.1),
-    ("hinge", 0.0),
-    ("ipo", 0.0),
-    ("simpo", 0.0),
-    ("simpo", 0.2),
-]
+LOSSES = [("sigmoid", 0.0), ("sigmoid", 0.15), ("robust", 0.1), ("hinge", 0.0), ("ipo", 0.0), ("simpo", 0.0), ("simpo", 0.2)]
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +46,7 @@ def pairs(lengths=(4, 7, 1, 3, 9, 2), hidden_size=6, vocab_size=45, dtype=torch.
     slab_size=st.sampled_from([None, 7, 16]),
     keep_share=st.sampled_from([None, 0, 0.25]),
 )
-def test_float64_equals_the_plain_formulas(
-    loss, label_smoothing, nll_norm, lengths, beta, alpha, trained, slab_size, keep_share
-):
+def test_float64_equals_the_plain_formulas(loss, label_smoothing, nll_norm, lengths, beta, alpha, trained, slab_size, keep_share):
     torch.manual_seed(1)
     inputs = pairs(lengths)
     numbers = dict(beta=beta, alpha=alpha, loss=loss, label_smoothing=label_smoothing, nll_norm=nll_norm)
@@ -110,9 +100,7 @@ def test_losses_equal_numbers_worked_out_by_hand(loss, label_smoothing, wanted):
     logps = torch.tensor([-4.0, -4.0, -4.0, -1.0], dtype=torch.float64)
     reference = torch.tensor([-6.0, -3.0, -3.0, -3.0], dtype=torch.float64)
     lengths = torch.tensor([2, 4, 1, 1])
-    found, stats = preference_loss(
-        logps, lengths, reference, beta=0.5, alpha=0.0, loss=loss, label_smoothing=label_smoothing
-    )
+    found, stats = preference_loss(logps, lengths, reference, beta=0.5, alpha=0.0, loss=loss, label_smoothing=label_smoothing)
     assert found.item() == pytest.approx(wanted / 2, rel=1e-12)
     assert stats["dpo_loss"].item() == pytest.approx(wanted, rel=1e-12)
 
@@ -138,9 +126,7 @@ def test_a_policy_equal_to_its_reference_has_no_margin_and_loss_ln_2(dtype, nll_
     with torch.no_grad():
         sums = sum_by_sequence(chunked_logps(hidden, weight, targets), cu_seqlens)
     # Another slab size, as another budget or packing might choose, must not open a margin.
-    found, stats = rpo_loss(
-        hidden, weight, targets, cu_seqlens, sums, beta=1.0, alpha=1.5, nll_norm=nll_norm, slab_size=100
-    )
+    found, stats = rpo_loss(hidden, weight, targets, cu_seqlens, sums, beta=1.0, alpha=1.5, nll_norm=nll_norm, slab_size=100)
     assert stats["rewards/margin"].abs().max() <= 1e-3
     chosen = [reference_logps(hidden, weight, targets)[start:stop] for start, stop in ((0, 260), (461, 551))]
     likelihood = torch.cat(chosen).mean() if nll_norm == "token" else (chosen[0].mean() + chosen[1].mean()) / 2
@@ -188,9 +174,17 @@ def test_stats_hold_detached_sums_and_values_by_pair():
     reference = torch.tensor([-6.0, -5.0, -3.0, -3.0])
     _, stats = preference_loss(logps, torch.tensor([2, 3, 4, 5]), reference, beta=0.5, alpha=1.0)
     assert set(stats) == {
-        "dpo_loss", "nll_loss", "pairs", "chosen_tokens", "rewards/chosen", "rewards/rejected", "rewards/margin",
-        "rewards/accuracy", "logps/chosen", "logps/rejected",
-    }  # fmt: skip
+        "dpo_loss",
+        "nll_loss",
+        "pairs",
+        "chosen_tokens",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margin",
+        "rewards/accuracy",
+        "logps/chosen",
+        "logps/rejected",
+    }
     assert stats["rewards/chosen"].tolist() == [1.0, 0.0]
     assert stats["rewards/rejected"].tolist() == [-2.0, 1.0]
     assert stats["rewards/margin"].tolist() == [3.0, -1.0]

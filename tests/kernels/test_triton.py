@@ -57,9 +57,7 @@ def check(hidden, weight, targets, tolerance=1e-5, logps_tolerance=1e-5, **optio
     upstream = torch.randn(len(targets))
     wanted, *wanted_gradients = expected(hidden, weight, targets, upstream)
     logps = chunked_logps(hidden, weight, targets, **options)
-    torch.testing.assert_close(
-        logps.detach().cpu().double(), wanted, rtol=logps_tolerance, atol=logps_tolerance, equal_nan=True
-    )
+    torch.testing.assert_close(logps.detach().cpu().double(), wanted, rtol=logps_tolerance, atol=logps_tolerance, equal_nan=True)
     inputs = [(t, g) for t, g in zip((hidden, weight), wanted_gradients, strict=True) if t.requires_grad]
     if inputs:
         found = torch.autograd.grad(logps, [tensor for tensor, _ in inputs], upstream.to(DEVICE))
@@ -389,9 +387,7 @@ def test_every_kernel_compiles_for_sm_90_without_spills():
     )
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines() if '"kernel"' in line]
-    assert {row["kernel"].split("/")[0] for row in rows} == {
-        name.removesuffix("_kernel") for name in logps_kernels.__all__
-    }
+    assert {row["kernel"].split("/")[0] for row in rows} == {name.removesuffix("_kernel") for name in logps_kernels.__all__}
     for row in rows:
         assert row["local"] == 0, row
         assert row["shared"] <= 227 * 1024, row

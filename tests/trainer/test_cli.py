@@ -72,11 +72,7 @@ def set_path(tree, dotted, value):
         ("lora", {"rank": -1}, ["lora.rank", "found -1"]),
         ("lora", {"rank": 4, "alpha": 0}, ["lora.alpha", "more than 0"]),
         ("lora", {"rank": 4, "path": "a"}, ["lora.rank", "has no effect with lora.path"]),
-        (
-            "lora",
-            {"rank": 4, "target_modules": ["lm_head"]},
-            ["lora.target_modules", "found lm_head", "q_proj, up_proj"],
-        ),
+        ("lora", {"rank": 4, "target_modules": ["lm_head"]}, ["lora.target_modules", "found lm_head", "q_proj, up_proj"]),
         ("lora", {"rank": 4, "target_modules": ["o_proj"] * 2}, ["lora.target_modules", "named twice"]),
         ("lora", {"rank": 4, "base": "nf4"}, ["lora.base", "NF4 blocks", "rows of 16", "multiple of 64"]),
         ("lora", {"rank": 4, "dropout": 0.1}, ["lora.dropout", "not supported", "without dropout"]),
@@ -168,11 +164,7 @@ def test_export_of_a_checkpoint_is_the_model_of_the_run(cpt_tree, tmp_path):
     assert (tmp_path / "last" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
     assert call("export", run / "checkpoints" / "step-00000003", tmp_path / "third").exit_code == 0
     assert (tmp_path / "third" / "model.safetensors").read_bytes() != (run / "model" / "model.safetensors").read_bytes()
-    for words in (
-        (run, tmp_path / "last"),
-        (tmp_path, tmp_path / "x"),
-        (run / "checkpoints" / "step-00000004", tmp_path / "x"),
-    ):
+    for words in ((run, tmp_path / "last"), (tmp_path, tmp_path / "x"), (run / "checkpoints" / "step-00000004", tmp_path / "x")):
         assert call("export", *words).exit_code == 2
     assert not (tmp_path / "x").exists()
 
@@ -249,13 +241,7 @@ def finished(tokenizer_dir, corpus, pairs, tmp_path_factory):
         (root / f"{name}.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True))
     assert call("cpt", root / "cpt.yaml", "data.exam=null").exit_code == 0
     scored = call(
-        "score",
-        "--exam",
-        root / "exam.jsonl",
-        "--predictions",
-        root / "predictions.jsonl",
-        "--details",
-        root / "scored.jsonl",
+        "score", "--exam", root / "exam.jsonl", "--predictions", root / "predictions.jsonl", "--details", root / "scored.jsonl"
     )
     assert scored.exit_code == 0
     return root
@@ -291,14 +277,7 @@ def lock(monkeypatch, folder):
 
         return refuse
 
-    for module, name in (
-        (builtins, "open"),
-        (io, "open"),
-        (os, "stat"),
-        (os, "mkdir"),
-        (os, "scandir"),
-        (os, "listdir"),
-    ):
+    for module, name in ((builtins, "open"), (io, "open"), (os, "stat"), (os, "mkdir"), (os, "scandir"), (os, "listdir")):
         monkeypatch.setattr(module, name, refusing(getattr(module, name)))
 
 

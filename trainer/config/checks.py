@@ -21,8 +21,13 @@ def check_settings(config: Config, file) -> None:
     model, data, optim, rpo = config.model, config.data, config.optim, config.rpo
     if (model.path is None) == (model.init is None):
         found = "neither" if model.path is None else "both"
-        raise bad_input("where the weights come from", file=file, field="model", found=found,
-                        expected="either model.path (a checkpoint folder) or model.init (sizes for random weights)")  # fmt: skip
+        raise bad_input(
+            "where the weights come from",
+            file=file,
+            field="model",
+            found=found,
+            expected="either model.path (a checkpoint folder) or model.init (sizes for random weights)",
+        )
     if model.init is not None and "model_type" not in model.init:
         raise bad_input("missing", file=file, field="model.init.model_type", expected="as in a HF config, e.g. qwen2")
     if model.init is not None and model.tokenizer is None:
@@ -30,16 +35,12 @@ def check_settings(config: Config, file) -> None:
     require(model.keep_bytes is None or model.keep_bytes >= 0, "model.keep_bytes", model.keep_bytes, "0 or more")
     rows = "data.sources" if config.stage == "cpt" else "data.pairs"
     if not (data.sources if config.stage == "cpt" else data.pairs):
-        raise bad_input(
-            "missing", file=file, field=rows, expected=f"a list of {{path, weight, name}} for {config.stage}"
-        )
+        raise bad_input("missing", file=file, field=rows, expected=f"a list of {{path, weight, name}} for {config.stage}")
     if config.run.out is None:
         raise bad_input("missing", file=file, field="run.out", expected="the run folder")
     if (optim.steps is None) == (optim.epochs is None):
         found = "neither" if optim.steps is None else "both"
-        raise bad_input(
-            "how long to train", file=file, field="optim", found=found, expected="steps or epochs, one of them"
-        )
+        raise bad_input("how long to train", file=file, field="optim", found=found, expected="steps or epochs, one of them")
     require(optim.steps is None or optim.steps >= 1, "optim.steps", optim.steps, "1 or more")
     require(optim.epochs is None or optim.epochs > 0, "optim.epochs", optim.epochs, "more than 0")
     for name in ("batch_tokens", "batch_pairs", "micro_batch_tokens"):
@@ -65,8 +66,13 @@ def check_settings(config: Config, file) -> None:
     require(rpo.alpha >= 0, "rpo.alpha", rpo.alpha, "0 or more")
     require(0 <= rpo.label_smoothing < 0.5, "rpo.label_smoothing", rpo.label_smoothing, "0 to below 0.5")
     if rpo.label_smoothing > 0 and rpo.loss not in ("sigmoid", "robust", "simpo"):
-        raise bad_input("has no effect with this loss", file=file, field="rpo.label_smoothing", found=f"rpo.loss={rpo.loss}",
-                        expected="rpo.loss sigmoid, robust or simpo")  # fmt: skip
+        raise bad_input(
+            "has no effect with this loss",
+            file=file,
+            field="rpo.label_smoothing",
+            found=f"rpo.loss={rpo.loss}",
+            expected="rpo.loss sigmoid, robust or simpo",
+        )
     _check_lora(config.lora, file)
     _check_precision(config, file)
     _check_speed(config, file)
@@ -77,8 +83,13 @@ def check_settings(config: Config, file) -> None:
     for f in dataclasses.fields(config.eval):
         value = getattr(config.eval, f.name)
         if data.exam is None and f.name.startswith("exam_") and value != getattr(type(config.eval)(), f.name):
-            raise bad_input("has no effect without an exam", file=file, field=f"eval.{f.name}", found=value,
-                            expected="data.exam, a file of questions")  # fmt: skip
+            raise bad_input(
+                "has no effect without an exam",
+                file=file,
+                field=f"eval.{f.name}",
+                found=value,
+                expected="data.exam, a file of questions",
+            )
     require(config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "1 or more")
     require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "1 or more")
 
@@ -92,11 +103,21 @@ def _check_lora(lora: LoraConfig, file) -> None:
     changed = {name: value for name, value in changed.items() if value != getattr(type(lora)(), name)}
     for name, value in changed.items():
         if not lora.on:
-            raise bad_input("has no effect without adapters", file=file, field=f"lora.{name}", found=value,
-                            expected="lora.rank above 0, or lora.path")  # fmt: skip
+            raise bad_input(
+                "has no effect without adapters",
+                file=file,
+                field=f"lora.{name}",
+                found=value,
+                expected="lora.rank above 0, or lora.path",
+            )
         if lora.path is not None and name in ("rank", "alpha", "target_modules"):
-            raise bad_input("has no effect with lora.path", file=file, field=f"lora.{name}", found=value,
-                            expected="nothing: the adapter brings its own")  # fmt: skip
+            raise bad_input(
+                "has no effect with lora.path",
+                file=file,
+                field=f"lora.{name}",
+                found=value,
+                expected="nothing: the adapter brings its own",
+            )
 
 
 def _check_precision(config: Config, file) -> None:
@@ -110,8 +131,12 @@ def _check_precision(config: Config, file) -> None:
         if precision.fp8 == "none" and f.name.startswith("fp8_") and value != f.default:
             refuse(f.name, value, "has no effect without FP8", "precision.fp8 tensorwise or rowwise")
     if precision.fp8_all_gather and precision.fp8 != "tensorwise":
-        refuse("fp8_all_gather", f"precision.fp8={precision.fp8}", "one scale a weight is gathered with it",
-               "precision.fp8=tensorwise")  # fmt: skip
+        refuse(
+            "fp8_all_gather",
+            f"precision.fp8={precision.fp8}",
+            "one scale a weight is gathered with it",
+            "precision.fp8=tensorwise",
+        )
     if precision.fp8_check_every < 0:
         refuse("fp8_check_every", precision.fp8_check_every, "out of range", "0 (no checks) or more")
     if not 0 < precision.fp8_tolerance < float("inf"):
@@ -119,8 +144,12 @@ def _check_precision(config: Config, file) -> None:
     if config.lora.on and precision.fp8 != "none":
         refuse("fp8", precision.fp8, "not supported with adapters", "precision.fp8=none, or training all weights")
     if config.lora.on and precision.weights != "fp32":
-        refuse("weights", precision.weights, "has no effect with adapters: the base lies in the compute precision, and "
-               "adapters are float32", "precision.weights=fp32")  # fmt: skip
+        refuse(
+            "weights",
+            precision.weights,
+            "has no effect with adapters: the base lies in the compute precision, and adapters are float32",
+            "precision.weights=fp32",
+        )
     if precision.weights == "bf16" and precision.compute == "float32":
         refuse("weights", "bf16", "weights in bfloat16 are computed with as they are", "precision.compute=bfloat16")
 
@@ -143,8 +172,12 @@ def _check_speed(config: Config, file) -> None:
     if budget and model.activation_budget is None:
         refuse("model.activation_budget", None, "missing", "a number from 0 to 1")
     if model.activation_budget is not None and not budget:
-        refuse("model.activation_budget", model.activation_budget, "has no effect without a budget",
-               "model.activation_checkpointing=budget")  # fmt: skip
+        refuse(
+            "model.activation_budget",
+            model.activation_budget,
+            "has no effect without a budget",
+            "model.activation_checkpointing=budget",
+        )
     if model.activation_budget is not None and not 0 <= model.activation_budget <= 1:
         refuse("model.activation_budget", model.activation_budget, "out of range", "0 to 1")
     if model.compile and config.lora.base == "nf4":

@@ -141,9 +141,7 @@ _ALSO_CALLED = {
 def _unknown_key(name: str, file, keys: list[str]) -> InputError:
     if name in ("lora.dropout", "lora.lora_dropout"):  # many configurations of others have it
         # Random numbers in the forward would part step 0 from the reference and a resumed run from the first one.
-        return bad_input(
-            "not supported", file=file, field=name, expected="nothing: adapters are trained without dropout"
-        )
+        return bad_input("not supported", file=file, field=name, expected="nothing: adapters are trained without dropout")
     # Two ways to be near: the right setting in the wrong section, or a typing slip.
     by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
     last = name.rsplit(".", 1)[-1]
@@ -184,9 +182,7 @@ def _convert(value: Any, hint: Any, name: str, file, given: set[str], known_keys
     if origin is list:
         if not isinstance(value, list):
             raise bad_input("wrong type", file=file, field=name, found=value, expected="a list")
-        return [
-            _convert(v, typing.get_args(hint)[0], f"{name}.{i}", file, given, known_keys) for i, v in enumerate(value)
-        ]
+        return [_convert(v, typing.get_args(hint)[0], f"{name}.{i}", file, given, known_keys) for i, v in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
             raise bad_input("wrong type", file=file, field=name, found=value, expected="a mapping")

@@ -50,14 +50,10 @@ class DataConfig:
     seq_len: int = 4096  # CPT: tokens a window; longer documents are split
     max_length: int = 4096  # RPO: tokens of prompt + completion
     overlong: Literal["error", "drop", "cut_completion", "cut_prompt"] = "error"  # RPO: pairs over max_length
-    unusable: Literal["error", "drop"] = (
-        "error"  # RPO: pairs that are empty, identical, or lose their prompt in the template
-    )
+    unusable: Literal["error", "drop"] = "error"  # RPO: pairs that are empty, identical, or lose their prompt in the template
     share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; same result
     # (without it a pair takes its prompt twice out of optim.micro_batch_tokens)
-    exam: str | None = (
-        None  # exam questions, JSON Lines of a known form: sat before, during and after training (eval.exam_*)
-    )
+    exam: str | None = None  # exam questions, JSON Lines of a known form: sat before, during and after training (eval.exam_*)
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
     workers: int | None = None  # CPT: processes that tokenise large sources; default: one a CPU of the node
 
@@ -182,10 +178,17 @@ class Config:
     def unused(self) -> list[str]:
         """Dotted names the user set that this stage does not read."""
         other = {
-            "cpt": ("data.pairs", "data.max_length", "data.overlong", "data.unusable", "data.share_prompts",
-                    "optim.batch_pairs", "rpo."),
+            "cpt": (
+                "data.pairs",
+                "data.max_length",
+                "data.overlong",
+                "data.unusable",
+                "data.share_prompts",
+                "optim.batch_pairs",
+                "rpo.",
+            ),
             "rpo": ("data.sources", "data.seq_len", "data.workers", "optim.batch_tokens"),
-        }[self.stage]  # fmt: skip
+        }[self.stage]
         names = {name for name in self.given if name.startswith(other)}
         if not self.data.heldout:
             names |= self.given & {"eval.every"}
@@ -210,9 +213,7 @@ class PairsConfig:
     strategy: Literal["explanation", "sampled", "both"] = "both"  # ground truth | right path over the wrong path
     num_paths: int = 8  # sampled a question
     max_per_question: int = 8
-    balance_length: bool = (
-        True  # of what the cap leaves to choose from, pairs whose chosen sides are not the longer ones
-    )
+    balance_length: bool = True  # of what the cap leaves to choose from, pairs whose chosen sides are not the longer ones
     min_explanation: int = 1  # letters and digits beside the answer that a chosen path has at least
     temperature: float = 1.0
     max_new_tokens: int = 1024
@@ -222,9 +223,7 @@ class PairsConfig:
     chat: bool = False  # use the checkpoint's chat template
     demonstrations: str | None = None  # worked examples for a few-shot prompt
     mapping: str | None = None  # YAML: which fields hold what, for questions of an own form
-    unlisted_is_wrong: bool = (
-        False  # with answers that are texts of choices: one that names no choice is wrong, not unread
-    )
+    unlisted_is_wrong: bool = False  # with answers that are texts of choices: one that names no choice is wrong, not unread
     seed: int = 0
 
 
@@ -288,13 +287,9 @@ def load_pairs_config(path: str | Path, overrides: typing.Sequence[str] = ()) ->
         if getattr(config, name) < 1:
             raise bad_input("out of range", file=path, field=name, found=getattr(config, name), expected="1 or more")
     if config.min_explanation < 0:
-        raise bad_input(
-            "out of range", file=path, field="min_explanation", found=config.min_explanation, expected="0 or more"
-        )
+        raise bad_input("out of range", file=path, field="min_explanation", found=config.min_explanation, expected="0 or more")
     if config.temperature <= 0:
-        raise bad_input(
-            "out of range", file=path, field="temperature", found=config.temperature, expected="more than 0"
-        )
+        raise bad_input("out of range", file=path, field="temperature", found=config.temperature, expected="more than 0")
     return config
 
 

@@ -163,6 +163,4 @@ def _pack(groups: Sequence[tuple[np.ndarray, list[np.ndarray]]], source_ids, sid
 
 
 def _long(parts: Sequence) -> torch.Tensor:
-    return torch.from_numpy(
-        np.concatenate([np.asarray(part, dtype=np.int64) for part in parts] or [np.empty(0, np.int64)])
-    )
+    return torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts] or [np.empty(0, np.int64)]))

@@ -30,10 +30,7 @@ def fix_time(tokenizer, time: datetime):
     templates = getattr(tokenizer, "chat_template", None) or {}
     one = isinstance(templates, str)
     named = {"": templates} if one else templates
-    fixed = {
-        name: _DATE.sub(lambda call: f"{call[1]}{time.strftime(call[2])}{call[1]}", text)
-        for name, text in named.items()
-    }
+    fixed = {name: _DATE.sub(lambda call: f"{call[1]}{time.strftime(call[2])}{call[1]}", text) for name, text in named.items()}
     fixed = {name: _REFUSAL if _CHANGING.search(text) else text for name, text in fixed.items()}
     if fixed == named:
         return tokenizer

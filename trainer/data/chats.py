@@ -26,9 +26,7 @@ def render_chat(row: Row, tokenizer) -> tuple[list[str], list[InputError], list[
     where = {"file": row.file, "row": row.number}
     if not tokenizer.chat_template:
         expected = "strings, or a tokenizer with a chat template"
-        raise bad_input(
-            "the tokenizer has no chat template", **where, field="prompt", found="a list", expected=expected
-        )
+        raise bad_input("the tokenizer has no chat template", **where, field="prompt", found="a list", expected=expected)
     # Parquet fills keys that other rows have with null.
     chats = {
         name: [{key: value for key, value in message.items() if value is not None} for message in row.fields[name]]

@@ -39,9 +39,7 @@ def tokenizer_digest(tokenizer) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         found, expected = type(tokenizer).__name__, "a fast one (tokenizer.json)"
-        raise bad_input(
-            "wrong kind of tokenizer", file=getattr(tokenizer, "name_or_path", None), found=found, expected=expected
-        )
+        raise bad_input("wrong kind of tokenizer", file=getattr(tokenizer, "name_or_path", None), found=found, expected=expected)
     state = backend.to_str()
     # Before "added_tokens" stand the format's version, truncation and padding. Parsing megabytes to drop them is slow.
     state = state[state.index('"added_tokens"') :]
@@ -89,8 +87,7 @@ def tokenize_starts(tokenizer, texts: Sequence[str], *, as_written: bool = False
         return tokenize_texts(tokenizer, texts)
     rows = tokenize_texts(tokenizer, [one.removeprefix(text) for one in texts])
     return [
-        [*ids, *row] if row and (one.startswith(text) or not as_written) else row
-        for one, row in zip(texts, rows, strict=True)
+        [*ids, *row] if row and (one.startswith(text) or not as_written) else row for one, row in zip(texts, rows, strict=True)
     ]
 
 

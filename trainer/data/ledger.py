@@ -93,11 +93,7 @@ def _pairs(pairs: PairSet) -> dict:
         "kept": kept,
         "completion_tokens": int(pairs.completion_lengths.sum()),
         "distinct_prompts": prompts,
-        "inputs": {
-            "separate": int(pairs.separate_lengths.sum()),
-            "by_pair": int(pairs.lengths.sum()),
-            "distinct": distinct,
-        },
+        "inputs": {"separate": int(pairs.separate_lengths.sum()), "by_pair": int(pairs.lengths.sum()), "distinct": distinct},
         "cut": cut,
         "refused": refused,
         "noted": pairs.noted,

@@ -82,13 +82,9 @@ class GlobalOrder:
             raise bad_input("wrong setting", field="run.seed", found=seed, expected="at least 0")
         least = min(math.ceil(int(ls.max()) / share) for ls, share in zip(self.lengths, self.shares, strict=True))
         if step_size < least:
-            raise bad_input(
-                "too small: a step could be empty", field=setting, found=step_size, expected=f"at least {least}"
-            )
+            raise bad_input("too small: a step could be empty", field=setting, found=step_size, expected=f"at least {least}")
         # Two epochs of each source: a step at the seam reads both.
-        self._epochs = [
-            functools.lru_cache(maxsize=2)(functools.partial(self._make_epoch, i)) for i in range(len(self.lengths))
-        ]
+        self._epochs = [functools.lru_cache(maxsize=2)(functools.partial(self._make_epoch, i)) for i in range(len(self.lengths))]
 
     def step(self, step: int) -> StepItems:
         """Return the items of step ``step`` (from 0), by source and within it in stream order."""

@@ -21,10 +21,7 @@ def check_capacity(longest: int, capacity: int, *, what: str) -> None:
     """Raise InputError unless an item of ``longest`` tokens fits a micro-batch. ``what`` names it (``a window``)."""
     if longest > capacity:
         raise bad_input(
-            f"too small for {what}",
-            field="optim.micro_batch_tokens",
-            found=capacity,
-            expected=f"at least {longest}, the longest",
+            f"too small for {what}", field="optim.micro_batch_tokens", found=capacity, expected=f"at least {longest}, the longest"
         )
 
 

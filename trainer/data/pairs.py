@@ -36,9 +36,7 @@ EOS_DOUBLED = "EOS twice at the end: the text has its own"
 EOS_MISSING = "no EOS from the chat template, one was added"
 PROMPT_REPEATED = "both completions begin with the prompt's text"
 COLUMN_UNREAD = "the row's own '{}' is not read"
-NOTED = (
-    BOS_DOUBLED, BOS_MISSING, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED, HISTORY_SHORTENED, KEY_LEFT_OUT, COLUMN_UNREAD,
-)  # fmt: skip
+NOTED = (BOS_DOUBLED, BOS_MISSING, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED, HISTORY_SHORTENED, KEY_LEFT_OUT, COLUMN_UNREAD)
 # Columns that other trainers put into the prompt.
 _UNREAD = ("system", "tools", "images", "chat_template_kwargs")
 _FIELDS = ("prompt", "chosen", "rejected")
@@ -105,9 +103,7 @@ def token_key(tokens: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(tokens)).digest()
 
 
-def load_pairs(
-    source: Source, tokenizer, *, max_length: int, overlong: str = "error", unusable: str = "error"
-) -> PairSet:
+def load_pairs(source: Source, tokenizer, *, max_length: int, overlong: str = "error", unusable: str = "error") -> PairSet:
     """Read and tokenise the pairs of ``source``.
 
     A pair is overlong if prompt and longer completion (with eos) have more than ``max_length`` tokens. ``overlong``:
@@ -248,9 +244,7 @@ def _tokenize(batch: Sequence[Row], tokenizer, behind, start: list[int], eos: in
     prompt_ids = iter(tokenize_starts(tokenizer, [prompt for prompt, *_ in strings]))
     side_ids = iter(behind([side for _, *sides in strings for side in sides]))
     found = []
-    for row, (prompt_text, *side_texts), (chat, unusable), (left_out, noted) in zip(
-        batch, texts, checked, lost, strict=True
-    ):
+    for row, (prompt_text, *side_texts), (chat, unusable), (left_out, noted) in zip(batch, texts, checked, lost, strict=True):
         where = {"file": row.file, "row": row.number}
         noted += [COLUMN_UNREAD.format(name) for name in _UNREAD if row.fields.get(name)]
         if chat:
@@ -347,13 +341,8 @@ def _check_messages(messages: list, row: Row, field: str, empty: list[InputError
             _check_text(message.get(key), row, f"{field}[{k}].{key}", empty)
         # Completion tokens are all learned, so they must all be the model's own; and it must be its turn to speak.
         if field != "prompt" and message["role"] != "assistant":
-            raise bad_input(
-                "wrong role", **where, field=f"{field}[{k}].role", found=message["role"], expected="assistant"
-            )
+            raise bad_input("wrong role", **where, field=f"{field}[{k}].role", found=message["role"], expected="assistant")
     if field == "prompt" and messages[-1]["role"] == "assistant":
         raise bad_input(
-            "the prompt ends with the assistant's turn",
-            **where,
-            field=f"prompt[{len(messages) - 1}].role",
-            expected="user",
+            "the prompt ends with the assistant's turn", **where, field=f"prompt[{len(messages) - 1}].role", expected="user"
         )

@@ -69,8 +69,9 @@ def write_index(folder: Path, about: dict, num_parts: int) -> int:
         path = part_path(folder, number)
         num_tokens, num_docs, _, digest = _read_tail(path)
         size, mtime_ns = _stamp(path)
-        entries.append({"size": size, "mtime_ns": mtime_ns, "num_tokens": num_tokens, "num_docs": num_docs,
-                        "sha256": digest.hex()})  # fmt: skip
+        entries.append(
+            {"size": size, "mtime_ns": mtime_ns, "num_tokens": num_tokens, "num_docs": num_docs, "sha256": digest.hex()}
+        )
     totals = {name: sum(entry[name] for entry in entries) for name in ("num_docs", "num_tokens")}
     _replace_index(folder, {**about, **totals, "parts": entries})
     return totals["num_docs"]

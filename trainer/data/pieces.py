@@ -65,9 +65,7 @@ def _divided(grain: Piece, room: int, target: int) -> list[Piece]:
     """Cut what is divisible into a first piece that fills ``room`` and further ones of ``target``."""
     if grain.file.suffix == ".parquet" or grain.size <= room:
         return [grain]
-    ends = (
-        [*range(room, grain.size, target), grain.size] if room > 0 else [*range(target, grain.size, target), grain.size]
-    )
+    ends = [*range(room, grain.size, target), grain.size] if room > 0 else [*range(target, grain.size, target), grain.size]
     pieces, begin, before = [], grain.begin, 0
     for end_bytes in ends:
         end = grain.begin + (grain.end - grain.begin) * end_bytes // grain.size

@@ -218,9 +218,7 @@ def _read_jsonl(file: Path, begin: int, end: int | None, lines_before: int) -> I
             yield Row(file, number, fields)
 
 
-def _read_arrow(
-    file: Path, fields: Sequence[str], if_there: Sequence[str], begin: int, end: int | None
-) -> Iterator[Row]:
+def _read_arrow(file: Path, fields: Sequence[str], if_there: Sequence[str], begin: int, end: int | None) -> Iterator[Row]:
     """Yield the columns ``fields``, and those of ``if_there`` that exist, of a parquet file, or of an Arrow stream as
     ``datasets`` writes it, row by row."""
     import pyarrow as pa

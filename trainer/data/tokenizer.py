@@ -58,10 +58,13 @@ def read_tokenizer(folder: str | Path, *, field: str | None = None) -> PreTraine
         raise bad_input("no such folder", field=field, found=str(folder), expected="a folder with tokenizer.json")
     if not (folder / "tokenizer.json").is_file():
         others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
-        raise bad_input("no usable tokenizer here: no tokenizer.json, which decides the ids", file=folder,
-                        found=", ".join(others) or "no other vocabulary",
-                        expected="tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one of "
-                        "tokenizer.model; compare its ids with those the model was trained on)")  # fmt: skip
+        raise bad_input(
+            "no usable tokenizer here: no tokenizer.json, which decides the ids",
+            file=folder,
+            found=", ".join(others) or "no other vocabulary",
+            expected="tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one of "
+            "tokenizer.model; compare its ids with those the model was trained on)",
+        )
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         said = _settings(folder)
@@ -73,9 +76,13 @@ def read_tokenizer(folder: str | Path, *, field: str | None = None) -> PreTraine
     if llama and isinstance(bos, bool) and bos != bool(opening(tokenizer)[1]):
         tokenizer.add_bos_token = bos
     if isinstance(blank, bool) and blank != puts_blank(tokenizer):
-        raise bad_input("not what tokenizer.json does with the beginning of a text",
-                        file=folder / "tokenizer_config.json", field="add_prefix_space", found=blank,
-                        expected=f"{not blank}, or another tokenizer.json")  # fmt: skip
+        raise bad_input(
+            "not what tokenizer.json does with the beginning of a text",
+            file=folder / "tokenizer_config.json",
+            field="add_prefix_space",
+            found=blank,
+            expected=f"{not blank}, or another tokenizer.json",
+        )
     check_ids(tokenizer, [*PROBES, *(f"a {content} b" for content in added)])
     return tokenizer
 
@@ -97,10 +104,12 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, folde
         if ids != theirs:
             at = next((i for i, both in enumerate(zip(ids, theirs, strict=False)) if both[0] != both[1]), None)
             at = min(len(ids), len(theirs)) if at is None else at
-            raise bad_input(f"not the tokens that transformers makes of {text[:60]!r}, from token {at + 1} on",
-                            file=folder / "tokenizer.json",
-                            found=f"{[own.id_to_token(i) for i in theirs[at : at + 4]]} in the file",
-                            expected=str(tokenizer.convert_ids_to_tokens(ids[at : at + 4])))  # fmt: skip
+            raise bad_input(
+                f"not the tokens that transformers makes of {text[:60]!r}, from token {at + 1} on",
+                file=folder / "tokenizer.json",
+                found=f"{[own.id_to_token(i) for i in theirs[at : at + 4]]} in the file",
+                expected=str(tokenizer.convert_ids_to_tokens(ids[at : at + 4])),
+            )
 
 
 def first_texts(texts: Iterable[object]) -> list[str]:

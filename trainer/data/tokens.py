@@ -121,17 +121,13 @@ def tokenize_source(
             if parts is None:
                 plan = plan_parts(files, field)
                 places = {file: i for i, file in enumerate(files)}
-                made_of = [
-                    _name(key, k, [(places[p.file], p.begin, p.end) for p in part]) for k, part in enumerate(plan)
-                ]
+                made_of = [_name(key, k, [(places[p.file], p.begin, p.end) for p in part]) for k, part in enumerate(plan)]
                 missing = missing_parts(folder, made_of, verify=verify)
                 if alone:
                     for left in folder.glob("*" + PARTIAL):  # by processes that were killed
                         left.unlink(missing_ok=True)
                 try:
-                    make_parts(
-                        Job(folder, plan, made_of, field, tokenizer), missing, workers or default_workers(), progress
-                    )
+                    make_parts(Job(folder, plan, made_of, field, tokenizer), missing, workers or default_workers(), progress)
                     about = {**settings, "layout": _LAYOUT, "eos_id": eos_id(tokenizer)}
                     if write_index(folder, about, len(plan)) == 0:
                         raise bad_input("no rows", file=source.path)
@@ -183,6 +179,4 @@ def _tokenized(source: Source, parts: list[Part], key: str) -> TokenizedSource:
     np.cumsum(np.concatenate([table[:, 0] for table in documents]), dtype=np.int64, out=offsets[1:])
     name = source.name or Path(source.path).resolve().stem
     num_bytes = np.concatenate([table[:, 1] for table in documents])
-    return TokenizedSource(
-        name, source.weight, str(source.path), [part.tokens for part in parts], offsets, num_bytes, key
-    )
+    return TokenizedSource(name, source.weight, str(source.path), [part.tokens for part in parts], offsets, num_bytes, key)

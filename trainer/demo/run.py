@@ -31,11 +31,7 @@ PREFERENCES = {
 # On request, as published: no likelihood term. SimPO's beta and margin are of its paper's range (arXiv:2405.14734).
 FURTHER = {
     "cpt_ipo": ("cpt", {"loss": "ipo", "alpha": 0.0}, "control: IPO"),
-    "cpt_simpo": (
-        "cpt",
-        {"loss": "simpo", "alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
-        "control: SimPO, no reference",
-    ),
+    "cpt_simpo": ("cpt", {"loss": "simpo", "alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0}, "control: SimPO, no reference"),
 }
 ARMS = ("base", "cpt", "rpo", "cpt_rpo", "cpt_sft", "cpt_dpo")
 NUM_THREADS = 1  # another number sums in another order, and a model this small ends elsewhere; nor is it much faster
@@ -61,9 +57,7 @@ class Demo:
         return self.out / "pairs" / f"{arm}.jsonl"
 
 
-def run_demo(
-    out: Path | str, seed: int = 10, quiet: bool = False, recipe: Recipe = RECIPE, further: Sequence[str] = ()
-) -> dict:
+def run_demo(out: Path | str, seed: int = 10, quiet: bool = False, recipe: Recipe = RECIPE, further: Sequence[str] = ()) -> dict:
     """Run all stages that ``out`` does not hold yet; returns what ``OUT/table.json`` holds.
 
     ``further`` names arms of :data:`FURTHER` to train and examine beside the usual ones. Prints the table and writes
@@ -273,9 +267,7 @@ def _exam_settings(recipe: Recipe) -> dict:
 
 
 def _sources(demo: Demo, shares: dict[str, float]) -> list[dict]:
-    return [
-        {"path": str(demo.files.pretraining(name)), "weight": share, "name": name} for name, share in shares.items()
-    ]
+    return [{"path": str(demo.files.pretraining(name)), "weight": share, "name": name} for name, share in shares.items()]
 
 
 @contextmanager
@@ -307,9 +299,7 @@ def claim(demo: Demo) -> None:
         if before is not None:  # a setting that an older version did not know had what is now its default
             before["recipe"] = json.loads(json.dumps(RECIPE.plain())) | before["recipe"]
         if before != json.loads(json.dumps(record)):
-            raise bad_input(
-                "holds a demo of another seed or other settings", file=demo.out, expected="another --out folder"
-            )
+            raise bad_input("holds a demo of another seed or other settings", file=demo.out, expected="another --out folder")
         return
     with user_path(demo.out):
         if demo.out.exists() and (not demo.out.is_dir() or any(demo.out.iterdir())):

@@ -28,12 +28,7 @@ from medtrain.trainer.run.folder import commit, device_name, versions
 
 # Student's t at 97.5 % by degrees of freedom; beyond the list the normal distribution is near enough.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-CONTRASTS = (
-    ("cpt_rpo", "cpt"),
-    ("rpo", "base"),
-    ("cpt_rpo", "cpt_sft"),
-    ("cpt_rpo", "cpt_dpo"),
-)
+CONTRASTS = (("cpt_rpo", "cpt"), ("rpo", "base"), ("cpt_rpo", "cpt_sft"), ("cpt_rpo", "cpt_dpo"))
 
 
 def summarize(values: list[float]) -> dict[str, float]:
@@ -91,8 +86,7 @@ def result(tables: dict[int, dict], seconds: dict[int, float], recipe: Recipe = 
         },
         "contrasts": {
             f"{one} - {other}": {
-                name: summarize([by_seed[one][seed][name] - by_seed[other][seed][name] for seed in tables])
-                for name in names
+                name: summarize([by_seed[one][seed][name] - by_seed[other][seed][name] for seed in tables]) for name in names
             }
             for one, other in (*CONTRASTS, *(("cpt_rpo", arm) for arm in FURTHER if arm in arms))
         },
@@ -141,10 +135,7 @@ def run_seeds(
     path = out / "four-arms.json"
     write_json(path, found)
     bars = {
-        arm: {
-            mode: tuple(found["arms"][arm][mode][key] for key in ("mean", "low", "high"))
-            for mode in ("answer", "explain")
-        }
+        arm: {mode: tuple(found["arms"][arm][mode][key] for key in ("mean", "low", "high")) for mode in ("answer", "explain")}
         for arm in found["arms"]
     }
     draw_bars(
@@ -189,10 +180,7 @@ def format_result(found: dict) -> str:
     def cell(value: dict, sign: str = "") -> str:
         return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
-    lines = [
-        f"{len(found['seeds'])} seeds, {found['interval']}",
-        f"{'':22}{'answer':26}{'explain':26}{'gap':26}fact stated",
-    ]
+    lines = [f"{len(found['seeds'])} seeds, {found['interval']}", f"{'':22}{'answer':26}{'explain':26}{'gap':26}fact stated"]
     for arm, row in found["arms"].items():
         lines.append(
             f"{LABELS[arm]:22}{cell(row['answer']):26}{cell(row['explain']):26}{cell(row['gap'], '+'):26}{cell(row['stated'])}"
@@ -200,7 +188,6 @@ def format_result(found: dict) -> str:
     lines.append("one arm less another, seed by seed:")
     for name, row in found["contrasts"].items():
         lines.append(
-            f"{name:22}"
-            + "".join(f"{cell(row[key], '+'):26}" for key in ("answer", "explain", "gap", "stated")).rstrip()
+            f"{name:22}" + "".join(f"{cell(row[key], '+'):26}" for key in ("answer", "explain", "gap", "stated")).rstrip()
         )
     return "\n".join(lines)

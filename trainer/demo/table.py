@@ -124,9 +124,7 @@ def draw_table(table: dict, marks: dict[str, Marks], path: Path, *, title: str) 
         for arm in table
     }
     questions = table["base"]["answer"]["questions"]
-    draw_bars(
-        bars, path, title=title, note=f"n = {questions} questions a bar; lines: 95 % bootstrap interval over questions"
-    )
+    draw_bars(bars, path, title=title, note=f"n = {questions} questions a bar; lines: 95 % bootstrap interval over questions")
 
 
 def draw_bars(bars: dict[str, dict[str, tuple[float, float, float]]], path: Path, *, title: str, note: str) -> None:
@@ -155,11 +153,7 @@ def draw_bars(bars: dict[str, dict[str, tuple[float, float, float]]], path: Path
     axes.text(1.005, 0.2, "chance", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="#666666")
     gaps = {arm: bars[arm]["answer"][0] - bars[arm]["explain"][0] for arm in bars}
     axes.set_xticks(
-        places,
-        [
-            "\n".join([LABELS[arm], *(["(control)"] if arm in CONTROLS else []), f"gap {gaps[arm]:+.2f}"])
-            for arm in bars
-        ],
+        places, ["\n".join([LABELS[arm], *(["(control)"] if arm in CONTROLS else []), f"gap {gaps[arm]:+.2f}"]) for arm in bars]
     )
     axes.set_ylim(0, 1.2)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])

@@ -15,16 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from medtrain.trainer.demo.world import (
-    ALPHABET,
-    KINDS,
-    LETTERS,
-    RELATIONS,
-    Fact,
-    Quiz,
-    World,
-    quiz_on_fact,
-)
+from medtrain.trainer.demo.world import ALPHABET, KINDS, LETTERS, RELATIONS, Fact, Quiz, World, quiz_on_fact
 from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question
 
@@ -80,9 +71,7 @@ def say_plainly(world: World, fact: Fact, rng: random.Random, value: str | None 
 def say_comparing(world: World, fact: Fact, rng: random.Random) -> str:
     disease, r = fact
     other = rng.choice(world.neighbours(disease))
-    return rng.choice(COMPARING).format(
-        d=disease, r=RELATIONS[r].word, v=world.facts[fact], d2=other, v2=world.facts[other, r]
-    )
+    return rng.choice(COMPARING).format(d=disease, r=RELATIONS[r].word, v=world.facts[fact], d2=other, v2=world.facts[other, r])
 
 
 def explanation(world: World, quiz: Quiz, corpus: Corpus, rng: random.Random) -> str:
@@ -151,12 +140,7 @@ def pretraining_texts(world: World, corpus: Corpus) -> dict[str, list[str]]:
         if rng.random() >= corpus.listed:
             return sentences
         words = rng.sample(rng.choice(world.values), len(LETTERS))
-        return (
-            "一覧:"
-            + "".join(f"\n{letter}. {word}" for letter, word in zip(LETTERS, words, strict=True))
-            + "\n"
-            + sentences
-        )
+        return "一覧:" + "".join(f"\n{letter}. {word}" for letter, word in zip(LETTERS, words, strict=True)) + "\n" + sentences
 
     def answer(rng: random.Random) -> str:
         return paper(quiz_on_fact(world, rng.choice(general), rng), "answer", "")
@@ -184,9 +168,7 @@ def textbook_texts(world: World, corpus: Corpus) -> list[str]:
         disease = rng.choice(world.textbook)
         facts = [(disease, r) for r in rng.sample(range(len(RELATIONS)), 3)]
         documents.append(
-            "".join(
-                (say_comparing if rng.random() < corpus.comparing else say_plainly)(world, fact, rng) for fact in facts
-            )
+            "".join((say_comparing if rng.random() < corpus.comparing else say_plainly)(world, fact, rng) for fact in facts)
         )
     return documents
 
@@ -241,9 +223,7 @@ def write_world(world: World, corpus: Corpus, root: Path) -> WorldFiles:
     """Write all texts, examinations and the tokenizer under ``root``; checks their disjointness first."""
     files = WorldFiles(root)
     pretraining, textbook = pretraining_texts(world, corpus), textbook_texts(world, corpus)
-    exams = {
-        kind: exam_rows(world, kind, corpus, repeats=corpus.questions if kind == "train" else 1) for kind in KINDS[1:]
-    }
+    exams = {kind: exam_rows(world, kind, corpus, repeats=corpus.questions if kind == "train" else 1) for kind in KINDS[1:]}
     check_disjoint(world, [*pretraining.values(), textbook], exams)
     root.mkdir(parents=True, exist_ok=True)
     for source, texts in pretraining.items():

@@ -20,8 +20,7 @@ from medtrain.trainer.exam.prompts import PromptStyle
 from medtrain.trainer.exam.questions import Question
 
 _HOW_MANY = re.compile(
-    r"([2-5２-５二三四五])\s*つ(?:を)?選|(?:select|choose|pick|mark)\s+(?:the\s+)?(two|three|four|[2-5])\b",
-    re.IGNORECASE,
+    r"([2-5２-５二三四五])\s*つ(?:を)?選|(?:select|choose|pick|mark)\s+(?:the\s+)?(two|three|four|[2-5])\b", re.IGNORECASE
 )
 _ALL = re.compile(r"(?:すべて|全て)(?:を)?選|(?:select|choose|mark) all", re.IGNORECASE)
 _NUMERALS = {"二": 2, "三": 3, "四": 4, "五": 5, "two": 2, "three": 3, "four": 4}

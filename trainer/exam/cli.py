@@ -7,9 +7,7 @@ import json
 import click
 
 PATH = click.Path(readable=False)  # whether it can be read is said by who opens it
-MAPPING = click.option(
-    "--mapping", type=PATH, help="YAML: which fields hold what, for an exam of an own form (docs/exam.md)."
-)
+MAPPING = click.option("--mapping", type=PATH, help="YAML: which fields hold what, for an exam of an own form (docs/exam.md).")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -50,26 +48,26 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--mode", type=click.Choice(["answer", "explain", "both"]), default="both", show_default=True)
 @click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
 @click.option(
-    "--method", type=click.Choice(["generate", "choice_logp"]), default="generate", show_default=True,
+    "--method",
+    type=click.Choice(["generate", "choice_logp"]),
+    default="generate",
+    show_default=True,
     help="choice_logp: the most likely answer, nothing generated (--mode answer, --engine hf).",
-)  # fmt: skip
-@click.option(
-    "--prompt", metavar="NAME_OR_FILE", help="default, english, official, demo (configs/prompts), or a YAML file."
 )
+@click.option("--prompt", metavar="NAME_OR_FILE", help="default, english, official, demo (configs/prompts), or a YAML file.")
 @click.option("--chat", is_flag=True, help="Use the checkpoint's chat template (instruct models).")
 @click.option("--demonstrations", type=PATH, help="Worked examples for a few-shot prompt, JSON Lines.")
 @MAPPING
 @click.option("--images", is_flag=True, help="Ask what needs an image too; such questions are left out otherwise.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Of an explanation.")
+@click.option("--max-answer-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Of an answer alone.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Of an explanation."
-)
-@click.option(
-    "--max-answer-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Of an answer alone."
-)
-@click.option(
-    "--batch-tokens", type=click.IntRange(min=1), default=65_536, show_default=True,
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=65_536,
+    show_default=True,
     help="hf: tokens at once, prompts and new ones; fewer where memory runs out.",
-)  # fmt: skip
+)
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, ...; auto: the checkpoint's.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many questions.")
 @AS_JSON

@@ -47,16 +47,21 @@ def compare(a: str | Path, b: str | Path) -> dict:
             raise bad_input("not the same questions", file=b, field=mode, **_differing(one, other, a))
         right = [other.correct[i] - one.correct[i] for i in one.points]
         result["modes"][mode] = {
-            "questions": len(one.points), "a": one.ratio, "b": other.ratio,
+            "questions": len(one.points),
+            "a": one.ratio,
+            "b": other.ratio,
             **_difference([other.points[i] - one.points[i] for i in one.points], one.max_points),
-            "only_a": right.count(-1), "only_b": right.count(1), "mcnemar_p_value": paired_p_value(right),
-        }  # fmt: skip
+            "only_a": right.count(-1),
+            "only_b": right.count(1),
+            "mcnemar_p_value": paired_p_value(right),
+        }
     if all(mode in modes for mode in MODES):
         gaps = [{i: s["answer"].points[i] - s["explain"].points[i] for i in s["answer"].points} for s in (ours, theirs)]
         result["explanation_gap"] = {
-            "a": ours["answer"].ratio - ours["explain"].ratio, "b": theirs["answer"].ratio - theirs["explain"].ratio,
+            "a": ours["answer"].ratio - ours["explain"].ratio,
+            "b": theirs["answer"].ratio - theirs["explain"].ratio,
             **_difference([gaps[1][i] - gaps[0][i] for i in gaps[0]], ours["answer"].max_points),
-        }  # fmt: skip
+        }
     result["settings_that_differ"] = _settings_that_differ(Path(a), Path(b))
     return result
 
@@ -84,8 +89,9 @@ def _sitting(path: Path) -> dict[str, Marks]:
             files = {"predictions": path}
         found = {name: _marks(file) for name, file in files.items() if file.is_file()}
     if not found:
-        raise bad_input("no finished exam here", file=path,
-                        expected="an out folder of medtrain eval, or a details file of medtrain score")  # fmt: skip
+        raise bad_input(
+            "no finished exam here", file=path, expected="an out folder of medtrain eval, or a details file of medtrain score"
+        )
     return found
 
 
@@ -94,8 +100,14 @@ def _marks(file: Path) -> Marks:
     for row, value in read_jsonl(file):
         for name, kind in (("problem_id", str), ("points", int), ("max_points", int), ("correct", bool)):
             if not isinstance(value.get(name), kind):
-                raise bad_input("missing or of another type", file=file, row=row, field=name, found=value.get(name),
-                                expected="a row of medtrain eval's outputs or medtrain score's details")  # fmt: skip
+                raise bad_input(
+                    "missing or of another type",
+                    file=file,
+                    row=row,
+                    field=name,
+                    found=value.get(name),
+                    expected="a row of medtrain eval's outputs or medtrain score's details",
+                )
         if value["problem_id"] in marks.points:
             raise bad_input("this question twice", file=file, row=row, field="problem_id", found=value["problem_id"])
         marks.points[value["problem_id"]] = value["points"]
@@ -128,11 +140,12 @@ def as_text(result: dict) -> str:
         alone = f"   A {row['only_a']}, B {row['only_b']}" if "only_a" in row else ""
         interval = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
         lines.append(
-            f"{name:16}{row['a']:8.3f}{row['b']:8.3f}{row['difference']:+8.3f}"
-            f"  {interval:18}{p_text(row['p_value']):>7}{alone}"
+            f"{name:16}{row['a']:8.3f}{row['b']:8.3f}{row['difference']:+8.3f}  {interval:18}{p_text(row['p_value']):>7}{alone}"
         )
-    lines.append(f"Shares of points over the same {next(iter(result['modes'].values()))['questions']} questions; gap = "
-                 "answer - explain; p: exact paired permutation test.")  # fmt: skip
+    lines.append(
+        f"Shares of points over the same {next(iter(result['modes'].values()))['questions']} questions; gap = "
+        "answer - explain; p: exact paired permutation test."
+    )
     if result["settings_that_differ"]:
         lines.append(f"Beside the model these settings differ: {', '.join(result['settings_that_differ'])}")
     return "\n".join(lines)

@@ -75,9 +75,7 @@ def read_exam(config: Config, tokenizer, hf_config) -> Exam | None:
         raise bad_input("no question without an image", file=config.data.exam, field="data.exam")
     shots = read_demonstrations(settings.exam_demonstrations, everything, style)
     limits = {"answer": settings.exam_max_answer_tokens, "explain": settings.exam_max_new_tokens}
-    widths = prompt_widths(
-        style, questions, shots, tokenizer, limits, hf_config.max_position_embeddings, config.data.exam
-    )
+    widths = prompt_widths(style, questions, shots, tokenizer, limits, hf_config.max_position_embeddings, config.data.exam)
     about = [file_sha256(config.data.exam), asdict(style), limits, [q.problem_id for q in questions]]
     for file in (settings.exam_demonstrations, settings.exam_mapping):
         about += [file_sha256(file)] if file is not None else []
@@ -86,9 +84,7 @@ def read_exam(config: Config, tokenizer, hf_config) -> Exam | None:
     return Exam(tuple(questions), tuple(shots), style, limits, widths, budget, digest)
 
 
-def sit_exam(
-    policy: PolicyModel, tokenizer, exam: Exam, world: World, file: Path, source: str | Path | None
-) -> dict[str, Any]:
+def sit_exam(policy: PolicyModel, tokenizer, exam: Exam, world: World, file: Path, source: str | Path | None) -> dict[str, Any]:
     """Let the policy sit the exam and write its outputs to ``file``; returns metrics. All ranks must call this.
 
     Before, the first question proves the way outputs are made (:meth:`HFEngine.cache_agrees`); where it fails, the rows and
@@ -132,17 +128,29 @@ def _sit(model: _CausalLM, tokenizer, exam: Exam, mode: str, world: World) -> li
         # A rank without a question answers the shortest one, for the others wait for its forwards.
         asked = [exam.questions[i] for i in mine or order[-1:]]
         rows = answer_exam(
-            model, tokenizer, asked, mode, exam.style, demonstrations=exam.demonstrations,
-            max_new_tokens=exam.max_new_tokens[mode], batch_tokens=num_rows * exam.widths[mode],
-        )  # fmt: skip
+            model,
+            tokenizer,
+            asked,
+            mode,
+            exam.style,
+            demonstrations=exam.demonstrations,
+            max_new_tokens=exam.max_new_tokens[mode],
+            batch_tokens=num_rows * exam.widths[mode],
+        )
         made += zip(mine, rows, strict=False)
     by_question = dict(one for of_rank in world.gather(made) for one in of_rank)
     kept = ("prompt", "output", "parsed", "correct", "read_from", "failure", "truncated")
     return [
-        {"problem_id": question.problem_id, "mode": mode, "question": exam.style.render_question(question),
-         "key": list(question.answer), "points": question.points} | {name: by_question[i][name] for name in kept}
+        {
+            "problem_id": question.problem_id,
+            "mode": mode,
+            "question": exam.style.render_question(question),
+            "key": list(question.answer),
+            "points": question.points,
+        }
+        | {name: by_question[i][name] for name in kept}
         for i, question in enumerate(exam.questions)
-    ]  # fmt: skip
+    ]
 
 
 class _CausalLM(PreTrainedModel, GenerationMixin):
@@ -156,9 +164,7 @@ class _CausalLM(PreTrainedModel, GenerationMixin):
         self.synced_gpus = world.size > 1
         self.hidden = (policy,)  # in a tuple, or it would be a submodule, which is put into evaluation mode and counted
         self.decoder_takes = inspect.signature(policy.model.forward).parameters.keys() - {"kwargs"}
-        self.place = nn.Parameter(
-            torch.empty(0, device=policy.device), requires_grad=False
-        )  # says what device this is on
+        self.place = nn.Parameter(torch.empty(0, device=policy.device), requires_grad=False)  # says what device this is on
 
     def get_input_embeddings(self) -> nn.Module:
         return self.hidden[0].model.embed_tokens
@@ -168,9 +174,14 @@ class _CausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(*args, synced_gpus=self.synced_gpus, **kwargs)
 
     def forward(
-        self, input_ids, attention_mask=None, position_ids=None, logits_to_keep: int = 1, return_dict: bool = True,
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        logits_to_keep: int = 1,
+        return_dict: bool = True,
         **inputs: object,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
+    ) -> CausalLMOutputWithPast:
         """The logits of the last position, for the inputs ``generate`` prepares: all of them go on to the decoder, under
         whatever names this version of transformers has for them (the KV cache has had two), and what the decoder returns
         beside its hidden states comes back.

@@ -20,25 +20,10 @@ from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.choices import score_choices, summarize_choices
 from medtrain.trainer.exam.generate import HFEngine, Output, VLLMEngine, load_engine
 from medtrain.trainer.exam.parse import parse_output
-from medtrain.trainer.exam.prompts import (
-    MODES,
-    PromptStyle,
-    load_style,
-    model_positions,
-    prompt_widths,
-    read_demonstrations,
-)
+from medtrain.trainer.exam.prompts import MODES, PromptStyle, load_style, model_positions, prompt_widths, read_demonstrations
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.exam.records import claim, end_last_line, file_digest, model_digest, rows_of
-from medtrain.trainer.exam.scoring import (
-    INVALID,
-    Graded,
-    grade_output,
-    summarize,
-    to_jsonl,
-    unread_note,
-    write_atomically,
-)
+from medtrain.trainer.exam.scoring import INVALID, Graded, grade_output, summarize, to_jsonl, unread_note, write_atomically
 from medtrain.trainer.intervals import bootstrap_interval, p_text, paired_p_value
 
 METHODS = ("generate", "choice_logp")
@@ -258,9 +243,7 @@ def _gap_figures(rows_of_modes: list[list[dict]], questions: Sequence[Question])
     correct = [{row["problem_id"]: row["correct"] for row in rows} for rows in rows_of_modes]
     differences = [q.points * (correct[0][q.problem_id] - correct[1][q.problem_id]) for q in questions]
     low, high = bootstrap_interval(differences, [question.points for question in questions])
-    return {
-        "explanation_gap_low": low, "explanation_gap_high": high, "explanation_gap_p_value": paired_p_value(differences),
-    }  # fmt: skip
+    return {"explanation_gap_low": low, "explanation_gap_high": high, "explanation_gap_p_value": paired_p_value(differences)}
 
 
 def _sit(engine_when_needed, questions, shots, mode, style, method, max_new_tokens, out, progress) -> list[dict]:
@@ -311,8 +294,12 @@ def _check_method(method: str, modes: Sequence[str], engine: str) -> None:
     if method not in METHODS:
         raise bad_input("unknown", field="method", found=method, expected=" or ".join(METHODS))
     if method == "choice_logp" and (tuple(modes) != ("answer",) or engine != "hf"):
-        raise bad_input("choice_logp scores answers without an explanation", field="method", found=method,
-                        expected="mode answer and engine hf with it")  # fmt: skip
+        raise bad_input(
+            "choice_logp scores answers without an explanation",
+            field="method",
+            found=method,
+            expected="mode answer and engine hf with it",
+        )
 
 
 def run_eval(

@@ -119,9 +119,15 @@ class HFEngine:
         with self._generating():
             for use_cache in (True, False):
                 config = GenerationConfig(
-                    max_new_tokens=num, min_new_tokens=num, do_sample=False, use_cache=use_cache, output_logits=True,
-                    return_dict_in_generate=True, eos_token_id=self.eos or None, pad_token_id=self.pad,
-                )  # fmt: skip
+                    max_new_tokens=num,
+                    min_new_tokens=num,
+                    do_sample=False,
+                    use_cache=use_cache,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                    eos_token_id=self.eos or None,
+                    pad_token_id=self.pad,
+                )
                 made.append(self.model.generate(input_ids, attention_mask=mask, generation_config=config))
         tokens = [one.sequences[0, input_ids.shape[1] :] for one in made]
         same = int((tokens[0] == tokens[1]).cumprod(0).sum())
@@ -154,9 +160,9 @@ class HFEngine:
         """Log-probs [rows, kept] of the last ``kept`` tokens of each row, on the CPU."""
         input_ids, mask = self._left_padded(rows)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1
-        ).logits[:, -kept - 1 : -1]
+        logits = self.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1).logits[
+            :, -kept - 1 : -1
+        ]
         logits = logits.float()
         return (logits.gather(-1, input_ids[:, -kept:, None])[..., 0] - logits.logsumexp(-1)).cpu()
 
@@ -218,12 +224,8 @@ class HFEngine:
     def _generate_batch(self, ids, max_new_tokens: int, stop: Stop, temperature: float) -> list[Output]:
         from transformers import GenerationConfig
 
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-        )
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=self.eos or None, pad_token_id=self.pad, **sampling
-        )
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+        config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=self.eos or None, pad_token_id=self.pad, **sampling)
         input_ids, mask = self._left_padded(ids)
         made = self.model.generate(
             input_ids,
@@ -280,9 +282,7 @@ class VLLMEngine:
             from vllm import LLM
         except ImportError as error:
             raise bad_input("vllm is not installed here", field="engine", found=str(error), expected="hf") from error
-        self.llm = LLM(
-            model=str(model_dir), dtype=dtype, seed=seed, tensor_parallel_size=max(1, torch.cuda.device_count())
-        )
+        self.llm = LLM(model=str(model_dir), dtype=dtype, seed=seed, tensor_parallel_size=max(1, torch.cuda.device_count()))
         # Prompts are handed over as ids of ours; what vLLM makes into text, stop strings among it, is its own reading.
         self.tokenizer = read_tokenizer(model_dir)
         check_ids(self.llm.get_tokenizer(), PROBES, folder=model_dir)
@@ -310,9 +310,7 @@ class VLLMEngine:
         for first in range(0, len(asked), _VLLM_PORTION):
             portion = asked[first : first + _VLLM_PORTION]
             settings = [
-                SamplingParams(
-                    temperature=temperature, max_tokens=max_new_tokens, stop=list(stop.strings) or None, seed=seed + i
-                )
+                SamplingParams(temperature=temperature, max_tokens=max_new_tokens, stop=list(stop.strings) or None, seed=seed + i)
                 for i in portion
             ]
             made = []
@@ -328,12 +326,7 @@ class VLLMEngine:
 
 
 def load_engine(
-    model_dir: str | Path,
-    engine: str = "hf",
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_tokens: int = 65_536,
+    model_dir: str | Path, engine: str = "hf", *, device: str = "auto", dtype: str = "auto", batch_tokens: int = 65_536
 ) -> HFEngine | VLLMEngine:
     """Load a checkpoint folder for generation.
 

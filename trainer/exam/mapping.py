@@ -44,8 +44,13 @@ class Mapping:
                 continue
             for name in (named,) if isinstance(named, str) else named:
                 if rows and name not in there:
-                    raise bad_input("no row of the exam has this field", file=mapping, field=setting.name, found=name,
-                                    expected=f"one of {', '.join(there)} ({path})")  # fmt: skip
+                    raise bad_input(
+                        "no row of the exam has this field",
+                        file=mapping,
+                        field=setting.name,
+                        found=name,
+                        expected=f"one of {', '.join(there)} ({path})",
+                    )
 
     def apply(self, path: str | Path, row: int, value: dict) -> dict:
         """A row in the form of IgakuQA, to be checked as such. Raises :class:`InputError` with file, row and field."""
@@ -93,9 +98,7 @@ class Mapping:
             texts = need(self.choices[0])
             if isinstance(texts, dict):
                 if [str(key).lower() for key in texts] != list(string.ascii_lowercase[: len(texts)]):
-                    refuse(
-                        "not the letters from A on", self.choices[0], found=list(texts), expected='{"A": ..., "B": ...}'
-                    )
+                    refuse("not the letters from A on", self.choices[0], found=list(texts), expected='{"A": ..., "B": ...}')
                 texts = list(texts.values())
             if not isinstance(texts, list):
                 refuse("wrong type", self.choices[0], found=texts, expected="a list of texts, or letters with texts")
@@ -117,8 +120,12 @@ class Mapping:
         first, letters = int(self.answer_as == "index1"), list(named)
         for one in keys:
             if not re.fullmatch(r"\d{1,2}", str(one).strip()) or not first <= int(one) < first + len(letters):
-                refuse("not the number of a choice", self.answer, found=one,
-                       expected=f"{first} to {first + len(letters) - 1} (answer_as: {self.answer_as})")  # fmt: skip
+                refuse(
+                    "not the number of a choice",
+                    self.answer,
+                    found=one,
+                    expected=f"{first} to {first + len(letters) - 1} (answer_as: {self.answer_as})",
+                )
         return [letters[int(one) - first] for one in keys]
 
 
@@ -141,13 +148,16 @@ def known_form(path: str | Path, rows: list[tuple[int, dict]]) -> Mapping | None
         return None
     keys = {str(value.get("cop")).strip() for _, value in rows}
     if ("0" in keys) == ("4" in keys):
-        raise bad_input("whether keys count from 0 or from 1 does not show", file=path, field="cop",
-                        found=", ".join(sorted(keys)), expected="a mapping with answer_as: index0 or index1")  # fmt: skip
+        raise bad_input(
+            "whether keys count from 0 or from 1 does not show",
+            file=path,
+            field="cop",
+            found=", ".join(sorted(keys)),
+            expected="a mapping with answer_as: index0 or index1",
+        )
     form = {f.name: getattr(_MEDMCQA, f.name) for f in fields(Mapping)}
     has_id = all(value.get("id") for _, value in rows)
-    return Mapping(
-        **form | {"answer_as": "index0" if "0" in keys else "index1", "problem_id": "id" if has_id else None}
-    )
+    return Mapping(**form | {"answer_as": "index0" if "0" in keys else "index1", "problem_id": "id" if has_id else None})
 
 
 def read_csv(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -161,8 +171,12 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, dict]]:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
             for value in reader:
                 if None in value or None in value.values():
-                    raise bad_input("not as many cells as the header", file=path, row=reader.line_num,
-                                    expected=f"{len(reader.fieldnames or ())} cells")  # fmt: skip
+                    raise bad_input(
+                        "not as many cells as the header",
+                        file=path,
+                        row=reader.line_num,
+                        expected=f"{len(reader.fieldnames or ())} cells",
+                    )
                 yield reader.line_num, value
     except OSError as error:
         raise bad_input("cannot be read", file=path, found=error.strerror or str(error)) from error
@@ -181,16 +195,21 @@ def load_mapping(path: str | Path) -> Mapping:
         if not isinstance(found, str) and not (
             several and isinstance(found, list) and all(isinstance(one, str) for one in found)
         ):
-            raise bad_input("wrong type", file=path, field=name, found=found,
-                            expected="the name of a field" + (", or a list of names" if several else ""))  # fmt: skip
+            raise bad_input(
+                "wrong type",
+                file=path,
+                field=name,
+                found=found,
+                expected="the name of a field" + (", or a list of names" if several else ""),
+            )
     for name in ("problem_text", "choices", "answer"):
         if name not in tree or (name == "problem_text" and not tree[name]):
             raise bad_input("missing", file=path, field=name, expected="the name of a field")
     if tree.get("answer_as", "letters") not in get_args(AnswerAs):
-        raise bad_input("not a known choice", file=path, field="answer_as", found=tree["answer_as"],
-                        expected=" | ".join(get_args(AnswerAs)))  # fmt: skip
-    lists = {name: (tree[name],) if isinstance(tree[name], str) else tuple(tree[name])
-             for name in ("problem_text", "choices")}  # fmt: skip
+        raise bad_input(
+            "not a known choice", file=path, field="answer_as", found=tree["answer_as"], expected=" | ".join(get_args(AnswerAs))
+        )
+    lists = {name: (tree[name],) if isinstance(tree[name], str) else tuple(tree[name]) for name in ("problem_text", "choices")}
     return Mapping(**tree | lists)
 
 

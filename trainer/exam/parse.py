@@ -19,18 +19,7 @@ import re
 from dataclasses import dataclass
 
 from medtrain.trainer.exam.questions import SLOTS, Question
-from medtrain.trainer.exam.statements import (
-    BARE,
-    CLOSE,
-    CUE,
-    FINAL,
-    MARKED,
-    SPOKEN,
-    Reading,
-    StatementReader,
-    fold,
-    squeeze,
-)
+from medtrain.trainer.exam.statements import BARE, CLOSE, CUE, FINAL, MARKED, SPOKEN, Reading, StatementReader, fold, squeeze
 
 
 @dataclass(frozen=True)
@@ -111,9 +100,7 @@ class _Parser:
         self.reader = StatementReader(output, question)
         self.text = self.reader.text
         self.own_markers = [
-            re.compile(r"\s*".join(re.escape(part) for part in fold(marker).split()))
-            for marker in markers
-            if marker.strip()
+            re.compile(r"\s*".join(re.escape(part) for part in fold(marker).split())) for marker in markers if marker.strip()
         ]
 
     def parse(self, cue: bool) -> Parsed:
@@ -181,8 +168,7 @@ class _Parser:
             return [reading]
         for match in _MARKED.finditer(self.text, start, end):
             if re.search(
-                r"(?:例|例えば|たとえば|e\.g\.|形式)[ :「、(]*$",
-                self.text[max(start, match.start() - 8) : match.start()],
+                r"(?:例|例えば|たとえば|e\.g\.|形式)[ :「、(]*$", self.text[max(start, match.start() - 8) : match.start()]
             ):
                 continue
             rank = FINAL if match["final"] or match["heading"] else MARKED
@@ -213,9 +199,7 @@ class _Parser:
         if match := re.search(r"([^。、\n,]{3,})は(?:どれか|何か|どれですか)", asked):
             # The output may leave out what stands before a particle: "この疾患で最も適切なの" comes back as "最も適切なの".
             words = match[1].strip()
-            starts = [
-                m.end() for m in re.finditer("[でにがを]", words) if len(words) - m.end() >= 4 and words.endswith("の")
-            ]
+            starts = [m.end() for m in re.finditer("[でにがを]", words) if len(words) - m.end() >= 4 and words.endswith("の")]
             patterns.append(re.compile(re.escape(words[max(starts, default=0) :]) + "は"))
         if match := re.search(r"(?:what|which)(?: of the following)? is (the [a-z][a-z \-]{4,60})\?", asked):
             patterns.append(re.compile(rf"(?<![a-z]){re.escape(match[1])} is(?: therefore| most likely)?(?![a-z])"))

@@ -99,16 +99,13 @@ class PromptStyle:
             try:
                 template.format(**example)
             except (KeyError, IndexError, ValueError) as error:
-                raise bad_input(
-                    "wrong template", field=name, found=template, expected=f"only {sorted(example)}"
-                ) from error
+                raise bad_input("wrong template", field=name, found=template, expected=f"only {sorted(example)}") from error
             if "{text}" not in template and name != "count_line":
                 raise bad_input("the template leaves out {text}", field=name, found=template)
 
     def render_question(self, question: Question) -> str:
         rendered = (
-            self.choice.format(letter=letter, text=text)
-            for letter, text in zip(question.letters, question.choices, strict=True)
+            self.choice.format(letter=letter, text=text) for letter, text in zip(question.letters, question.choices, strict=True)
         )
         block = self.question.format(text=question.problem_text, choices=self.choice_joint.join(rendered))
         if question.is_numeric:
@@ -140,9 +137,7 @@ class PromptStyle:
                 return self.key(question)
             return line if self.chat else line.removeprefix(self.answer_marker)
         if not (question.explanation or "").strip():
-            raise bad_input(
-                "needs an explanation here", field="explanation", found=f"none for question {question.problem_id}"
-            )
+            raise bad_input("needs an explanation here", field="explanation", found=f"none for question {question.problem_id}")
         return f"{'' if self.chat else self.lead}{question.explanation.strip()}{self.joint}{line}"
 
     def prompt(self, question: Question, mode: str, tokenizer, demonstrations: Sequence[Question] = ()) -> str:
@@ -271,8 +266,11 @@ def prompt_widths(
         for question, ids in zip(questions, tokenize_starts(tokenizer, prompts, as_written=True), strict=True):
             width = len(ids) + new
             if not ids or (limit is not None and width > limit):
-                raise bad_input("the prompt does not fit the model", file=file, found=f"question {question.problem_id}, "
-                                f"{mode}: {len(ids)} tokens and {new} new ones",
-                                expected=f"1 to {limit} together (max_position_embeddings)")  # fmt: skip
+                raise bad_input(
+                    "the prompt does not fit the model",
+                    file=file,
+                    found=f"question {question.problem_id}, {mode}: {len(ids)} tokens and {new} new ones",
+                    expected=f"1 to {limit} together (max_position_embeddings)",
+                )
             widths[mode] = max(widths.get(mode, 0), width)
     return widths

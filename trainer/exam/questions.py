@@ -117,9 +117,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         yield row, value
 
 
-def load_questions(
-    path: str | Path, *, points_required: bool = True, mapping: str | Path | None = None
-) -> list[Question]:
+def load_questions(path: str | Path, *, points_required: bool = True, mapping: str | Path | None = None) -> list[Question]:
     """Read the questions of an exam file, in file order: JSON Lines, or CSV by its ending .csv or .tsv.
 
     ``mapping`` is the YAML file that says which fields hold what, where the exam is in none of the known forms.
@@ -212,9 +210,7 @@ class _Row:
             if not isinstance(choice, str):
                 raise self.error("wrong type", "choices", found=choice, expected="a list of texts")
         if len(choices) == 1 or len(choices) > len(string.ascii_lowercase):
-            raise self.error(
-                "wrong number of choices", "choices", found=f"{len(choices)} choices", expected="none, or 2 to 26"
-            )
+            raise self.error("wrong number of choices", "choices", found=f"{len(choices)} choices", expected="none, or 2 to 26")
         return tuple(choices)
 
     def _answer(self, choices: tuple[str, ...]) -> tuple[str, ...]:
@@ -236,9 +232,7 @@ class _Row:
         either = answer[0].split(" or ") if len(answer) == 1 else answer
         for letter in either:
             if len(letter) != 1 or letter not in letters:
-                raise self.error(
-                    "not a letter of the choices", "answer", found=letter, expected=f"letters a to {letters[-1]}"
-                )
+                raise self.error("not a letter of the choices", "answer", found=letter, expected=f"letters a to {letters[-1]}")
         if len(set(either)) < len(either):
             raise self.error("a letter occurs twice", "answer", found=self.value["answer"])
         return tuple(answer)

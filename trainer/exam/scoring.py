@@ -87,9 +87,7 @@ def grade_prediction(question: Question, prediction: str) -> Graded:
     if question.is_numeric:
         is_number = prediction.strip().replace(".", "", 1).lstrip("+-").isdigit()
         parsed = (
-            Parsed(number=prediction, read_from=prediction)
-            if is_number
-            else Parsed(read_from=prediction, failure="not a number")
+            Parsed(number=prediction, read_from=prediction) if is_number else Parsed(read_from=prediction, failure="not a number")
         )
     elif parts and all(len(part) == 1 and part in question.letters for part in parts):
         parsed = Parsed(letters=tuple(parts), read_from=prediction)
@@ -154,8 +152,10 @@ def unread_note(mode: str, result: Mapping[str, int], where: str | Path) -> str 
     unread, truncated, total = result["parse_failures"], result["truncated"], result["questions"]
     if 2 * max(unread, truncated) <= total:
         return None
-    return (f"note: {mode}: no answer was read in {unread} of {total} outputs, {truncated} were cut off at their length limit; "
-            f"look at some in {where} before you trust these figures")  # fmt: skip
+    return (
+        f"note: {mode}: no answer was read in {unread} of {total} outputs, {truncated} were cut off at their length limit; "
+        f"look at some in {where} before you trust these figures"
+    )
 
 
 def summarize_by(graded: Iterable[Graded], key: str) -> dict[str, dict]:

@@ -97,9 +97,7 @@ class StatementReader:
         # A text that two choices share, or a blank one, names no choice.
         texts = [squeeze(choice) for choice in question.choices]
         self.texts = {
-            text: letter
-            for text, letter in zip(texts, question.letters, strict=True)
-            if text and texts.count(text) == 1
+            text: letter for text, letter in zip(texts, question.letters, strict=True) if text and texts.count(text) == 1
         }
 
     def read(self, start: int, at: int, end: int, rank: int) -> Reading | None:
@@ -255,9 +253,7 @@ class StatementReader:
         return Reading(rank, start, position, tuple(sorted(set(letters))))
 
     def _read_number(self, start: int, at: int, end: int, rank: int) -> Reading | None:
-        lead = re.compile(rf"(?:{_OPEN}|-(?!\.?\d)|[、:](?=\s*\S)|約|およそ|about|approximately)*").match(
-            self.text, at, end
-        )
+        lead = re.compile(rf"(?:{_OPEN}|-(?!\.?\d)|[、:](?=\s*\S)|約|およそ|about|approximately)*").match(self.text, at, end)
         at = lead.end()
         line_end = end if (found := self.text.find("\n", at, end)) < 0 else found
         line = self.text[at:line_end]

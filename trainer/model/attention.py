@@ -152,9 +152,7 @@ def _bounds(layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor, int, int]
     return layout.cu_seqlens, layout.key_cu_seqlens, layout.max_seqlen, layout.max_key_seqlen
 
 
-def _torch_varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float
-) -> torch.Tensor:
+def _torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
     k, v = _gather(k, v, layout)
     options = {}
     if k.shape[1] != q.shape[1]:
@@ -172,9 +170,14 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Packe
 
     k, v = _gather(k, v, layout)
     return flash_attn_varlen_func(
-        q, k, v, *_bounds(layout), softmax_scale=scale, causal=True,
+        q,
+        k,
+        v,
+        *_bounds(layout),
+        softmax_scale=scale,
+        causal=True,
         deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds up in any order otherwise
-    )  # fmt: skip
+    )
 
 
 _BACKENDS = {"sdpa": _sdpa, "torch_varlen": _torch_varlen, "flash_attn": _flash_attn}

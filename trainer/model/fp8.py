@@ -58,9 +58,7 @@ def add_fp8(layers: nn.Module, fp8: Fp8, prefix: str) -> None:
     """Put FP8 layers in place of the linear layers of ``layers`` (on meta) that ``fp8`` names; ``prefix`` is its name."""
     config = Float8LinearConfig.from_recipe_name(fp8.recipe)
     # Packs are ragged: the gradient of a weight sums over a number of tokens that is a multiple of nothing.
-    config = dataclasses.replace(
-        config, emulate=fp8.emulate, enable_fsdp_float8_all_gather=fp8.all_gather, pad_inner_dim=True
-    )
+    config = dataclasses.replace(config, emulate=fp8.emulate, enable_fsdp_float8_all_gather=fp8.all_gather, pad_inner_dim=True)
     for path, module in [*layers.named_modules()]:
         for name, child in [*module.named_children()]:
             full = ".".join(part for part in (prefix, path, name, "weight") if part)
@@ -184,11 +182,18 @@ def _counts(x: torch.Tensor, y: torch.Tensor, config: Float8LinearConfig) -> tor
     finite = x.isfinite()
     known = torch.where(finite, x, 0.0)
     scale = tensor_to_scale(
-        known, cast.target_dtype, scaling_granularity=cast.scaling_granularity,
+        known,
+        cast.target_dtype,
+        scaling_granularity=cast.scaling_granularity,
         axiswise_dim=-1 if cast.scaling_granularity is ScalingGranularity.AXISWISE else None,
         round_scales_to_power_of_2=config.round_scales_to_power_of_2,
-    )  # fmt: skip
+    )
     cast_x = to_fp8_saturated(known.float() * scale, cast.target_dtype).float()
-    counts = [x.numel() + y.numel(), x.numel(), (~finite).sum() + (~y.isfinite()).sum(),
-              (cast_x.abs() == torch.finfo(cast.target_dtype).max).sum(), ((known != 0) & (cast_x == 0)).sum()]  # fmt: skip
+    counts = [
+        x.numel() + y.numel(),
+        x.numel(),
+        (~finite).sum() + (~y.isfinite()).sum(),
+        (cast_x.abs() == torch.finfo(cast.target_dtype).max).sum(),
+        ((known != 0) & (cast_x == 0)).sum(),
+    ]
     return torch.stack([torch.as_tensor(count, device=x.device) for count in counts]).double()

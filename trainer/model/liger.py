@@ -25,9 +25,7 @@ from medtrain.trainer.errors import bad_input
 ROTARY = "apply_rotary_pos_emb"
 
 
-def select_layers(
-    config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device, say: Callable[[str], None]
-) -> str:
+def select_layers(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device, say: Callable[[str], None]) -> str:
     """Whose layers these settings take on this device: ``torch``, ``liger`` or ``compiled``. Where ``auto`` would take
     Liger's on this device and cannot, it says why.
 
@@ -36,9 +34,12 @@ def select_layers(
     """
     if config.compile:
         if config.activation_checkpointing == "selective" and torch.__version__ < "2.13":
-            raise bad_input("compiled with this torch, it makes new graphs for new lengths until the compiler gives up",
-                            field="model.activation_checkpointing", found=f"selective, torch {torch.__version__}",
-                            expected="full or budget with model.compile, or torch 2.13")  # fmt: skip
+            raise bad_input(
+                "compiled with this torch, it makes new graphs for new lengths until the compiler gives up",
+                field="model.activation_checkpointing",
+                found=f"selective, torch {torch.__version__}",
+                expected="full or budget with model.compile, or torch 2.13",
+            )
         return "compiled"
     if config.kernels == "torch" or (config.kernels == "auto" and device.type != "cuda"):
         return "torch"
@@ -46,9 +47,7 @@ def select_layers(
     if missing is None:
         return "liger"
     if config.kernels == "liger":
-        raise bad_input(
-            "Liger's kernels cannot be used", field="model.kernels", found=missing, expected="auto or torch"
-        )
+        raise bad_input("Liger's kernels cannot be used", field="model.kernels", found=missing, expected="auto or torch")
     say(f"note: model.kernels=auto takes torch's layers, not Liger's: {missing}")
     return "torch"
 
@@ -81,9 +80,7 @@ def use_liger(decoder: nn.Module) -> None:
     modeling = sys.modules[type(decoder).__module__]  # before it is sharded: FSDP changes the class
     own = dict(vars(modeling))
     try:
-        apply(
-            rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=decoder
-        )
+        apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=decoder)
         rotary = getattr(modeling, ROTARY)
     finally:
         vars(modeling).update(own)

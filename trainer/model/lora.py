@@ -68,8 +68,15 @@ class Adapters:
         from peft import LoraConfig as PeftLoraConfig
 
         alpha = int(self.alpha) if self.alpha == int(self.alpha) else self.alpha
-        return PeftLoraConfig(r=self.rank, lora_alpha=alpha, target_modules=list(self.targets), lora_dropout=0.0,
-                              bias="none", task_type="CAUSAL_LM", base_model_name_or_path=base)  # fmt: skip
+        return PeftLoraConfig(
+            r=self.rank,
+            lora_alpha=alpha,
+            target_modules=list(self.targets),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+        )
 
 
 def plan_adapters(config: LoraConfig, shapes: dict[str, tuple[int, ...]]) -> Adapters | None:
@@ -86,8 +93,12 @@ def plan_adapters(config: LoraConfig, shapes: dict[str, tuple[int, ...]]) -> Ada
     if config.base == "nf4":
         for name, (_, columns) in linears.items():
             if columns % BLOCK:
-                raise bad_input("cannot be cut into NF4 blocks", field="lora.base", found=f"{name} with rows of {columns}",
-                                expected=f"rows of a multiple of {BLOCK} weights, or lora.base=dense")  # fmt: skip
+                raise bad_input(
+                    "cannot be cut into NF4 blocks",
+                    field="lora.base",
+                    found=f"{name} with rows of {columns}",
+                    expected=f"rows of a multiple of {BLOCK} weights, or lora.base=dense",
+                )
     if config.path is not None:
         rank, alpha, targets = _read_adapter(Path(config.path), linears, kinds)
     else:
@@ -95,8 +106,12 @@ def plan_adapters(config: LoraConfig, shapes: dict[str, tuple[int, ...]]) -> Ada
         alpha = config.alpha if config.alpha is not None else 2.0 * rank
         for target in targets:
             if target not in kinds:
-                raise bad_input("no such linear layer in the decoder layers", field="lora.target_modules", found=target,
-                                expected=", ".join(kinds))  # fmt: skip
+                raise bad_input(
+                    "no such linear layer in the decoder layers",
+                    field="lora.target_modules",
+                    found=target,
+                    expected=", ".join(kinds),
+                )
         if len(set(targets)) != len(targets):
             raise bad_input("named twice", field="lora.target_modules", found=", ".join(targets))
     num_parameters = sum(rank * sum(shape) for name, shape in linears.items() if _leaf(name) in targets)
@@ -117,9 +132,7 @@ def _tensor_names(layer: str) -> tuple[str, str]:
     return f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"
 
 
-def _read_adapter(
-    folder: Path, linears: dict[str, tuple[int, ...]], kinds: list[str]
-) -> tuple[int, float, tuple[str, ...]]:
+def _read_adapter(folder: Path, linears: dict[str, tuple[int, ...]], kinds: list[str]) -> tuple[int, float, tuple[str, ...]]:
     """Rank, alpha and target modules of a PEFT folder, its tensors' names and shapes checked."""
     file = folder / CONFIG_FILE
     with user_path(file, field="lora.path"):
@@ -130,12 +143,25 @@ def _read_adapter(
         content: dict[str, Any] = json.loads(text)
         kind, rank, alpha = content["peft_type"], int(content["r"]), float(content["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
-        raise bad_input("unreadable", file=file, found=f"{type(error).__name__}: {error}",
-                        expected="peft_type, r and lora_alpha, as PEFT writes them") from None  # fmt: skip
+        raise bad_input(
+            "unreadable",
+            file=file,
+            found=f"{type(error).__name__}: {error}",
+            expected="peft_type, r and lora_alpha, as PEFT writes them",
+        ) from None
     if kind != "LORA":
         raise bad_input("another kind of adapter", file=file, field="peft_type", found=kind, expected="LORA")
-    for name in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias",
-                 "trainable_token_indices", "target_parameters", "layer_replication"):  # fmt: skip
+    for name in (
+        "use_rslora",
+        "use_dora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_bias",
+        "trainable_token_indices",
+        "target_parameters",
+        "layer_replication",
+    ):
         if content.get(name):
             raise bad_input("only plain LoRA can be trained on", file=file, field=name, found=content[name])
     if content.get("bias", "none") != "none":
@@ -157,10 +183,15 @@ def _read_adapter(
             expected |= {a: (rank, columns), b: (rows, rank)}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise bad_input("the adapter does not fit the model", file=weights, field=name,
-                            found=str(list(found[name])) if name in found else "nothing",
-                            expected=str(list(expected[name])) if name in expected else
-                            "adapters on linear layers of attention and MLP, the same in every layer")  # fmt: skip
+            raise bad_input(
+                "the adapter does not fit the model",
+                file=weights,
+                field=name,
+                found=str(list(found[name])) if name in found else "nothing",
+                expected=str(list(expected[name]))
+                if name in expected
+                else "adapters on linear layers of attention and MLP, the same in every layer",
+            )
     return rank, alpha, targets
 
 
@@ -292,14 +323,16 @@ def rehearse_adapters(adapters: Adapters, base: str | None) -> None:
         except Exception as error:  # of PEFT's, transformers' or huggingface_hub's
             read = f"{type(error).__name__}: {error}".split("\n")[0]
     if read != (expected := (adapters.rank, adapters.alpha, set(adapters.targets), base)):
-        raise bad_input("PEFT's config of the adapters is not the same after writing and reading it", field="lora",
-                        found=read, expected=str(expected))  # fmt: skip
+        raise bad_input(
+            "PEFT's config of the adapters is not the same after writing and reading it",
+            field="lora",
+            found=read,
+            expected=str(expected),
+        )
 
 
 @torch.no_grad()
-def export_adapters(
-    policy: PolicyModel, adapters: Adapters, out: str | Path, world: World, *, base: str | None
-) -> Path:
+def export_adapters(policy: PolicyModel, adapters: Adapters, out: str | Path, world: World, *, base: str | None) -> Path:
     """Write a PEFT folder of the adapters in float32, whole or not at all; all ranks must call this.
 
     ``base`` is the base model that PEFT will name. With NF4 the file fits the same base in any precision.

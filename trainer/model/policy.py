@@ -77,10 +77,7 @@ class PolicyModel(nn.Module):
             return self.lm_head(rest.pop("last_hidden_state")[:, -1:], None), rest
         layout = attention.packed_layout(batch, self.backend)
         output = self.model(
-            input_ids=batch.input_ids.unsqueeze(0),
-            position_ids=batch.position_ids.unsqueeze(0),
-            use_cache=False,
-            layout=layout,
+            input_ids=batch.input_ids.unsqueeze(0), position_ids=batch.position_ids.unsqueeze(0), use_cache=False, layout=layout
         )
         # Only the positions that count go into the head.
         return self.lm_head(output.last_hidden_state.squeeze(0).index_select(0, batch.counted), batch.targets)
@@ -99,18 +96,26 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if config.eos_token not in tokenizer.get_vocab():
             raise bad_input("not in the vocabulary", **where, expected=f"a token of {folder}")
         if config.eos_token not in tokenizer.get_added_vocab():
-            raise bad_input("an ordinary token: whoever reads the export would cut it out of every text", **where,
-                            expected=f"a special token of {folder}")  # fmt: skip
+            raise bad_input(
+                "an ordinary token: whoever reads the export would cut it out of every text",
+                **where,
+                expected=f"a special token of {folder}",
+            )
         tokenizer.eos_token = config.eos_token
     if tokenizer.eos_token_id is None:
-        raise bad_input(
-            "the tokenizer has no end-of-sequence token", file=folder, expected="model.eos_token to name it"
-        )
+        raise bad_input("the tokenizer has no end-of-sequence token", file=folder, expected="model.eos_token to name it")
     return tokenizer
 
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-          "head_dim", "vocab_size")  # fmt: skip
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 def _check_sizes(hf_config: PreTrainedConfig, where: dict[str, Any]) -> None:
@@ -122,9 +127,12 @@ def _check_sizes(hf_config: PreTrainedConfig, where: dict[str, Any]) -> None:
     kv_heads = hf_config.num_key_value_heads or heads
     head_dim = getattr(hf_config, "head_dim", None) or hidden // heads
     if head_dim < 2 or head_dim % 2 or heads % kv_heads:
-        raise bad_input("sizes that do not fit together", **where,
-                        found=f"{heads} heads of {head_dim}, {kv_heads} key-value heads",
-                        expected="an even size a head, key-value heads that divide the heads")  # fmt: skip
+        raise bad_input(
+            "sizes that do not fit together",
+            **where,
+            found=f"{heads} heads of {head_dim}, {kv_heads} key-value heads",
+            expected="an even size a head, key-value heads that divide the heads",
+        )
 
 
 def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
@@ -139,40 +147,47 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
             there = (folder / "config.json").is_file()
             adapter = (folder / "adapter_config.json").is_file()
         if adapter:  # transformers would put it on the weights, or on others
-            raise bad_input("an adapter is no model", file=folder / "adapter_config.json",
-                            expected="the model alone in model.path, its adapter in lora.path")  # fmt: skip
-        if not there:
             raise bad_input(
-                "not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it"
+                "an adapter is no model",
+                file=folder / "adapter_config.json",
+                expected="the model alone in model.path, its adapter in lora.path",
             )
+        if not there:
+            raise bad_input("not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it")
         try:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise bad_input(
-                "unreadable config", file=folder / "config.json", found=" ".join(str(error).split())
-            ) from None
+            raise bad_input("unreadable config", file=folder / "config.json", found=" ".join(str(error).split())) from None
         where = {"file": folder / "config.json"}
     else:
         hf_config = _config_from_sizes(config.init, tokenizer)
         where = {"field": "model.init"}
     if hf_config.model_type not in SUPPORTED_TYPES:
-        raise bad_input("this kind of model is not supported", **where, found=hf_config.model_type,
-                        expected=" | ".join(SUPPORTED_TYPES))  # fmt: skip
+        raise bad_input(
+            "this kind of model is not supported", **where, found=hf_config.model_type, expected=" | ".join(SUPPORTED_TYPES)
+        )
     _check_sizes(hf_config, where)
     if getattr(hf_config, "quantization_config", None) is not None:
-        raise bad_input("a quantized checkpoint cannot be trained", **where, found="quantization_config",
-                        expected="weights in float32, float16 or bfloat16")  # fmt: skip
+        raise bad_input(
+            "a quantized checkpoint cannot be trained",
+            **where,
+            found="quantization_config",
+            expected="weights in float32, float16 or bfloat16",
+        )
     if getattr(hf_config, "transformers_weights", None) is not None:
-        raise bad_input("another name for the file of weights is not supported", **where, field="transformers_weights",
-                        found=hf_config.transformers_weights, expected="model.safetensors or its index")  # fmt: skip
+        raise bad_input(
+            "another name for the file of weights is not supported",
+            **where,
+            field="transformers_weights",
+            found=hf_config.transformers_weights,
+            expected="model.safetensors or its index",
+        )
     layer_types = getattr(hf_config, "layer_types", None) or []
     window = getattr(hf_config, "sliding_window", None) if hf_config.model_type == "mistral" else None
     if any(kind != "full_attention" for kind in layer_types) or window is not None:
         raise bad_input("sliding-window attention is not supported", **where, expected="full attention in every layer")
     if getattr(hf_config, "attention_dropout", 0.0):
-        raise bad_input(
-            "attention dropout is not supported", **where, found=hf_config.attention_dropout, expected="0.0"
-        )
+        raise bad_input("attention dropout is not supported", **where, found=hf_config.attention_dropout, expected="0.0")
     if tokenizer is not None:
         _check_tokenizer_fits(config, hf_config, tokenizer, where)
     return hf_config
@@ -181,14 +196,21 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
 def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
     model_type = sizes["model_type"]
     if model_type not in SUPPORTED_TYPES:
-        raise bad_input("this kind of model is not supported", field="model.init.model_type", found=model_type,
-                        expected=" | ".join(SUPPORTED_TYPES))  # fmt: skip
+        raise bad_input(
+            "this kind of model is not supported",
+            field="model.init.model_type",
+            found=model_type,
+            expected=" | ".join(SUPPORTED_TYPES),
+        )
     known = set(AutoConfig.for_model(model_type).to_dict()) | {"vocab_size"}
     for key in sizes:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise bad_input("unknown size", field=f"model.init.{key}",
-                            expected=f"'{near[0]}'" if near else f"a key of a {model_type} config.json")  # fmt: skip
+            raise bad_input(
+                "unknown size",
+                field=f"model.init.{key}",
+                expected=f"'{near[0]}'" if near else f"a key of a {model_type} config.json",
+            )
     if tokenizer is not None:
         sizes = {"vocab_size": len(tokenizer), **sizes}
     if "num_attention_heads" in sizes:
@@ -196,14 +218,15 @@ def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     try:
         hf_config = AutoConfig.for_model(**sizes)
     except Exception as error:
-        raise bad_input(
-            "sizes that do not fit together", field="model.init", found=" ".join(str(error).split())
-        ) from None
+        raise bad_input("sizes that do not fit together", field="model.init", found=" ".join(str(error).split())) from None
     _check_sizes(hf_config, {"field": "model.init"})
     if hf_config.hidden_size % hf_config.num_attention_heads:
-        raise bad_input("sizes that do not fit together", field="model.init",
-                        found=f"hidden_size {hf_config.hidden_size}, {hf_config.num_attention_heads} heads",
-                        expected="heads that divide it")  # fmt: skip
+        raise bad_input(
+            "sizes that do not fit together",
+            field="model.init",
+            found=f"hidden_size {hf_config.hidden_size}, {hf_config.num_attention_heads} heads",
+            expected="heads that divide it",
+        )
     if tokenizer is not None:
         hf_config.eos_token_id = tokenizer.eos_token_id
         hf_config.bos_token_id = tokenizer.bos_token_id
@@ -213,9 +236,12 @@ def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 def _check_tokenizer_fits(config: ModelConfig, hf_config, tokenizer, where) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= hf_config.vocab_size:
-        raise bad_input("the tokenizer does not fit the weights", **where,
-                        found=f"token ids up to {largest}, a vocabulary of {hf_config.vocab_size}",
-                        expected="every token id below vocab_size")  # fmt: skip
+        raise bad_input(
+            "the tokenizer does not fit the weights",
+            **where,
+            found=f"token ids up to {largest}, a vocabulary of {hf_config.vocab_size}",
+            expected="every token id below vocab_size",
+        )
     own = Path(config.path) / "tokenizer.json" if config.path else None
     if own is None or config.tokenizer is None or not own.is_file():
         return
@@ -223,13 +249,19 @@ def _check_tokenizer_fits(config: ModelConfig, hf_config, tokenizer, where) -> N
     ours = tokenizer.get_vocab()
     for token, index in ours.items():
         if token in theirs and theirs[token] != index:
-            raise bad_input("the tokenizer does not fit the weights", field="model.tokenizer",
-                            found=f"token {token!r} is {index} here and {theirs[token]} in {own}",
-                            expected="the checkpoint's own token ids")  # fmt: skip
+            raise bad_input(
+                "the tokenizer does not fit the weights",
+                field="model.tokenizer",
+                found=f"token {token!r} is {index} here and {theirs[token]} in {own}",
+                expected="the checkpoint's own token ids",
+            )
     if len(set(ours) & set(theirs)) < 0.9 * len(theirs):
-        raise bad_input("the tokenizer does not fit the weights", field="model.tokenizer",
-                        found=f"{len(set(ours) & set(theirs))} of the {len(theirs)} tokens of {own}",
-                        expected="the checkpoint's own tokens")  # fmt: skip
+        raise bad_input(
+            "the tokenizer does not fit the weights",
+            field="model.tokenizer",
+            found=f"{len(set(ours) & set(theirs))} of the {len(theirs)} tokens of {own}",
+            expected="the checkpoint's own tokens",
+        )
 
 
 def build_model(
@@ -266,9 +298,7 @@ def build_model(
     if layers == "liger":
         use_liger(policy.model)
     policy.train()
-    checkpoint_layers(
-        policy.model.layers, config.activation_checkpointing, adapters.rank if adapters is not None else None
-    )
+    checkpoint_layers(policy.model.layers, config.activation_checkpointing, adapters.rank if adapters is not None else None)
     if layers == "compiled":
         compile_layers(policy.model.layers, budget=config.activation_budget)
     if world.mesh is not None:
@@ -295,6 +325,7 @@ def parameter_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
     except Exception as error:  # of transformers, whatever it is: an activation or a rope_type that it does not know
-        raise bad_input("Hugging Face builds no model from this config", field="model",
-                        found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+        raise bad_input(
+            "Hugging Face builds no model from this config", field="model", found=f"{type(error).__name__}: {error}"
+        ) from error
     return {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -18,9 +18,7 @@ from medtrain.trainer.config.settings import PrecisionConfig
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.model.lora import linear_shapes
 
-MOMENT_BLOCK = (
-    128  # 8-bit moments that share a scale; torchao's own 256 does not divide the rows of many a model (896, 29568)
-)
+MOMENT_BLOCK = 128  # 8-bit moments that share a scale; torchao's own 256 does not divide the rows of many a model (896, 29568)
 MULTIPLE = 16  # of both dims of a weight: what torch._scaled_mm asks for
 LEAST_CAPABILITY = (8, 9)  # of a CUDA device with FP8 matrix products
 
@@ -46,8 +44,13 @@ class Fp8:
     def about(self) -> dict[str, Any]:
         """What the manifest says of it: the kinds of layers with how many of each, and what is left out and why."""
         kinds = Counter(name.split(".")[-2] for name in self.names)
-        return {"recipe": self.recipe, "all_gather": self.all_gather, "emulated": self.emulate,
-                "matrices": dict(sorted(kinds.items())), "not_in_fp8": self.others}  # fmt: skip
+        return {
+            "recipe": self.recipe,
+            "all_gather": self.all_gather,
+            "emulated": self.emulate,
+            "matrices": dict(sorted(kinds.items())),
+            "not_in_fp8": self.others,
+        }
 
 
 def plan_fp8(
@@ -63,9 +66,7 @@ def plan_fp8(
     if config.fp8 == "none":
         return None
     if not config.fp8_emulate:
-        wanted = (
-            "a CUDA device of compute capability 8.9 or above, or precision.fp8_emulate=true (slow: it proves wiring)"
-        )
+        wanted = "a CUDA device of compute capability 8.9 or above, or precision.fp8_emulate=true (slow: it proves wiring)"
         if device.type != "cuda":
             raise bad_input("this device has no FP8", field="precision.fp8", found=device.type, expected=wanted)
         capability = torch.cuda.get_device_capability(device)
@@ -73,8 +74,9 @@ def plan_fp8(
             found = f"{torch.cuda.get_device_name(device)}, {'.'.join(map(str, capability))}"
             raise bad_input("this device has no FP8", field="precision.fp8", found=found, expected=wanted)
         if compute_dtype != torch.bfloat16:
-            raise bad_input("FP8 products are rounded to bfloat16", field="precision.compute", found=str(compute_dtype),
-                            expected="bfloat16")  # fmt: skip
+            raise bad_input(
+                "FP8 products are rounded to bfloat16", field="precision.compute", found=str(compute_dtype), expected="bfloat16"
+            )
     linears = linear_shapes(shapes)
     names = frozenset(name for name, shape in linears.items() if not any(n % MULTIPLE for n in shape))
     others = {"embedding or head": sum(len(shape) == 2 for shape in shapes.values()) - len(linears)}
@@ -82,8 +84,9 @@ def plan_fp8(
         others[f"with a dim that is no multiple of {MULTIPLE}"] = odd
     if not names:
         found = ", ".join(sorted({"x".join(map(str, shape)) for shape in linears.values()}))
-        raise bad_input("no layer can compute in FP8", field="precision.fp8", found=found,
-                        expected=f"dims that are multiples of {MULTIPLE}")  # fmt: skip
+        raise bad_input(
+            "no layer can compute in FP8", field="precision.fp8", found=found, expected=f"dims that are multiples of {MULTIPLE}"
+        )
     load_torchao("precision.fp8")
     return Fp8(config.fp8, config.fp8_all_gather, config.fp8_emulate, names, others)
 

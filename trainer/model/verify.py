@@ -60,15 +60,18 @@ def prove_architecture(hf_config: PreTrainedConfig, longest: int, where: dict[st
                 param.normal_(0.0, 2 * param.shape[-1] ** -0.5, generator=generator)
         expected = {last: _hugging_face_logps(theirs, pairs, last) for last in {REACH, max(REACH, longest - 1)}}
     except Exception as error:  # of transformers, whatever it is
-        raise bad_input("Hugging Face computes no model of this config", **where,
-                        found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+        raise bad_input(
+            "Hugging Face computes no model of this config", **where, found=f"{type(error).__name__}: {error}"
+        ) from error
     alone = World(0, 1, torch.device("cpu"), None)
     ours = build_model(ModelConfig(), small_config(hf_config), alone, torch.float32, backend="sdpa")
     names = {name for name, _ in ours.named_parameters()}
     if names != weights.keys():
-        raise bad_input("this architecture is not computed as Hugging Face computes it", **where,
-                        found=f"{hf_config.model_type}, whose parameters have other names here: "
-                        f"{sorted(names ^ weights.keys())[0]}")  # fmt: skip
+        raise bad_input(
+            "this architecture is not computed as Hugging Face computes it",
+            **where,
+            found=f"{hf_config.model_type}, whose parameters have other names here: {sorted(names ^ weights.keys())[0]}",
+        )
     for name, param in ours.named_parameters():
         param.copy_(weights[name])
     largest = 0.0
@@ -78,9 +81,14 @@ def prove_architecture(hf_config: PreTrainedConfig, longest: int, where: dict[st
             if not difference <= TOLERANCE:  # so that NaN is wrong too
                 raise _mismatch(hf_config, where, difference, last, share)
             largest = max(largest, difference)
-    return {"model_type": hf_config.model_type, "tokens": len(expected[last]), "positions": last + 1,
-            "largest_difference": largest, "tolerance": TOLERANCE,
-            "seconds": time.perf_counter() - started}  # fmt: skip
+    return {
+        "model_type": hf_config.model_type,
+        "tokens": len(expected[last]),
+        "positions": last + 1,
+        "largest_difference": largest,
+        "tolerance": TOLERANCE,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def small_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -140,9 +148,7 @@ def _hugging_face_logps(model: torch.nn.Module, pairs: PairSet, last: int) -> to
     return logps
 
 
-def _mismatch(
-    hf_config: PreTrainedConfig, where: dict[str, Any], difference: float, last: int, share: bool
-) -> InputError:
+def _mismatch(hf_config: PreTrainedConfig, where: dict[str, Any], difference: float, last: int, share: bool) -> InputError:
     rope = getattr(hf_config, "rope_parameters", None) or {}
     if last > REACH:
         cause = (
@@ -152,9 +158,10 @@ def _mismatch(
     elif share:
         cause = "likely cause: attention to a shared prompt; separate sequences agree"
     else:
-        cause = (
-            "likely cause: a setting of this config that packed attention does not know, or the version of transformers"
-        )
-    return bad_input("this architecture is not computed as Hugging Face computes it; " + cause, **where,
-                     found=f"{hf_config.model_type} up to position {last}: {difference:.1e} nats a token apart",
-                     expected=f"at most {TOLERANCE:.0e}")  # fmt: skip
+        cause = "likely cause: a setting of this config that packed attention does not know, or the version of transformers"
+    return bad_input(
+        "this architecture is not computed as Hugging Face computes it; " + cause,
+        **where,
+        found=f"{hf_config.model_type} up to position {last}: {difference:.1e} nats a token apart",
+        expected=f"at most {TOLERANCE:.0e}",
+    )

@@ -65,12 +65,14 @@ def model_sizes(config: ModelConfig, sizes: str | None = None) -> tuple[PreTrain
     known = sorted((file.stem for file in MODELS.glob("*.json")), key=len, reverse=True)
     for name in known:
         if name in config.path.lower():
-            return _from_file(
-                MODELS / f"{name}.json"
-            ), f"configs/models/{name}.json, for model.path is not on this machine"
-    raise bad_input("no config.json here to take the model's sizes from", field="model.path", found=config.path,
-                    expected=f"a checkpoint, a path with the name of a known model ({', '.join(sorted(known))}) in it, or "
-                    "--sizes NAME_OR_FILE")  # fmt: skip
+            return _from_file(MODELS / f"{name}.json"), f"configs/models/{name}.json, for model.path is not on this machine"
+    raise bad_input(
+        "no config.json here to take the model's sizes from",
+        field="model.path",
+        found=config.path,
+        expected=f"a checkpoint, a path with the name of a known model ({', '.join(sorted(known))}) in it, or "
+        "--sizes NAME_OR_FILE",
+    )
 
 
 def _by_transformers(config: ModelConfig) -> PreTrainedConfig:
@@ -91,10 +93,7 @@ def _from_file(file: Path) -> PreTrainedConfig | Sizes:
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = ", ".join(sorted(path.stem for path in MODELS.glob("*.json")))
         raise bad_input(
-            "no sizes of a model",
-            field="--sizes",
-            found=f"{file}: {error}",
-            expected=f"one of {known}, or a config.json",
+            "no sizes of a model", field="--sizes", found=f"{file}: {error}", expected=f"one of {known}, or a config.json"
         ) from None
     from medtrain.trainer.model.policy import load_model_config
 
@@ -232,11 +231,7 @@ def expected_speed(
     """
     source = "given"
     if mfu is None:
-        rows = [
-            (file, row)
-            for file, row in _measured(config, precision)
-            if row["mfu"] and row["trained"] == _trained(config)
-        ]
+        rows = [(file, row) for file, row in _measured(config, precision) if row["mfu"] and row["trained"] == _trained(config)]
         if not rows:
             return None
         file, row = max(rows, key=lambda each: each[1]["parameters"])
@@ -284,8 +279,12 @@ def plan_config(
     """
     _refuse_unplanned(config)
     if world_size % config.parallel.replicate:
-        raise bad_input("does not divide the number of ranks", field="parallel.replicate",
-                        found=config.parallel.replicate, expected=f"a divisor of {world_size}")  # fmt: skip
+        raise bad_input(
+            "does not divide the number of ranks",
+            field="parallel.replicate",
+            found=config.parallel.replicate,
+            expected=f"a divisor of {world_size}",
+        )
     hf_config, source = model_sizes(config.model, sizes)
     model = read_model(config, hf_config)
     machine = Machine(world_size)
@@ -300,15 +299,21 @@ def plan_config(
         "stage": config.stage,
         "world_size": world_size,
         "gpu_memory_gib": gpu_memory_gib,
-        "model": {"type": hf_config.model_type, "parameters": model.num_parameters, "trained": model.num_trained,
-                  "sizes_from": source},
+        "model": {
+            "type": hf_config.model_type,
+            "parameters": model.num_parameters,
+            "trained": model.num_trained,
+            "sizes_from": source,
+        },
         "compute": precision,
         "tokens_a_micro_batch": step.tokens,
         "peak_gib": plan.peak / GIB,
         "fits": fits,
         "moment": plan.largest.name,
-        "parts_gib": {**{name: value / GIB for name, value in plan.largest.parts.items()},
-                      "allowance": allowance(plan.largest.total, "cuda") / GIB},
+        "parts_gib": {
+            **{name: value / GIB for name, value in plan.largest.parts.items()},
+            "allowance": allowance(plan.largest.total, "cuda") / GIB,
+        },
         "moments_gib": {moment.name: moment.total / GIB for moment in plan.moments},
         "checkpoint_copy_gib": checkpoint_copy(config, model, machine) / GIB,
         "largest_micro_batch_tokens": largest_micro_batch(plan, limit),
@@ -324,7 +329,7 @@ def plan_config(
             "the parts' formulas were held against measurements on a CPU only (docs/plan.md)"
             + (", FP8's emulated" if config.precision.fp8 != "none" else ""),
         ],
-    }  # fmt: skip
+    }
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -346,16 +351,13 @@ def as_text(result: dict[str, Any]) -> str:
     named = ("reference pass", "optimizer step")
     lines += [f"  {name:<44}{value:11.2f}" for i, (name, value) in enumerate(order) if i < 6 or name in named]
     if result["checkpoint_copy_gib"]:
-        lines += ["", f"{'host memory, the copy of a checkpoint':<46}{result['checkpoint_copy_gib']:11.2f}   "
-                  "checkpoint.async_save=false needs none"]  # fmt: skip
+        lines += [
+            "",
+            f"{'host memory, the copy of a checkpoint':<46}{result['checkpoint_copy_gib']:11.2f}   "
+            "checkpoint.async_save=false needs none",
+        ]
     largest, least = result["largest_micro_batch_tokens"], result["least_micro_batch_tokens"]
-    some = (
-        "none"
-        if largest is None
-        else f"{largest:,}"
-        if largest < 2**20
-        else "any, for a step has no more tokens a rank"
-    )
+    some = "none" if largest is None else f"{largest:,}" if largest < 2**20 else "any, for a step has no more tokens a rank"
     lines += ["", f"largest optim.micro_batch_tokens that fits: {some}"]
     if largest is None or largest < least:
         what = "a window of data.seq_len" if result["stage"] == "cpt" else "two sides of data.max_length"
@@ -367,9 +369,7 @@ def as_text(result: dict[str, Any]) -> str:
             for each in result["alternatives"]
         ]
     speed = result["expected_speed"]
-    rates = [
-        f"{rate['tokens_per_second']:,.0f} tokens/s of one device ({rate['file']})" for rate in result["measured_rates"]
-    ]
+    rates = [f"{rate['tokens_per_second']:,.0f} tokens/s of one device ({rate['file']})" for rate in result["measured_rates"]]
     lines += ["", "speed: " + ("; ".join(rates) if rates else "no rate has been measured for this model and precision")]
     if speed is not None:
         lines.append(

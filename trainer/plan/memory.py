@@ -131,9 +131,7 @@ def planned_step(config: Config, world_size: int) -> Step:
     return Step(tokens, tokens, tokens, accumulates=num > 1)
 
 
-def units(
-    config: Config, model: Model, machine: Machine, compute: torch.dtype, sharded: bool
-) -> tuple[Unit, Unit, Unit]:
+def units(config: Config, model: Model, machine: Machine, compute: torch.dtype, sharded: bool) -> tuple[Unit, Unit, Unit]:
     """(a decoder layer, the head, the root with the rest), as trainer/model/fsdp.py cuts them. A tied head's unit has the
     embedding, which is then not in the root."""
     c, adapters, world_size = compute.itemsize, model.adapters, machine.world_size
@@ -151,10 +149,7 @@ def units(
                 if adapters.base == "nf4":  # trainer/model/nf4.py: 0.5625 bytes a weight
                     tensors = [(packed_shape(*shape, compute), c, c, False)]
                 if name.split(".")[-2] in adapters.targets:
-                    tensors += [
-                        ((adapters.rank, shape[1]), MASTER, c, True),
-                        ((shape[0], adapters.rank), MASTER, c, True),
-                    ]
+                    tensors += [((adapters.rank, shape[1]), MASTER, c, True), ((shape[0], adapters.rank), MASTER, c, True)]
             for size, stored_item, gathered_item, is_trained in tensors:
                 # FSDP2 cuts rows and fills the last rank's share up to the others' (FSDPParam.padded_sharded_param_size).
                 rows = math.ceil(size[0] / world_size)
@@ -190,9 +185,7 @@ class LayerActivations:
     end_backward: int
 
 
-def layer_activations(
-    settings: Config, model: Model, step: Step, compute: torch.dtype, device: str
-) -> LayerActivations:
+def layer_activations(settings: Config, model: Model, step: Step, compute: torch.dtype, device: str) -> LayerActivations:
     """From the forward of transformers' Qwen2DecoderLayer (Llama's and Mistral's are the same), tensor by tensor."""
     config, adapters, c = model.hf_config, model.adapters, compute.itemsize
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
@@ -298,9 +291,7 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
     # _partial_reduce_output), whatever the weights are kept in.
     summed = sum(n * unit.trained // num_shards * MASTER for n, unit in ((num_layers, layer), (1, head), (1, root)))
     added_up = max(all_gradients, summed) if config.parallel.replicate > 1 else all_gradients
-    rounded = (
-        added_up > all_gradients
-    )  # the sums stay to the backward's end (AllReduceState) beside what is rounded of them
+    rounded = added_up > all_gradients  # the sums stay to the backward's end (AllReduceState) beside what is rounded of them
     gradients_so_far = added_up if step.accumulates else 0
 
     def buffers(unit: Unit) -> tuple[int, int, int]:
@@ -351,40 +342,74 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
     all_whole = num_layers * layer.whole if keeps_whole else 0
     one_layer = tied_whole + (1 + num_ahead) * layer_gather + layer.whole
     walk = root_whole + max(one_layer, head_gather + head.whole + all_whole, tied_whole + layer_gather + all_whole)
-    found.append(Moment("reference pass", {
-        "weights": weights, "gathered weights": walk,
-        "activations": small + max(layer_acts.forward, final_norm + head_rows), "head op": without.forward,
-    }))  # fmt: skip
+    found.append(
+        Moment(
+            "reference pass",
+            {
+                "weights": weights,
+                "gathered weights": walk,
+                "activations": small + max(layer_acts.forward, final_norm + head_rows),
+                "head op": without.forward,
+            },
+        )
+    )
     # The end of the forward: all layers' activations and the head at work.
-    found.append(moment(
-        "forward, head", gradients_so_far, gathered_weights=root_whole + head_gather + head.whole + all_whole,
-        activations=all_kept + head_rows + t * hidden * c, head_op=op.forward,
-    ))  # fmt: skip
+    found.append(
+        moment(
+            "forward, head",
+            gradients_so_far,
+            gathered_weights=root_whole + head_gather + head.whole + all_whole,
+            activations=all_kept + head_rows + t * hidden * c,
+            head_op=op.forward,
+        )
+    )
     # The forward of the last layer: the unit's flat buffer lives until the next one's copy is out (AllGatherState).
-    found.append(moment(
-        "forward, last layer", gradients_so_far,
-        gathered_weights=root_whole + tied_whole + layer_gather + max(layer.whole, all_whole)
-        + (head_gather if config.parallel.prefetch and not tied else 0),
-        activations=all_kept - final_norm
-        + (layer_acts.forward if checkpointed else max(layer_acts.forward - layer_acts.saved, 0)),
-    ))  # fmt: skip
+    found.append(
+        moment(
+            "forward, last layer",
+            gradients_so_far,
+            gathered_weights=root_whole
+            + tied_whole
+            + layer_gather
+            + max(layer.whole, all_whole)
+            + (head_gather if config.parallel.prefetch and not tied else 0),
+            activations=all_kept
+            - final_norm
+            + (layer_acts.forward if checkpointed else max(layer_acts.forward - layer_acts.saved, 0)),
+        )
+    )
     if config.parallel.prefetch and not keeps_whole:
         behind = min(config.parallel.prefetch, num_layers - 1)
-        found.append(moment(
-            "forward, gathering ahead", gradients_so_far,
-            gathered_weights=root_whole + tied_whole + (1 + behind) * layer_gather + layer.whole,
-            activations=(num_layers - behind) * kept_a_layer + small + (layer_acts.forward if checkpointed else 0),
-        ))  # fmt: skip
+        found.append(
+            moment(
+                "forward, gathering ahead",
+                gradients_so_far,
+                gathered_weights=root_whole + tied_whole + (1 + behind) * layer_gather + layer.whole,
+                activations=(num_layers - behind) * kept_a_layer + small + (layer_acts.forward if checkpointed else 0),
+            )
+        )
     # The head's backward, the last layer's weights on their way; then its reduce-scatter, whose input is float32.
-    found.append(moment(
-        "backward, head", gradients_so_far, gathered_weights=root_whole + head.whole + layers_whole(num_layers, 0),
-        activations=all_kept + head_rows, head_op=op.backward, gradients_of_a_unit=of_unit(head) or head.gradient,
-    ))  # fmt: skip
+    found.append(
+        moment(
+            "backward, head",
+            gradients_so_far,
+            gathered_weights=root_whole + head.whole + layers_whole(num_layers, 0),
+            activations=all_kept + head_rows,
+            head_op=op.backward,
+            gradients_of_a_unit=of_unit(head) or head.gradient,
+        )
+    )
     if head.trained and not tied:
-        found.append(moment(
-            "backward, head's reduction", gradients_so_far, gathered_weights=root_whole + layers_whole(num_layers, 0),
-            activations=all_kept + head_rows, gradients_of_a_unit=of_unit(head), reduce_buffers=head_reduce + head_out,
-        ))  # fmt: skip
+        found.append(
+            moment(
+                "backward, head's reduction",
+                gradients_so_far,
+                gathered_weights=root_whole + layers_whole(num_layers, 0),
+                activations=all_kept + head_rows,
+                gradients_of_a_unit=of_unit(head),
+                reduce_buffers=head_reduce + head_out,
+            )
+        )
     # A layer's backward: it is whole, the next one's buffer gathered ahead, the reduce-scatter's input of the one before kept
     # until its own post-backward. The last layer meets all activations and the head's reduction, the first one all gradients.
     for name, before, reduce_before, done in (
@@ -396,24 +421,40 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
         if tied:
             common["gradients_of_a_unit"] = of_unit(head)
         fresh = before * kept_a_layer + (t * hidden * c if checkpointed else 0) + small
-        found.append(moment(
-            f"backward, {name} layer's MLP", gradients, **common | {
-                "activations": fresh + layer_acts.saved, "temporaries": layer_acts.mlp_backward,
-                "gradients_of_a_unit": common.get("gradients_of_a_unit", 0) + mlp_share(model, of_unit(layer)),
-            },
-        ))  # fmt: skip
-        found.append(moment(
-            f"backward, {name} layer's end", gradients, **common | {
-                "activations": fresh + t * hidden * 4, "temporaries": layer_acts.end_backward,
-                "gradients_of_a_unit": common.get("gradients_of_a_unit", 0) + of_unit(layer),
-            },
-        ))  # fmt: skip
-        found.append(moment(
-            f"backward, {name} layer's reduction", gradients,
-            gathered_weights=root_whole + tied_whole + layers_whole(before, 0), activations=fresh,
-            reduce_buffers=layer_reduce + layer_out,
-            gradients_of_a_unit=common.get("gradients_of_a_unit", 0) + of_unit(layer),
-        ))  # fmt: skip
+        found.append(
+            moment(
+                f"backward, {name} layer's MLP",
+                gradients,
+                **common
+                | {
+                    "activations": fresh + layer_acts.saved,
+                    "temporaries": layer_acts.mlp_backward,
+                    "gradients_of_a_unit": common.get("gradients_of_a_unit", 0) + mlp_share(model, of_unit(layer)),
+                },
+            )
+        )
+        found.append(
+            moment(
+                f"backward, {name} layer's end",
+                gradients,
+                **common
+                | {
+                    "activations": fresh + t * hidden * 4,
+                    "temporaries": layer_acts.end_backward,
+                    "gradients_of_a_unit": common.get("gradients_of_a_unit", 0) + of_unit(layer),
+                },
+            )
+        )
+        found.append(
+            moment(
+                f"backward, {name} layer's reduction",
+                gradients,
+                gathered_weights=root_whole + tied_whole + layers_whole(before, 0),
+                activations=fresh,
+                reduce_buffers=layer_reduce + layer_out,
+                gradients_of_a_unit=common.get("gradients_of_a_unit", 0) + of_unit(layer),
+            )
+        )
     # The embedding's gradient is dense, and comes when all others are there.
     others = all_gradients - (root.gradient if sharded else 0)
     if step.accumulates:
@@ -423,16 +464,26 @@ def moments(config: Config, model: Model, machine: Machine, step: Step) -> list[
     last, last_reduce, last_out = (head, head_reduce, head_out) if tied else (root, root_reduce, root_out)
     if last.trained:
         twice = 2 if tied else 1  # of the head and of the embedding, before they are added
-        found.append(moment(
-            "backward, embedding", gradients, gathered_weights=root_whole + tied_whole,
-            reduce_buffers=layer_reduce,
-            gradients_of_a_unit=twice * of_unit(last), activations=small,
-        ))  # fmt: skip
-        found.append(moment(
-            "backward, embedding's reduction", gradients, gathered_weights=0,
-            reduce_buffers=last_reduce + last_out,
-            gradients_of_a_unit=of_unit(last), activations=small,
-        ))  # fmt: skip
+        found.append(
+            moment(
+                "backward, embedding",
+                gradients,
+                gathered_weights=root_whole + tied_whole,
+                reduce_buffers=layer_reduce,
+                gradients_of_a_unit=twice * of_unit(last),
+                activations=small,
+            )
+        )
+        found.append(
+            moment(
+                "backward, embedding's reduction",
+                gradients,
+                gathered_weights=0,
+                reduce_buffers=last_reduce + last_out,
+                gradients_of_a_unit=of_unit(last),
+                activations=small,
+            )
+        )
     found.append(moment("optimizer step", all_gradients, temporaries=max(layer.update, head.update, root.update)))
     return found
 
@@ -457,6 +508,12 @@ def head_memory(
     """kernels/logps_memory.py's formula, held against measurements there."""
     hidden, vocab = model.hf_config.hidden_size, model.hf_config.vocab_size
     return logps_memory(
-        counted, hidden, vocab, compute, trains_hidden=training, trains_weight=training and model.adapters is None,
-        keep_bytes=config.model.keep_bytes, path="triton" if device == "cuda" else "torch",
-    )  # fmt: skip
+        counted,
+        hidden,
+        vocab,
+        compute,
+        trains_hidden=training,
+        trains_weight=training and model.adapters is None,
+        keep_bytes=config.model.keep_bytes,
+        path="triton" if device == "cuda" else "torch",
+    )

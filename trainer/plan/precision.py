@@ -73,11 +73,7 @@ class Fp8Products:
     def forward(self, inputs: int, weight: int, outputs: int) -> int:
         """The most during y = x W', y included; sizes of x, W and y."""
         cast_weight = 0 if self.gathered else weight
-        return max(
-            _CAST * inputs,
-            inputs + _CAST * cast_weight,
-            inputs + cast_weight + self._product(inputs, weight, outputs),
-        )
+        return max(_CAST * inputs, inputs + _CAST * cast_weight, inputs + cast_weight + self._product(inputs, weight, outputs))
 
     def backward(self, inputs: int, weight: int, outputs: int) -> int:
         """The most while dx and dW are made of dy, both included, dy not."""

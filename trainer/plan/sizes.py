@@ -7,11 +7,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_NUMBERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "vocab_size")  # fmt: skip
+_NUMBERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 # Keys of all supported kinds that change no shape.
-_OTHERS = {"model_type", "head_dim", "tie_word_embeddings", "max_position_embeddings", "hidden_act", "initializer_range",
-           "rms_norm_eps", "use_cache", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"}  # fmt: skip
+_OTHERS = {
+    "model_type",
+    "head_dim",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+    "hidden_act",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 # Of these a plain decoder has none.
 _SPECIAL = ("attention_bias", "mlp_bias", "attention_dropout", "quantization_config", "use_sliding_window")
 

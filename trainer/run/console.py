@@ -37,9 +37,14 @@ class Display:
         if not self.enabled or not self.console.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[numbers]}"), console=self.console, transient=True,
-        )  # fmt: skip
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            transient=True,
+        )
         self._task = self._bar.add_task("train", total=steps, completed=step, numbers="")
         self._bar.start()
 
@@ -126,9 +131,7 @@ def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> st
     lines.append("  ".join(span(name, trained) for name in names))
     if heldout:
         watched = ("bits_per_byte", "heldout/loss", "rewards/margin", "rewards/accuracy")
-        lines.append(
-            "  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched))
-        )
+        lines.append("  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched)))
     sat = [row for row in rows if "exam/explanation_gap" in row]
     if sat:
         names = ("exam/answer/points_ratio", "exam/explain/points_ratio", "exam/explanation_gap")
@@ -142,9 +145,7 @@ def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> st
     from medtrain.kernels.logps import clamped_rows  # with torch, which `medtrain report` does without
 
     if clamped_rows():
-        lines.append(
-            f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly"
-        )
+        lines.append(f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly")
     made = "   ".join(f"{path.name}: {path}" for path in reversed(folder.results(config)))
     lines.append(f"{made}   metrics: {folder.metrics}   ledger: {folder.ledger}")
     if folder.report.is_file():

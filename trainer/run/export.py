@@ -42,9 +42,7 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
     with user_path(place):
         written = folder.manifest.read_text(encoding="utf-8") if folder.manifest.is_file() else None
     if written is None:
-        raise bad_input(
-            "neither a run folder nor one of its checkpoints", file=place, expected="manifest.json of a run"
-        )
+        raise bad_input("neither a run folder nor one of its checkpoints", file=place, expected="manifest.json of a run")
     check_can_make(out)
     with user_path(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -69,8 +67,7 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
             adapters = plan_adapters(dataclasses.replace(config.lora, path=None, **made), parameter_shapes(hf_config))
         weights_dtype = torch.bfloat16 if config.precision.weights == "bf16" else torch.float32
         base_dtype = weights_dtype if adapters is None else compute_dtype
-        policy = build_model(model, hf_config, world, base_dtype, backend="sdpa", adapters=adapters,
-                             weights_dtype=weights_dtype)  # fmt: skip
+        policy = build_model(model, hf_config, world, base_dtype, backend="sdpa", adapters=adapters, weights_dtype=weights_dtype)
         if adapters is not None and not adapter:
             _load_base(policy, config, manifest["digests"]["weights"], world)
         load_checkpoint(chosen[-1], policy, None, world)
@@ -87,6 +84,9 @@ def _load_base(policy: PolicyModel, config: Config, digest: str, world: World) -
         return
     checkpoint = Checkpoint(config.model.path)
     if world.from_main(checkpoint.digest) != digest:
-        raise bad_input("other weights than those the run began with", file=config.model.path,
-                        expected="the run's own base, which its checkpoints do not hold")  # fmt: skip
+        raise bad_input(
+            "other weights than those the run began with",
+            file=config.model.path,
+            expected="the run's own base, which its checkpoints do not hold",
+        )
     load_weights(policy, checkpoint)

@@ -18,15 +18,7 @@ from typing import TYPE_CHECKING, Any
 from medtrain.trainer.config.settings import Config, ModelConfig, learned_settings
 from medtrain.trainer.data.chat import now
 from medtrain.trainer.errors import bad_input, user_path
-from medtrain.trainer.files import (
-    PARTIAL,
-    check_can_make,
-    complete_checkpoints,
-    read_rows,
-    sync,
-    write_bytes,
-    write_json,
-)
+from medtrain.trainer.files import PARTIAL, check_can_make, complete_checkpoints, read_rows, sync, write_bytes, write_json
 
 if TYPE_CHECKING:  # `medtrain report` reads run folders without it
     import torch
@@ -81,8 +73,12 @@ class RunFolder:
             others = any(not entry.name.endswith(PARTIAL) for entry in self.root.iterdir())
         if written is None:
             if others:
-                raise bad_input("the folder is not empty and holds no run of ours", field="run.out",
-                                found=str(self.root), expected="a new folder, or one of this run")  # fmt: skip
+                raise bad_input(
+                    "the folder is not empty and holds no run of ours",
+                    field="run.out",
+                    found=str(self.root),
+                    expected="a new folder, or one of this run",
+                )
             return
         try:
             before = json.loads(written)
@@ -94,13 +90,20 @@ class RunFolder:
         new = learned_settings(settings)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
-                raise bad_input("the folder holds another run", field="run.out",
-                                found=f"{self.root} with {name}={_short(old.get(name))}, now {_short(new.get(name))}",
-                                expected="a new folder, or the same settings to go on")  # fmt: skip
+                raise bad_input(
+                    "the folder holds another run",
+                    field="run.out",
+                    found=f"{self.root} with {name}={_short(old.get(name))}, now {_short(new.get(name))}",
+                    expected="a new folder, or the same settings to go on",
+                )
         for name in sorted(old_digests.keys() | digests.keys()):
             if old_digests.get(name) != digests.get(name):
-                raise bad_input("the folder holds a run on other input", field="run.out",
-                                found=f"{self.root}: {name} has changed since", expected="a new folder")  # fmt: skip
+                raise bad_input(
+                    "the folder holds a run on other input",
+                    field="run.out",
+                    found=f"{self.root}: {name} has changed since",
+                    expected="a new folder",
+                )
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         found = complete_checkpoints(self.checkpoints)

@@ -115,9 +115,7 @@ def _read(folder: RunFolder, stopped: str, evals: Sequence[str | Path]) -> Run:
             step = int(re.sub(r"\D", "", file.stem))
             if step <= last:
                 exams[step] = read_outputs(file)
-        finished = (
-            bool(rows) and last == manifest["steps"] and all(place.is_dir() for place in _results(folder, manifest))
-        )
+        finished = bool(rows) and last == manifest["steps"] and all(place.is_dir() for place in _results(folder, manifest))
         name = folder.root.resolve().name
         if finished:
             status = ("finished", True)
@@ -130,8 +128,7 @@ def _read(folder: RunFolder, stopped: str, evals: Sequence[str | Path]) -> Run:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise bad_input("not a run that can be read", file=folder.root,
-                        found=f"{type(error).__name__}: {error}") from None  # fmt: skip
+        raise bad_input("not a run that can be read", file=folder.root, found=f"{type(error).__name__}: {error}") from None
 
 
 def _exam_json(folder: Path) -> dict[str, Any]:
@@ -256,11 +253,7 @@ def _warnings(run: Run) -> list[str]:
     for step, exam in run.exams.items():
         if any("invalid" in row for row in exam["explain"]):
             found.append(f"exam at step {step:,}: its figures are invalid: {exam['explain'][0]['invalid']}")
-    found += [
-        f"eval {name}: its figures are invalid: {result['invalid']}"
-        for name, result in run.evals
-        if "invalid" in result
-    ]
+    found += [f"eval {name}: its figures are invalid: {result['invalid']}" for name, result in run.evals if "invalid" in result]
     for step in [*run.exams][-1:]:
         for mode, rows in run.exams[step].items():
             for what, number in (
@@ -287,9 +280,11 @@ def _keys(run: Run, pattern: str) -> list[str]:
 
 
 def _with_heldout(run: Run, title: str, key: str, **more: Any) -> str:
-    return line_chart(title, [
-        series("training", run.rows, key, color=1), series("held-out", run.rows, f"heldout/{key}", color=2, marks=True),
-    ], **more)  # fmt: skip
+    return line_chart(
+        title,
+        [series("training", run.rows, key, color=1), series("held-out", run.rows, f"heldout/{key}", color=2, marks=True)],
+        **more,
+    )
 
 
 def _curves(run: Run) -> list[str]:
@@ -308,30 +303,39 @@ def _curves(run: Run) -> list[str]:
         if any(row.get("useful_token_share", 1) < 1 for row in rows)
         else "",
         line_chart("MFU", [series("MFU", rows, "mfu", color=6)], zero=True),
-        line_chart("FP8: difference of the loss to one without", [
-            series("nats a token", rows, "fp8/shadow_loss_difference", color=5, marks=True)]),
-    ]  # fmt: skip
+        line_chart(
+            "FP8: difference of the loss to one without",
+            [series("nats a token", rows, "fp8/shadow_loss_difference", color=5, marks=True)],
+        ),
+    ]
 
 
 def _preference_curves(run: Run) -> list[str]:
     rows = run.rows
     sources = [
-        series(key.split("/")[1], rows, key, color=1 + i)
-        for i, key in enumerate(_keys(run, r"sources/.*/rewards/margin")[:6])
+        series(key.split("/")[1], rows, key, color=1 + i) for i, key in enumerate(_keys(run, r"sources/.*/rewards/margin")[:6])
     ]
     return [
         _with_heldout(run, "Reward margin, chosen − rejected", "rewards/margin", zero=True),
         _with_heldout(run, "Reward accuracy", "rewards/accuracy"),
-        line_chart("Rewards", [series("chosen", rows, "rewards/chosen", color=3),
-                               series("rejected", rows, "rewards/rejected", color=2)], zero=True),
-        line_chart("Log-probabilities, nats a completion", [series("chosen", rows, "logps/chosen", color=3),
-                                                            series("rejected", rows, "logps/rejected", color=2)]),
-        line_chart("Loss terms", [series("preference (DPO)", rows, "dpo_loss", color=1),
-                                  series("likelihood (NLL)", rows, "nll_loss", color=4)]),
-        line_chart("Correlation of margin and length", [series("Pearson's r", rows, "rewards/length_correlation", color=5)],
-                   zero=True),
+        line_chart(
+            "Rewards",
+            [series("chosen", rows, "rewards/chosen", color=3), series("rejected", rows, "rewards/rejected", color=2)],
+            zero=True,
+        ),
+        line_chart(
+            "Log-probabilities, nats a completion",
+            [series("chosen", rows, "logps/chosen", color=3), series("rejected", rows, "logps/rejected", color=2)],
+        ),
+        line_chart(
+            "Loss terms",
+            [series("preference (DPO)", rows, "dpo_loss", color=1), series("likelihood (NLL)", rows, "nll_loss", color=4)],
+        ),
+        line_chart(
+            "Correlation of margin and length", [series("Pearson's r", rows, "rewards/length_correlation", color=5)], zero=True
+        ),
         line_chart("Reward margin by source", sources, zero=True),
-    ]  # fmt: skip
+    ]
 
 
 # Data, settings, starts
@@ -341,12 +345,20 @@ def _ledger_table(run: Run) -> str:
     lines = []
     for held, sources in (("", run.ledger.get("sources", {})), ("held-out ", run.ledger.get("heldout", {}))):
         for name, source in sources.items():
-            lost = {
-                outcome: sum(counts["rows"] for counts in source[outcome].values()) for outcome in ("cut", "refused")
-            }
+            lost = {outcome: sum(counts["rows"] for counts in source[outcome].values()) for outcome in ("cut", "refused")}
             split = source.get("split", {}).get("rows", "")
-            lines.append([held + name, source["rows"], source["kept"]["rows"], split, lost["cut"], lost["refused"],
-                          source["tokens"], source["kept"]["tokens"]])  # fmt: skip
+            lines.append(
+                [
+                    held + name,
+                    source["rows"],
+                    source["kept"]["rows"],
+                    split,
+                    lost["cut"],
+                    lost["refused"],
+                    source["tokens"],
+                    source["kept"]["tokens"],
+                ]
+            )
     columns = ["source", "rows#", "kept#", "split#", "cut#", "refused#", "tokens#", "tokens kept#"]
     if all(line[3] == "" for line in lines):
         columns, lines = columns[:3] + columns[4:], [line[:3] + line[4:] for line in lines]
@@ -377,19 +389,21 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict | list) or not tree:
         return {prefix: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {
-        name: leaf
-        for key, value in items
-        for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    return {name: leaf for key, value in items for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 def _starts(run: Run) -> str:
     rows = [
-        [start["time"], start["from_step"], f"{start['world_size']} × {start['device']}", start.get("commit") or "",
-         " ".join(start.get("command", [])), ", ".join(f"{n} {v}" for n, v in start.get("versions", {}).items())]
+        [
+            start["time"],
+            start["from_step"],
+            f"{start['world_size']} × {start['device']}",
+            start.get("commit") or "",
+            " ".join(start.get("command", [])),
+            ", ".join(f"{n} {v}" for n, v in start.get("versions", {}).items()),
+        ]
         for start in run.manifest["starts"]
-    ]  # fmt: skip
+    ]
     columns = ["time", "from step#", "device", "commit", "command", "versions"]
     return details("starts", table(columns, rows, label="Starts of this run", wrap="versions"))
 

@@ -78,9 +78,12 @@ def line_chart(title: str, lines: Sequence[Series], *, note: str = "", zero: boo
         for i, line in enumerate(lines)
     )
     data = {
-        "range": x_range, "left": _LEFT, "right": _WIDTH - _RIGHT, "width": _WIDTH,
+        "range": x_range,
+        "left": _LEFT,
+        "right": _WIDTH - _RIGHT,
+        "width": _WIDTH,
         "lines": [{"name": line.name, "points": [[x, short(y)] for x, y, *_ in line.points]} for line in lines],
-    }  # fmt: skip
+    }
     banded = any(low is not None for line in lines for *_, low, _ in line.points) and not note
     note = note or ("means of neighbouring steps; band: the least and the largest" if banded else "")
     label = escape(f"{title} over steps: {spans}", quote=True)

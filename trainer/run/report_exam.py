@@ -60,11 +60,15 @@ def _charts(exams: Exams) -> list[str]:
     return [
         line_chart("Share of points", lines, note=note),
         line_chart("Explanation gap", [Series("gap", tuple(gap), 4, marks=True)], note=note, zero=True),
-        line_chart("Explanations cut off or without an answer, share", [
-            series("cut off", _shares_of(exams, "truncated"), "share", color=2, marks=True),
-            series("no answer read", _shares_of(exams, "failure"), "share", color=6, marks=True),
-        ], zero=True),
-    ]  # fmt: skip
+        line_chart(
+            "Explanations cut off or without an answer, share",
+            [
+                series("cut off", _shares_of(exams, "truncated"), "share", color=2, marks=True),
+                series("no answer read", _shares_of(exams, "failure"), "share", color=6, marks=True),
+            ],
+            zero=True,
+        ),
+    ]
 
 
 def _shares_of(exams: Exams, name: str) -> list[dict]:
@@ -83,8 +87,16 @@ def _table(exams: Exams, evals: Evals) -> str:
             low, high = points_interval(rows)
             points = sum(row["points"] for row in rows if row["correct"])
             total = sum(row["points"] for row in rows)
-            lines.append([f"step {step:,}", name, f"{_share(rows):.3f} [{low:.3f}, {high:.3f}]", f"{points} of {total}",
-                          sum(row["truncated"] for row in rows), sum(row["failure"] is not None for row in rows)])  # fmt: skip
+            lines.append(
+                [
+                    f"step {step:,}",
+                    name,
+                    f"{_share(rows):.3f} [{low:.3f}, {high:.3f}]",
+                    f"{points} of {total}",
+                    sum(row["truncated"] for row in rows),
+                    sum(row["failure"] is not None for row in rows),
+                ]
+            )
         answer, explain = (exams[step][mode] for mode in MODES)
         low, high = points_interval(answer, explain)
         value = f"{_share(answer) - _share(explain):+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -98,8 +110,16 @@ def _table(exams: Exams, evals: Evals) -> str:
                     value += f" [{one['points_ratio_low']:.3f}, {one['points_ratio_high']:.3f}]"
                 by_choice = result.get("settings", {}).get("method") == "choice_logp"
                 how = MODES[mode] + (", by choice log-prob" if by_choice else "")
-                lines.append([f"eval: {name}", how, value, f"{one['points']} of {one['max_points']}",
-                              one.get("truncated", ""), one["parse_failures"]])  # fmt: skip
+                lines.append(
+                    [
+                        f"eval: {name}",
+                        how,
+                        value,
+                        f"{one['points']} of {one['max_points']}",
+                        one.get("truncated", ""),
+                        one["parse_failures"],
+                    ]
+                )
         if result.get("explanation_gap") is not None:
             value = f"{result['explanation_gap']:+.3f}"
             if "explanation_gap_low" in result:

@@ -139,9 +139,7 @@ def charts(*figures: str) -> str:
 def facts(pairs: Iterable[tuple[str, object]]) -> str:
     """Names and values; what is None or empty is left out."""
     inner = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in pairs
-        if value not in (None, "")
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in pairs if value not in (None, "")
     )
     return f'<dl class="facts">{inner}</dl>' if inner else ""
 

@@ -89,8 +89,9 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     total, multiplied = num_parameters(prepared.shapes)
     display.say(
         f"{config.stage}: {count(total)} parameters, {steps:,} steps, {world.size} x {device_name(world.device)}\n"
-        + "paths: " + ", ".join(f"{name} {path}" for name, path in prepared.paths.items())
-    )  # fmt: skip
+        + "paths: "
+        + ", ".join(f"{name} {path}" for name, path in prepared.paths.items())
+    )
     adapters = prepared.adapters
     if adapters is not None:
         display.say(adapters.describe(total))
@@ -164,20 +165,35 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                 started = time.perf_counter()
                 lr = config.optim.lr * lr_factor(config.optim, step, steps)
                 this = optimizer_step(
-                    policy, objective, optimizer, step, world, lr=lr, grad_clip=config.optim.grad_clip, guard=guard,
-                    say=display.say, asked=lambda: stop.asked or saver.failed,
+                    policy,
+                    objective,
+                    optimizer,
+                    step,
+                    world,
+                    lr=lr,
+                    grad_clip=config.optim.grad_clip,
+                    guard=guard,
+                    say=display.say,
+                    asked=lambda: stop.asked or saver.failed,
                     advice=f"the last checkpoint stands in {folder.checkpoints}",
-                )  # fmt: skip
+                )
                 n = this.denominators
                 state["tokens_total"] += n.tokens
                 state["pairs_total"] += n.pairs
                 seconds = time.perf_counter() - started
                 work = flops(n.inputs.computed, this.squared_lengths)
-                row = {"step": step + 1, **this.metrics, "lr": lr, "tokens": n.tokens,
-                       "tokens_total": state["tokens_total"], "seconds": seconds,
-                       **n.inputs.metrics(), "tokens_per_second": n.inputs.computed / seconds,
-                       "mfu": work / seconds / (peak * world.size) if peak else None,
-                       "max_memory_gib": _max_memory_gib(world.device)}  # fmt: skip
+                row = {
+                    "step": step + 1,
+                    **this.metrics,
+                    "lr": lr,
+                    "tokens": n.tokens,
+                    "tokens_total": state["tokens_total"],
+                    "seconds": seconds,
+                    **n.inputs.metrics(),
+                    "tokens_per_second": n.inputs.computed / seconds,
+                    "mfu": work / seconds / (peak * world.size) if peak else None,
+                    "max_memory_gib": _max_memory_gib(world.device),
+                }
                 stopping = this.asked and step + 1 < steps
                 save_now = this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps
                 if save_now:
@@ -254,8 +270,13 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
         partial = folder.base.with_name(folder.base.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        write_small_files(partial, prepared.hf_config, prepared.tokenizer, dtype=export_dtype(config, prepared.compute_dtype),
-                          source=config.model.path)  # fmt: skip
+        write_small_files(
+            partial,
+            prepared.hf_config,
+            prepared.tokenizer,
+            dtype=export_dtype(config, prepared.compute_dtype),
+            source=config.model.path,
+        )
         replace_folder(partial, folder.base)
 
 
@@ -267,8 +288,12 @@ def _check_shared(folder: RunFolder, world: World) -> None:
     seen = folder.manifest.is_file() and folder.manifest.read_text(encoding="utf-8") == written
     blind = int(world.sum(torch.tensor([0.0 if seen else 1.0], dtype=torch.float64)))
     if blind:
-        raise bad_input("not a folder that all nodes share", field="run.out", found=f"{blind} of {world.size} ranks do not "
-                        f"see {folder.manifest}", expected="a shared file system")  # fmt: skip
+        raise bad_input(
+            "not a folder that all nodes share",
+            field="run.out",
+            found=f"{blind} of {world.size} ranks do not see {folder.manifest}",
+            expected="a shared file system",
+        )
 
 
 def _max_memory_gib(device: torch.device) -> float:

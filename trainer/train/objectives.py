@@ -145,9 +145,7 @@ class Rpo:
             found = []
             for source in name_sources(sources):
                 data = config.data
-                pairs = load_pairs(
-                    source, tokenizer, max_length=data.max_length, overlong=data.overlong, unusable=data.unusable
-                )
+                pairs = load_pairs(source, tokenizer, max_length=data.max_length, overlong=data.overlong, unusable=data.unusable)
                 say(f"{what}{source.name}: {pairs.num_pairs:,} pairs, {len(pairs.tokens):,} tokens")
                 for line in describe(pair_ledger([pairs])):
                     say(f"warning: {what}{line}")
@@ -159,8 +157,7 @@ class Rpo:
         self.heldout = load(config.data.heldout, "held-out ")
         self.share = config.data.share_prompts
         longest = max(
-            int((pairs.lengths if self.share else pairs.separate_lengths).max())
-            for pairs in [*self.sources, *self.heldout]
+            int((pairs.lengths if self.share else pairs.separate_lengths).max()) for pairs in [*self.sources, *self.heldout]
         )
         check_capacity(longest, self.capacity, what="a pair, both sides")
         self.epoch_size = sum(pairs.num_pairs for pairs in self.sources)
@@ -171,9 +168,10 @@ class Rpo:
         self.completion_lengths = [pairs.completion_lengths.reshape(-1, 2) for pairs in self.sources]
         self.ledger = pair_ledger(self.sources) | {"heldout": pair_ledger(self.heldout)["sources"]}
         self.ledger["tokenizer"] = {
-            "eos": tokenizer.eos_token, "bos": tokenizer.bos_token,
+            "eos": tokenizer.eos_token,
+            "bos": tokenizer.bos_token,
             "pad_is_eos": tokenizer.pad_token_id == tokenizer.eos_token_id,
-        }  # fmt: skip
+        }
         if self.ledger["tokenizer"]["pad_is_eos"]:
             say(f"note: pad is eos, {tokenizer.eos_token}: nothing is padded or masked by it, and eos is learned")
         self.digests = {f"data.pairs.{i}": pairs.digest for i, pairs in enumerate(self.sources)}
@@ -206,9 +204,7 @@ class Rpo:
         items = self.order.step(step)
         ids = list(zip(items.source_ids.tolist(), items.item_ids.tolist(), strict=True))
         plan, inputs = self._plan(self.sources, ids, world)
-        batches = [
-            pair_batch(self.sources, [ids[i] for i in by_rank[world.rank]], share=self.share) for by_rank in plan
-        ]
+        batches = [pair_batch(self.sources, [ids[i] for i in by_rank[world.rank]], share=self.share) for by_rank in plan]
         completions = np.array([self.completion_lengths[s][i] for s, i in ids])
         return batches, Denominators(int(completions.sum()), inputs, len(ids), int(completions[:, 0].sum()))
 
@@ -225,8 +221,12 @@ class Rpo:
         rows = [self.reference[id(sources[s])][i] for s, i in _ids(batch)]
         reference = torch.stack(rows).view(-1) if rows else torch.zeros(0, dtype=torch.float64)
         lengths = batch.target_cu_seqlens.diff()[batch.sides]
-        settings = {"beta": self.config.beta, "num_pairs": n.pairs, "num_chosen_tokens": n.chosen_tokens,
-                    "nll_norm": self.config.nll_norm}  # fmt: skip
+        settings = {
+            "beta": self.config.beta,
+            "num_pairs": n.pairs,
+            "num_chosen_tokens": n.chosen_tokens,
+            "nll_norm": self.config.nll_norm,
+        }
         if self.config.loss == "sft":
             _, stats = preference_loss(sums.detach(), lengths, reference.to(sums.device), alpha=0.0, **settings)
             token = self.config.nll_norm == "token"
@@ -234,9 +234,15 @@ class Rpo:
             loss = nll / (n.chosen_tokens if token else n.pairs)
         else:
             loss, stats = preference_loss(
-                sums, lengths, reference.to(sums.device), alpha=self.config.alpha, loss=self.config.loss,
-                label_smoothing=self.config.label_smoothing, simpo_gamma=self.config.simpo_gamma, **settings,
-            )  # fmt: skip
+                sums,
+                lengths,
+                reference.to(sums.device),
+                alpha=self.config.alpha,
+                loss=self.config.loss,
+                label_smoothing=self.config.label_smoothing,
+                simpo_gamma=self.config.simpo_gamma,
+                **settings,
+            )
         return loss, pair_sums(loss, stats, lengths, batch.source_ids, len(sources))
 
     def metrics(self, sums: torch.Tensor, n: Denominators) -> dict[str, Any]:
@@ -276,9 +282,7 @@ def _tell_unknown(tokens: np.ndarray, tokenizer, name: str, say: Say) -> None:
     sample = tokens[:10_000_000]  # they tell enough
     share = float(np.mean(sample == unknown)) if len(sample) else 0.0
     if share > 0.001:
-        say(
-            f"warning: {share:.1%} of the tokens of {name} are {tokenizer.unk_token}: this tokenizer cannot spell its text"
-        )
+        say(f"warning: {share:.1%} of the tokens of {name} are {tokenizer.unk_token}: this tokenizer cannot spell its text")
 
 
 def _now_and_then(report: Callable[[Progress], None], seconds: float = 10.0) -> Callable[[Progress], None]:

@@ -32,8 +32,12 @@ def check_state(state: str, shapes: dict[str, tuple[int, ...]]) -> None:
         return
     load_torchao("optim.state")
     if all(len(shape) < 2 or shape[1] % BLOCK for shape in shapes.values()):
-        raise bad_input("no matrix has 8-bit moments", field="optim.state", found="8bit",
-                        expected=f"rows of a multiple of {BLOCK} weights, or optim.state=fp32")  # fmt: skip
+        raise bad_input(
+            "no matrix has 8-bit moments",
+            field="optim.state",
+            found="8bit",
+            expected=f"rows of a multiple of {BLOCK} weights, or optim.state=fp32",
+        )
 
 
 def make_optimizer(policy: PolicyModel, config: Config) -> torch.optim.Optimizer:
@@ -47,8 +51,15 @@ def make_optimizer(policy: PolicyModel, config: Config) -> torch.optim.Optimizer
     betas = (config.optim.beta1, config.optim.beta2)
     if config.optim.state == "fp32" and config.precision.weights == "fp32":
         return torch.optim.AdamW(groups, lr=config.optim.lr, betas=betas, eps=config.optim.eps, fused=True)
-    return SmallAdamW(groups, {p: name for name, p in named.items()}, lr=config.optim.lr, betas=betas,
-                      eps=config.optim.eps, eight_bit=config.optim.state == "8bit", seed=config.run.seed)  # fmt: skip
+    return SmallAdamW(
+        groups,
+        {p: name for name, p in named.items()},
+        lr=config.optim.lr,
+        betas=betas,
+        eps=config.optim.eps,
+        eight_bit=config.optim.state == "8bit",
+        seed=config.run.seed,
+    )
 
 
 class SmallAdamW(torch.optim.Optimizer):
@@ -92,9 +103,7 @@ class SmallAdamW(torch.optim.Optimizer):
             return
         first = part[0].start * math.prod(p.shape[1:]) if p.ndim else 0
         moments = [
-            local_tensor(state[name])
-            for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-            if name in state
+            local_tensor(state[name]) for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale") if name in state
         ]
         function = _plain_step
         if len(moments) == 4:
@@ -105,19 +114,12 @@ class SmallAdamW(torch.optim.Optimizer):
         # Numbers that change from step to step go in as tensors, lest each be compiled for.
         numbers = torch.tensor(
             [group["lr"], group["lr"] * group["weight_decay"], 1 - beta1**step, math.sqrt(1 - beta2**step)],
-            dtype=torch.float32, device=weight.device,
-        )  # fmt: skip
+            dtype=torch.float32,
+            device=weight.device,
+        )
         noise_key = torch.tensor(_mixed(self.keys[p] + step), dtype=torch.int64, device=weight.device)
         function(
-            unwrapped(weight),
-            unwrapped(local_tensor(p.grad)),
-            *moments,
-            numbers,
-            noise_key,
-            first,
-            beta1,
-            beta2,
-            group["eps"],
+            unwrapped(weight), unwrapped(local_tensor(p.grad)), *moments, numbers, noise_key, first, beta1, beta2, group["eps"]
         )
 
     def _zeros(self, p: torch.Tensor, name: str, signed: bool) -> dict[str, torch.Tensor]:
@@ -138,9 +140,7 @@ def _like(p: torch.Tensor, shape, dtype: torch.dtype, value: int) -> torch.Tenso
     if not isinstance(p, DTensor):
         return mine
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return DTensor.from_local(
-        mine, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    return DTensor.from_local(mine, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def _plain_step(weight, grad, m, v, numbers, key, first: int, beta1: float, beta2: float, eps: float) -> None:
@@ -151,20 +151,7 @@ def _plain_step(weight, grad, m, v, numbers, key, first: int, beta1: float, beta
 
 
 def _eight_bit_step(
-    weight,
-    grad,
-    m8,
-    m_scale,
-    v8,
-    v_scale,
-    m_levels,
-    v_levels,
-    numbers,
-    key,
-    first: int,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    weight, grad, m8, m_scale, v8, v_scale, m_levels, v_levels, numbers, key, first: int, beta1: float, beta2: float, eps: float
 ) -> None:
     from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
 

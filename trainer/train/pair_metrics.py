@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-MEANS = (
-    "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen", "logps/rejected",
-)  # fmt: skip
+MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen", "logps/rejected")
 BY_SOURCE = ("rewards/chosen", "rewards/margin", "rewards/accuracy", "logps/chosen")
 _LOSSES = ("objective", "dpo_loss", "nll_loss")
 _COLUMNS = 1 + len(MEANS) + 4

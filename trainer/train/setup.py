@@ -27,21 +27,8 @@ from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.model.attention import select_backend
 from medtrain.trainer.model.flops import num_parameters
 from medtrain.trainer.model.liger import select_layers
-from medtrain.trainer.model.lora import (
-    Adapters,
-    adapter_digest,
-    fill_adapters,
-    plan_adapters,
-    rehearse_adapters,
-    start_digest,
-)
-from medtrain.trainer.model.policy import (
-    PolicyModel,
-    build_model,
-    load_model_config,
-    load_tokenizer,
-    parameter_shapes,
-)
+from medtrain.trainer.model.lora import Adapters, adapter_digest, fill_adapters, plan_adapters, rehearse_adapters, start_digest
+from medtrain.trainer.model.policy import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
 from medtrain.trainer.model.precision import Fp8, plan_fp8
 from medtrain.trainer.model.verify import prove_architecture
 from medtrain.trainer.run.console import Display, count
@@ -103,25 +90,33 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     adapters = plan_adapters(config.lora, shapes)
     dtype = export_dtype(config, compute_dtype)
     if not world.from_main(lambda: rehearse(hf_config, tokenizer, dtype=dtype, source=model.path)):
-        display.say(f"note: transformers' AutoTokenizer makes other tokens of this tokenizer.json in a {hf_config.model_type} "
-                    "folder: read what is exported with PreTrainedTokenizerFast")  # fmt: skip
+        display.say(
+            f"note: transformers' AutoTokenizer makes other tokens of this tokenizer.json in a {hf_config.model_type} "
+            "folder: read what is exported with PreTrainedTokenizerFast"
+        )
     if adapters is not None:
         world.from_main(lambda: rehearse_adapters(adapters, config.model.path))
     fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)
     check_state(config.optim.state, shapes)
     if config.precision.weights == "bf16" and compute_dtype != torch.bfloat16:
-        raise bad_input("weights in bfloat16 are computed with as they are", field="precision.weights", found="bf16",
-                        expected="precision.compute=bfloat16")  # fmt: skip
+        raise bad_input(
+            "weights in bfloat16 are computed with as they are",
+            field="precision.weights",
+            found="bf16",
+            expected="precision.compute=bfloat16",
+        )
     limit = hf_config.max_position_embeddings
     name = "seq_len" if config.stage == "cpt" else "max_length"
     if getattr(config.data, name) > limit:
-        raise bad_input("longer than the model's positions", field=f"data.{name}", found=getattr(config.data, name),
-                        expected=f"at most max_position_embeddings, {limit}")  # fmt: skip
+        raise bad_input(
+            "longer than the model's positions",
+            field=f"data.{name}",
+            found=getattr(config.data, name),
+            expected=f"at most max_position_embeddings, {limit}",
+        )
     architecture = None
     if config.model.proof != "none":
-        where = (
-            {"field": "model.init"} if config.model.path is None else {"file": Path(config.model.path) / "config.json"}
-        )
+        where = {"field": "model.init"} if config.model.path is None else {"file": Path(config.model.path) / "config.json"}
         architecture = world.from_main(lambda: prove_architecture(hf_config, getattr(config.data, name), where))
     first_start = world.from_main(RunFolder(config.run.out).first_start)
     renderer = fix_time(tokenizer, first_start)
@@ -149,19 +144,40 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     if steps is None:
         steps = max(1, math.ceil(config.optim.epochs * objective.epoch_size / objective.step_size))
     if config.optim.warmup_steps >= steps:
-        raise bad_input("no step is left after the warm-up", field="optim.warmup_steps",
-                        found=config.optim.warmup_steps, expected=f"below the {steps} steps")  # fmt: skip
+        raise bad_input(
+            "no step is left after the warm-up",
+            field="optim.warmup_steps",
+            found=config.optim.warmup_steps,
+            expected=f"below the {steps} steps",
+        )
     if not has_files and config.model.path is not None and not world.from_main(lambda: folder.finished(config, steps)):
-        raise bad_input("the weights the run began with are gone", field="model.path", found=config.model.path,
-                        expected="where they are now" + ("" if config.lora.on else "; medtrain export does without"))  # fmt: skip
+        raise bad_input(
+            "the weights the run began with are gone",
+            field="model.path",
+            found=config.model.path,
+            expected="where they are now" + ("" if config.lora.on else "; medtrain export does without"),
+        )
     paths = {
         "attention": select_backend(world.device, compute_dtype, config.model.compile),
         "layers": select_layers(config.model, hf_config, world.device, display.say),
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
-    return Prepared(tokenizer, hf_config, shapes, checkpoint, adapters, objective, exam, steps, compute_dtype, fp8,
-                    paths, architecture, first_start)  # fmt: skip
+    return Prepared(
+        tokenizer,
+        hf_config,
+        shapes,
+        checkpoint,
+        adapters,
+        objective,
+        exam,
+        steps,
+        compute_dtype,
+        fp8,
+        paths,
+        architecture,
+        first_start,
+    )
 
 
 def start(
@@ -199,9 +215,7 @@ def start(
     with guard.without_fp8() if guard is not None else nullcontext():  # the reference is of the model that is exported
         if proof is not None:
             if prove_it and prepared.checkpoint is not None:
-                proof |= prove(
-                    policy, prepared.checkpoint, prepared.adapters, world, forward=config.model.proof == "auto"
-                )
+                proof |= prove(policy, prepared.checkpoint, prepared.adapters, world, forward=config.model.proof == "auto")
             display.say(describe(proof))
         prepared.objective.prepare(policy, world, reference, display.say)
     return policy, make_optimizer(policy, config), guard, proof

@@ -143,8 +143,10 @@ class Saver:
             return
         error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
         if error:
-            raise RuntimeError(f"CUDA error {error}: no more host memory can be locked for the copy of a checkpoint; "
-                               "checkpoint.async_save=false needs none")  # fmt: skip
+            raise RuntimeError(
+                f"CUDA error {error}: no more host memory can be locked for the copy of a checkpoint; "
+                "checkpoint.async_save=false needs none"
+            )
         self._locked.append(memory)
 
     def _write_and_publish(self, step: int, tree: dict, state: dict) -> None:
@@ -216,8 +218,12 @@ def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Op
         state = json.loads((folder / "trainer.json").read_text())
     except (CheckpointException, OSError, ValueError, RuntimeError) as error:
         # CheckpointException is a BaseException and its text has many lines.
-        raise bad_input("damaged checkpoint", file=folder, found=str(error).strip().split("\n")[-1],
-                        expected="remove this folder to go on from the one before") from None  # fmt: skip
+        raise bad_input(
+            "damaged checkpoint",
+            file=folder,
+            found=str(error).strip().split("\n")[-1],
+            expected="remove this folder to go on from the one before",
+        ) from None
     set_state_dict(
         policy,
         optimizer if optimizer is not None else [],

@@ -52,8 +52,12 @@ class Checkpoint:
         self.files = sorted({self.folder / name for name in index.values()} or self.folder.glob("*.safetensors"))
         if not self.files:
             others = sorted(p.name for kind in ("bin", "pt", "pth", "gguf") for p in self.folder.glob(f"*.{kind}"))
-            raise bad_input("no weights here", file=self.folder, found=", ".join(others) or None,
-                            expected="*.safetensors, as transformers' save_pretrained writes them")  # fmt: skip
+            raise bad_input(
+                "no weights here",
+                file=self.folder,
+                found=", ".join(others) or None,
+                expected="*.safetensors, as transformers' save_pretrained writes them",
+            )
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -62,25 +66,38 @@ class Checkpoint:
                 with safe_open(path, framework="np") as file:  # headers alone; "pt" would map the file writably
                     for name in file.keys():
                         if name in self.where:
-                            raise bad_input("a tensor in two files", file=self.folder, field=name,
-                                            found=f"{self.where[name].name} and {path.name}",
-                                            expected="one file that holds it")  # fmt: skip
+                            raise bad_input(
+                                "a tensor in two files",
+                                file=self.folder,
+                                field=name,
+                                found=f"{self.where[name].name} and {path.name}",
+                                expected="one file that holds it",
+                            )
                         self.where[name] = path
                         part = file.get_slice(name)
                         self.shapes[name] = tuple(part.get_shape())
                         self.dtypes[name] = part.get_dtype()
             except FileNotFoundError:
-                raise bad_input("missing", file=path, expected=f"a file, as {INDEX} says" if index else "a file, no dead link"
-                                ) from None  # fmt: skip
+                raise bad_input(
+                    "missing", file=path, expected=f"a file, as {INDEX} says" if index else "a file, no dead link"
+                ) from None
             except (SafetensorError, OSError) as error:
                 size = path.stat().st_size
-                raise bad_input("damaged or truncated safetensors file", file=path, found=f"{size} bytes, {error}",
-                                expected="as many bytes as its header says") from None  # fmt: skip
+                raise bad_input(
+                    "damaged or truncated safetensors file",
+                    file=path,
+                    found=f"{size} bytes, {error}",
+                    expected="as many bytes as its header says",
+                ) from None
         for name, file_name in index.items():
             if self.where.get(name) != self.folder / file_name:
-                raise bad_input("the index is not of these files", file=self.folder / INDEX, field=name, found=file_name,
-                                expected=self.where[name].name if name in self.where else "a file that holds it"
-                                )  # fmt: skip
+                raise bad_input(
+                    "the index is not of these files",
+                    file=self.folder / INDEX,
+                    field=name,
+                    found=file_name,
+                    expected=self.where[name].name if name in self.where else "a file that holds it",
+                )
         if not index and self.folder / SINGLE in self.files:  # what stands beside it, transformers does not read either
             self.files = [self.folder / SINGLE]
             self.where = {name: path for name, path in self.where.items() if path in self.files}
@@ -99,12 +116,13 @@ class Checkpoint:
             expected = {line[66:]: line[:64] for line in sums.read_text(encoding="utf-8").splitlines()}
             for path, digest in zip(self.files, digests, strict=True):
                 if expected.get(path.name, digest) != digest:
-                    raise bad_input("damaged or changed", file=path, found=f"sha256 {digest}",
-                                    expected=f"{expected[path.name]}, as {sums} says; remove that file if it was changed on "
-                                    "purpose")  # fmt: skip
-        return hashlib.sha256(
-            "".join(f"{p.name}:{d}\n" for p, d in zip(self.files, digests, strict=True)).encode()
-        ).hexdigest()
+                    raise bad_input(
+                        "damaged or changed",
+                        file=path,
+                        found=f"sha256 {digest}",
+                        expected=f"{expected[path.name]}, as {sums} says; remove that file if it was changed on purpose",
+                    )
+        return hashlib.sha256("".join(f"{p.name}:{d}\n" for p, d in zip(self.files, digests, strict=True)).encode()).hexdigest()
 
     def check(self, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
         """Compare with the model's parameter shapes before anything is allocated.
@@ -119,14 +137,24 @@ class Checkpoint:
                 tie = ", or tie_word_embeddings: true in config.json" if name == HEAD else ""
                 raise bad_input("missing tensor", file=self.folder, field=name, expected=f"shape {list(shape)}{tie}")
             if self.shapes[name] != shape:
-                raise bad_input("wrong shape", file=self.where[name], field=name, found=list(self.shapes[name]),
-                                expected=str(list(shape)))  # fmt: skip
+                raise bad_input(
+                    "wrong shape", file=self.where[name], field=name, found=list(self.shapes[name]), expected=str(list(shape))
+                )
             if self.dtypes[name] not in DTYPES:
-                raise bad_input("quantized weights cannot be trained", file=self.where[name], field=name,
-                                found=self.dtypes[name], expected="F32, F16 or BF16")  # fmt: skip
+                raise bad_input(
+                    "quantized weights cannot be trained",
+                    file=self.where[name],
+                    field=name,
+                    found=self.dtypes[name],
+                    expected="F32, F16 or BF16",
+                )
         if tied and HEAD in self.where and not self._same_bits(HEAD, EMBEDDING):
-            raise bad_input("another head than the embedding, which config.json ties it to", file=self.where[HEAD], field=HEAD,
-                            expected=f"the bits of {EMBEDDING}, or tie_word_embeddings: false")  # fmt: skip
+            raise bad_input(
+                "another head than the embedding, which config.json ties it to",
+                file=self.where[HEAD],
+                field=HEAD,
+                expected=f"the bits of {EMBEDDING}, or tie_word_embeddings: false",
+            )
 
     def _same_bits(self, *names: str) -> bool:
         """Whether two tensors of the files are one; read block by block."""
@@ -156,16 +184,17 @@ def _read_index(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise bad_input("unreadable index", file=path, found=f"{type(error).__name__}: {error}") from None
     if not index or not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise bad_input("unreadable index", file=path, field="weight_map", found=index,
-                        expected="a file name for each tensor")  # fmt: skip
+        raise bad_input("unreadable index", file=path, field="weight_map", found=index, expected="a file name for each tensor")
     for name in index.values():  # the name alone: in a download cache the files themselves are links to elsewhere
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise bad_input("a file outside the folder", file=path, field="weight_map", found=name,
-                            expected="a name in it")  # fmt: skip
+            raise bad_input("a file outside the folder", file=path, field="weight_map", found=name, expected="a name in it")
     if (folder / SINGLE).is_file() and set(index.values()) != {SINGLE}:
-        raise bad_input("two sets of weights", file=folder,
-                        found=f"{SINGLE}, which transformers reads, and {INDEX}, which names others",
-                        expected="one of them")  # fmt: skip
+        raise bad_input(
+            "two sets of weights",
+            file=folder,
+            found=f"{SINGLE}, which transformers reads, and {INDEX}, which names others",
+            expected="one of them",
+        )
     return index
 
 
@@ -310,9 +339,7 @@ def _files_of(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[st
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _write_file(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, gather: Callable[[str], torch.Tensor]
-) -> str:
+def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, gather: Callable[[str], torch.Tensor]) -> str:
     """Write what ``gather`` returns for each name of ``shapes``, in that order, as a safetensors file; returns its sha256.
 
     The safetensors library writes a file from tensors that are all in memory; here one is, and of its cast one block.

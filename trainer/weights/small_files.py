@@ -28,9 +28,19 @@ from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import write_json
 
 # All that readers look for in a tokenizer folder; of folders there is one, of chat templates by name.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
-                    "tokenizer.model.v3", "tekken.json")  # fmt: skip
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+)
 _TEMPLATES = "additional_chat_templates"
 # Where an old config.json has these, they are about the model, not about how it generates.
 _NOT_GENERATION = {"transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
@@ -83,8 +93,7 @@ def rehearse(
                 different = f"{type(error).__name__}: {error}".split("\n")[0].replace(f"{folder}/", "")
             if different:
                 file = Path(tokenizer.name_or_path if name == "tokenizer_config.json" else where) / name
-                raise bad_input("not the same after writing and reading it as the export does", file=file,
-                                found=different)  # fmt: skip
+                raise bad_input("not the same after writing and reading it as the export does", file=file, found=different)
     return read_alike
 
 
@@ -124,10 +133,17 @@ def _model_config(hf_config: PreTrainedConfig, dtype: torch.dtype, source: str |
     # Where the source has it, without the defaults that transformers 5 adds.
     scaling = config.get("rope_scaling") or (None if kind == "default" else rope)
     name = str(dtype).removeprefix("torch.")
-    return config | read | {
-        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__],
-        "dtype": name, "torch_dtype": name, "rope_theta": theta, "rope_scaling": scaling,
-    }  # fmt: skip
+    return (
+        config
+        | read
+        | {
+            "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__],
+            "dtype": name,
+            "torch_dtype": name,
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+        }
+    )
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict[str, Any]:
@@ -160,9 +176,7 @@ def end_tokens(value: Any, file: str | Path | None) -> list[int]:
     """
     ends = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(end) is int and end >= 0 for end in ends):
-        raise bad_input(
-            "not token ids", file=file, field="eos_token_id", found=value, expected="a whole number or a list"
-        )
+        raise bad_input("not token ids", file=file, field="eos_token_id", found=value, expected="a whole number or a list")
     return ends
 
 

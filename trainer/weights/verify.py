@@ -29,9 +29,7 @@ from medtrain.trainer.model.policy import PolicyModel
 from medtrain.trainer.weights.load import DTYPES, Checkpoint
 
 NUM_TOKENS = 32
-FORWARD_BYTES = (
-    40_000_000_000  # of the float32 model on rank 0's host; loading a larger one would keep all ranks waiting
-)
+FORWARD_BYTES = 40_000_000_000  # of the float32 model on rank 0's host; loading a larger one would keep all ranks waiting
 FORWARD_SHARE = 0.5  # of the host memory that is free
 # Mean absolute difference, nats a token, to float32: this much in float32; in a lower precision, so many times what Hugging
 # Face's own forward loses in it. A bias left out or another rope base changes trained weights' log-probabilities by far more.
@@ -40,9 +38,7 @@ TIMES_THEIR_LOSS = 3.0
 BLOCK_BYTES = 64 * 2**20  # read and compared at once
 
 
-def prove(
-    policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapters | None, world: World, *, forward: bool
-) -> dict:
+def prove(policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapters | None, world: World, *, forward: bool) -> dict:
     """Compare ``policy`` as loaded with ``checkpoint``; all ranks must call this. Adapters are left out of it.
 
     Returns what the manifest keeps: ``tensors`` compared; ``unused``, names in the files that the model has no place for;
@@ -106,8 +102,11 @@ def _check_tensors(policy: PolicyModel, checkpoint: Checkpoint, world: World) ->
     differ = [name for name, count in zip(names, world.sum(wrong), strict=True) if count > 0]
     if differ:
         others = f" and {len(differ) - 1} others" if len(differ) > 1 else ""
-        raise bad_input(f"the loaded weights are not those of the files: {differ[0]}{others} differ; likely cause: the files "
-                        "changed while they were read, or a defective disk or memory", file=checkpoint.folder)  # fmt: skip
+        raise bad_input(
+            f"the loaded weights are not those of the files: {differ[0]}{others} differ; likely cause: the files "
+            "changed while they were read, or a defective disk or memory",
+            file=checkpoint.folder,
+        )
     return names
 
 
@@ -128,9 +127,7 @@ def _is_stored(tensor: torch.Tensor, checkpoint: Checkpoint, name: str, *, packe
         rows = rows.to(tensor.device)
         expected = quantize(rows, tensor.dtype) if packed else rows.to(tensor.dtype)
         held = tensor[first : first + len(rows)]
-        if held.shape != expected.shape or not torch.equal(
-            held.contiguous().view(torch.uint8), expected.view(torch.uint8)
-        ):
+        if held.shape != expected.shape or not torch.equal(held.contiguous().view(torch.uint8), expected.view(torch.uint8)):
             return False
     return True
 
@@ -151,9 +148,7 @@ def _stored_rows(path: Path, name: str) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 @torch.no_grad()
-def _check_forward(
-    policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapters | None, world: World
-) -> dict[str, Any] | str:
+def _check_forward(policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapters | None, world: World) -> dict[str, Any] | str:
     if adapters is not None and adapters.base == "nf4":
         return "the base is rounded to 4 bits"
     needed = 4 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.shapes)
@@ -174,18 +169,22 @@ def _compare(ours: torch.Tensor, ids: torch.Tensor, policy: PolicyModel, checkpo
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
         theirs, their_loss = _hugging_face_logps(model, ids, policy.compute_dtype)
     except Exception as error:  # whatever it is, the other ranks wait for an answer
-        raise bad_input("Hugging Face's forward failed; model.proof=tensors goes without it", file=checkpoint.folder,
-                        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                        ) from error  # fmt: skip
+        raise bad_input(
+            "Hugging Face's forward failed; model.proof=tensors goes without it",
+            file=checkpoint.folder,
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        ) from error
     difference = (ours.double() - theirs).abs()
     mean, largest = float(difference.mean()), float(difference.max())
     tolerance = max(TOLERANCE, TIMES_THEIR_LOSS * their_loss)
     if not mean <= tolerance:  # so that NaN is wrong too
         raise bad_input(
             f"the loaded policy is not Hugging Face's model; likely cause: {_cause(model, policy, checkpoint)}; "
-            "model.proof=tensors goes without this comparison", file=checkpoint.folder,
+            "model.proof=tensors goes without this comparison",
+            file=checkpoint.folder,
             found=f"log-probabilities of {len(ours)} tokens {mean:.2e} nats apart in the mean, {largest:.2e} at most",
-            expected=f"at most {tolerance:.1e} in the mean")  # fmt: skip
+            expected=f"at most {tolerance:.1e} in the mean",
+        )
     return {"tokens": len(ours), "mean_difference": mean, "largest_difference": largest, "tolerance": tolerance}
 
 

@@ -55,9 +55,10 @@ MERGED = (
 DROPS_SYSTEM = PLAIN.replace("in messages", "in messages if m.role != 'system'")
 ESCAPES = turns("{{ m.content | e }}")
 DATED = turns(
-    "{{ m.content }}", "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ m.content }}",
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "<system>Today Date: {{ date_string }}</s>",
-)  # fmt: skip
+)
 THOUGHT = "<think>\n低い。\n</think>\n\n答え: "
 
 
@@ -105,7 +106,7 @@ def load(tmp_path, template, *rows, **options):
         (ESCAPES, pair(says("答え: a")), ["'prompt[0].content'", "leaves out or changes", "from '< 。' on"]),
         (QWEN3, pair(says("a")) | {"chosen": [says(THOUGHT + "a"), says("b")]}, ["'chosen[0].content'", "leaves out"]),
     ],
-)  # fmt: skip
+)
 def test_what_is_learned_and_what_system_and_user_say_must_stand_in_the_text(tmp_path, template, row, words):
     with pytest.raises(InputError) as caught:
         load(tmp_path, template, row)
@@ -130,10 +131,8 @@ def test_rows_of_which_something_is_left_out_are_dropped_if_told_and_counted(tmp
         (MERGED, pair(says("答え: a"), SYSTEM, user()), " 答え: a"),
         (PLAIN, pair(says("答え: a", tool_calls=[], name=""), user(name=None)), "答え: a"),
     ],
-)  # fmt: skip
-def test_what_only_stands_elsewhere_or_in_other_white_space_is_neither_refused_nor_noted(
-    tmp_path, template, row, chosen
-):
+)
+def test_what_only_stands_elsewhere_or_in_other_white_space_is_neither_refused_nor_noted(tmp_path, template, row, chosen):
     pairs = load(tmp_path, template, row)
     assert byte_tokenizer("").decode(pairs.chosen(0)) == chosen + "</s>"
     assert pairs.noted == {} and pairs.refused == {}
@@ -181,9 +180,13 @@ def test_a_date_is_fixed_in_a_copy_and_other_templates_are_not_touched():
 
 @pytest.mark.parametrize(
     "changing",
-    ["{% set f = '%d' %}{{ strftime_now(f) }}", "{{ [1, 2] | random }}", "{{ lipsum(n=1) }}",
-     "{% set now = strftime_now %}{{ now('%d') }}"],
-)  # fmt: skip
+    [
+        "{% set f = '%d' %}{{ strftime_now(f) }}",
+        "{{ [1, 2] | random }}",
+        "{{ lipsum(n=1) }}",
+        "{% set now = strftime_now %}{{ now('%d') }}",
+    ],
+)
 def test_a_template_that_no_two_starts_render_alike_fails_when_it_is_used(changing, tmp_path):
     tokenizer = fix_time(byte_tokenizer(changing + PLAIN), YESTERDAY)
     file = write_jsonl(tmp_path / "pairs.jsonl", [pair(says("a"))])
@@ -196,16 +199,12 @@ def test_a_template_that_no_two_starts_render_alike_fails_when_it_is_used(changi
 YEAR = "{{ '熱' if strftime_now('%Y') == '2024' else '咳' }} {% for m in messages %} {{ m.content }} </s> {% endfor %}"
 
 
-def test_a_run_begun_yesterday_goes_on_today_with_the_same_tokens(
-    rpo_tree, tokenizer_dir, tmp_path, monkeypatch, capsys
-):
+def test_a_run_begun_yesterday_goes_on_today_with_the_same_tokens(rpo_tree, tokenizer_dir, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(tokenizer_dir, tmp_path / "tokenizer"))
     tokenizer = read_tokenizer(folder)
     tokenizer.chat_template = YEAR
     tokenizer.save_pretrained(folder)
-    chats = [
-        {"prompt": [user(f"薬 は {word}")], "chosen": [says("答え a")], "rejected": [says("答え b")]} for word in "abc"
-    ]
+    chats = [{"prompt": [user(f"薬 は {word}")], "chosen": [says("答え a")], "rejected": [says("答え b")]} for word in "abc"]
     question = {"problem_id": "1", "problem_text": "薬 は", "choices": ["熱", "咳"], "answer": ["a"], "points": "1"}
     rpo_tree["model"]["tokenizer"] = str(folder)
     rpo_tree["data"]["pairs"] = [{"path": str(write_jsonl(tmp_path / "chats.jsonl", chats))}]

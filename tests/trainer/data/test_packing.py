@@ -62,9 +62,7 @@ def test_fewer_items_than_ranks_leave_empty_places_and_no_rank_out():
 
 def test_an_item_above_capacity_is_an_error_that_names_the_setting():
     check_capacity(8, 8, what="a window")
-    with pytest.raises(
-        InputError, match="'optim.micro_batch_tokens': too small for a pair .found 8; expected at least 9"
-    ):
+    with pytest.raises(InputError, match="'optim.micro_batch_tokens': too small for a pair .found 8; expected at least 9"):
         check_capacity(9, 8, what="a pair")
 
 

@@ -84,12 +84,7 @@ def test_a_pair_batch_counts_exactly_the_completions(tmp_path):
     pairs = load(tmp_path, [row(), row("why", "because of a", "because of b c")])
     batch = pair_batch([pairs, pairs], [(1, 1), (0, 0)], share=False)
     prompt, completion = ids("which fever is it"), [*ids("the answer a"), 1]
-    sequences = [
-        ids("why because of a <eos>"),
-        ids("why because of b c <eos>"),
-        prompt + completion,
-        [*prompt, *ids("b"), 1],
-    ]
+    sequences = [ids("why because of a <eos>"), ids("why because of b c <eos>"), prompt + completion, [*prompt, *ids("b"), 1]]
     targets = [s[1:] for s in sequences[:2]] + [completion, [*ids("b"), 1]]
     assert batch.input_ids.tolist() == [t for s in sequences for t in s[:-1]]
     assert batch.targets.tolist() == [t for s in targets for t in s]
@@ -110,15 +105,11 @@ SHAPES = st.tuples(st.integers(0, 3), *[st.lists(st.integers(0, 2), min_size=1, 
 def test_what_each_side_sees_and_must_find_is_its_own_prompt_and_completion(shapes, share):
     segments = [np.array([salt, *p]) if k == 0 else np.array(p) for salt, *rest in shapes for k, p in enumerate(rest)]
     offsets = np.concatenate([[0], np.cumsum([len(s) for s in segments])])
-    pairs = PairSet(
-        "p", None, "", np.concatenate(segments).astype(np.int32), offsets, np.arange(len(shapes)), "", {}, {}
-    )
+    pairs = PairSet("p", None, "", np.concatenate(segments).astype(np.int32), offsets, np.arange(len(shapes)), "", {}, {})
     items = [(0, i) for i in range(len(shapes))]
     batch = pair_batch([pairs], items, share=share)
     assert len(batch.input_ids) == len(batch.position_ids) == batch.cu_seqlens[-1]
-    assert (
-        batch.max_seqlen == batch.cu_seqlens.diff().max() and batch.max_key_seqlen == batch.key_cu_seqlens.diff().max()
-    )
+    assert batch.max_seqlen == batch.cu_seqlens.diff().max() and batch.max_key_seqlen == batch.key_cu_seqlens.diff().max()
     keys = torch.arange(len(batch.input_ids)) if batch.key_index is None else batch.key_index
     segment_of = torch.repeat_interleave(torch.arange(len(batch.cu_seqlens) - 1), batch.cu_seqlens.diff())
     for k, number in enumerate(batch.sides.tolist()):
@@ -150,11 +141,7 @@ def test_an_empty_pair_batch_has_no_pair_and_counts_nothing():
 def test_chat_lists_are_the_templates_tokens_up_to_the_eos(tmp_path):
     tokenizer, example = make_tokenizer(), chat()
     pairs = load(tmp_path, [row(), example])
-    assert segments(pairs, 1) == (
-        ids("<user> which fever <eos>\n<assistant>"),
-        ids("the answer a <eos>"),
-        ids("b <eos>"),
-    )
+    assert segments(pairs, 1) == (ids("<user> which fever <eos>\n<assistant>"), ids("the answer a <eos>"), ids("b <eos>"))
     options = {"tokenize": True, "return_dict": False}
     prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, **options)
     whole = tokenizer.apply_chat_template(example["prompt"] + example["chosen"], **options)
@@ -229,11 +216,7 @@ def test_chat_lists_need_a_template_whose_prompt_stays_the_beginning(tmp_path):
 
 
 # Tokens with eos: prompt 4 + chosen 4 = 8; prompt 6 + chosen 6 = 12; prompt 2 + rejected 9 = 11.
-LONG = [
-    row(),
-    row("which fever is it the answer", "a b c d e", "b"),
-    row("which fever", "a", "the answer a b c d e b"),
-]
+LONG = [row(), row("which fever is it the answer", "a b c d e", "b"), row("which fever", "a", "the answer a b c d e b")]
 
 
 def test_overlong_pairs_are_an_error_with_the_first_row_the_count_and_what_helps(tmp_path):
@@ -271,10 +254,7 @@ def test_pairs_that_cutting_makes_useless_are_refused_and_counted(tmp_path):
     rows = [same, no_room, row("why", "a", "b")]
     pairs = load(tmp_path, rows, max_length=5, overlong="cut_completion")
     assert pairs.rows.tolist() == [3] and pairs.cut == {}
-    assert pairs.refused == {
-        "identical after cutting": (1, 1 + 5 + 5),
-        "cut_completion leaves no room": (1, 5 + 2 + 3),
-    }
+    assert pairs.refused == {"identical after cutting": (1, 1 + 5 + 5), "cut_completion leaves no room": (1, 5 + 2 + 3)}
     pairs = load(tmp_path, rows, max_length=5, overlong="cut_prompt")
     assert pairs.rows.tolist() == [2, 3]
     assert pairs.refused == {"cut_prompt leaves no room": (1, 1 + 5 + 5)} and pairs.cut == {"cut_prompt": (1, 3)}
@@ -311,16 +291,9 @@ def test_unusable_pairs_are_an_error_with_counts_by_reason_or_dropped_into_the_l
     assert pairs.refused["identical"][1] == 2 * (4 + 4 + 4)
     ledger = pair_ledger([pairs])
     assert ledger["total"]["rows"] == 6 and ledger["total"]["refused"]["rows"] == 4
-    assert ledger["total"]["tokens"] == sum(
-        ledger["total"][outcome]["tokens"] for outcome in ("kept", "cut", "refused")
-    )
-    assert describe(ledger) == [
-        "pairs: refused: empty: 2 rows, 18 tokens",
-        "pairs: refused: identical: 2 rows, 24 tokens",
-    ]
-    forgetful = (
-        "{{ messages[0].content if messages|length > 1 and messages[0].content == 'why' else messages[-1].content }}"
-    )
+    assert ledger["total"]["tokens"] == sum(ledger["total"][outcome]["tokens"] for outcome in ("kept", "cut", "refused"))
+    assert describe(ledger) == ["pairs: refused: empty: 2 rows, 18 tokens", "pairs: refused: identical: 2 rows, 24 tokens"]
+    forgetful = "{{ messages[0].content if messages|length > 1 and messages[0].content == 'why' else messages[-1].content }}"
     rows = [row(), chat(prompt="which is it")]
     pairs = load(tmp_path, rows, tokenizer=make_tokenizer(template=forgetful), unusable="drop")
     assert list(pairs.refused) == ["prompt not a prefix"] and pairs.num_pairs == 1

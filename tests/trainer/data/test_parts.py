@@ -366,10 +366,7 @@ def test_an_epoch_beyond_32_bits_holds_every_window_once():
     for epoch in range(2):
         assert sorted(taken[epoch * 5000 : (epoch + 1) * 5000]) == list(range(5000))
     late = order.step(10**7)
-    assert (
-        len(late)
-        and (late.lengths == [lengths[s][i] for s, i in zip(late.source_ids, late.item_ids, strict=True)]).all()
-    )
+    assert len(late) and (late.lengths == [lengths[s][i] for s, i in zip(late.source_ids, late.item_ids, strict=True)]).all()
 
 
 def test_workers_are_the_cpus_less_the_ranks_that_wait(monkeypatch):

@@ -37,15 +37,17 @@ def tokens(seed, length):
 def pairs_of_all_kinds() -> PairSet:
     """One prompt with six distinct completions (one chosen twice), prompts and completions of one token."""
     a, b, c = tokens(1, 9), tokens(2, 1), tokens(3, 17)
-    return pair_set([
-        (a, tokens(10, 12), tokens(11, 5)),
-        (b, tokens(12, 7), tokens(13, 8)),
-        (a, tokens(14, 1), tokens(15, 30)),
-        (c, tokens(16, 6), [3]),
-        (a, tokens(10, 12), [4]),
-        (a, tokens(17, 3), tokens(18, 2)),
-        (b, [5], [6]),
-    ])  # fmt: skip
+    return pair_set(
+        [
+            (a, tokens(10, 12), tokens(11, 5)),
+            (b, tokens(12, 7), tokens(13, 8)),
+            (a, tokens(14, 1), tokens(15, 30)),
+            (c, tokens(16, 6), [3]),
+            (a, tokens(10, 12), [4]),
+            (a, tokens(17, 3), tokens(18, 2)),
+            (b, [5], [6]),
+        ]
+    )
 
 
 def norm_in_full(self, x):
@@ -97,9 +99,7 @@ def test_hidden_states_and_every_gradient_equal_those_of_separate_sequences(poli
 def test_a_changed_completion_leaves_every_other_hidden_state_bitwise_unchanged(policy, share):
     policy = policy.float()
     rows = [
-        tuple(p.tolist() for p in (s.prompt(i), s.chosen(i), s.rejected(i)))
-        for s in [pairs_of_all_kinds()]
-        for i in range(7)
+        tuple(p.tolist() for p in (s.prompt(i), s.chosen(i), s.rejected(i))) for s in [pairs_of_all_kinds()] for i in range(7)
     ]
     items = [(0, i) for i in range(7)]
     before = pair_batch([pair_set(rows)], items, share=share)
@@ -111,9 +111,7 @@ def test_a_changed_completion_leaves_every_other_hidden_state_bitwise_unchanged(
         after = pair_batch([pair_set(changed)], items, share=share)
         for k, (a, b) in enumerate(zip(states, by_side(hidden(policy, after)[after.counted], after), strict=True)):
             if k == 2 * pair + side - 1:
-                assert torch.equal(a[0], b[0]) and not torch.equal(
-                    a[1:], b[1:]
-                )  # the prompt's last token, then its own
+                assert torch.equal(a[0], b[0]) and not torch.equal(a[1:], b[1:])  # the prompt's last token, then its own
             else:
                 assert torch.equal(a, b), k
 
@@ -128,8 +126,12 @@ def test_a_changed_prompt_leaves_the_other_prompts_bitwise_unchanged(policy):
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12),
-       st.integers(30, 60), st.integers(1, 4), st.booleans())  # fmt: skip
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12),
+    st.integers(30, 60),
+    st.integers(1, 4),
+    st.booleans(),
+)
 def test_a_plan_holds_every_pair_once_within_the_budget_and_counts_what_batches_compute(shapes, capacity, size, share):
     pairs = pair_set([([p] * (3 + p), tokens(c, c), [21, *tokens(r, r)]) for p, c, r in shapes])
     items = [(0, i) for i in range(len(shapes))]

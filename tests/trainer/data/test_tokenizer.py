@@ -65,13 +65,18 @@ def test_ids_are_those_of_tokenizer_json_whatever_class_and_model_are_named(tmp_
 def test_bos_by_tokenizer_config_alone_and_added_tokens_of_it_are_kept(tmp_path):
     added = {"content": "<|end|>", "lstrip": False, "normalized": False, "rstrip": True, "single_word": False}
     own = byte_level()
-    folder = save(tmp_path, own, tokenizer_class="LlamaTokenizerFast", model_type="llama", add_bos_token=True,
-                  added_tokens_decoder={str(own.get_vocab_size()): added | {"special": True}}, chat_template="x")  # fmt: skip
+    folder = save(
+        tmp_path,
+        own,
+        tokenizer_class="LlamaTokenizerFast",
+        model_type="llama",
+        add_bos_token=True,
+        added_tokens_decoder={str(own.get_vocab_size()): added | {"special": True}},
+        chat_template="x",
+    )
     tokenizer = read_tokenizer(folder)
     assert opening(tokenizer) == ("<s>", [own.token_to_id("<s>")]) and tokenizer.chat_template == "x"
-    off = read_tokenizer(
-        save(tmp_path / "off", put_bos(prepend()), tokenizer_class="LlamaTokenizer", add_bos_token=False)
-    )
+    off = read_tokenizer(save(tmp_path / "off", put_bos(prepend()), tokenizer_class="LlamaTokenizer", add_bos_token=False))
     assert opening(off) == ("", [])
     other = read_tokenizer(save(tmp_path / "other", put_bos(prepend()), add_bos_token=False))  # no version obeyed it
     assert opening(other) == ("<s>", [1])
@@ -239,19 +244,23 @@ def test_both_sides_of_a_pair_are_what_the_model_would_write(tmp_path, kinds):
         for i, prompt in enumerate((PAIR["prompt"], "[user]どれ か[assistant]")):
             for side, text in ((pairs.chosen(i), PAIR["chosen"]), (pairs.rejected(i), PAIR["rejected"])):
                 before = pairs.prompt(i).tolist()
-                assert tokenizer.decode(before + side.tolist()) == tokenizer.decode(before) + text + "</s>", (
-                    kind,
-                    prompt,
-                )
+                assert tokenizer.decode(before + side.tolist()) == tokenizer.decode(before) + text + "</s>", (kind, prompt)
 
 
 def test_choices_are_scored_as_the_tokens_that_training_makes_of_them(kinds):
     torch.manual_seed(0)
     tokenizer = kinds["prepend"]
     model = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                    num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5)
-    ).eval()  # fmt: skip
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.5,
+        )
+    ).eval()
     prompts, answers = ["答え:", "答え:", "どれ か 。\n"], ["a", " a", "答え: a"]
     for prompt, answer, logp in zip(prompts, answers, HFEngine(model, tokenizer).logps(prompts, answers), strict=True):
         (before,), (after,) = tokenize_texts(tokenizer, [prompt]), continuations(tokenizer)([answer])
@@ -273,13 +282,9 @@ def test_qwens_tokens_are_those_of_its_file():
 
 
 def load(tmp_path, rows, tokenizer, max_length=1000, **options):
-    return load_pairs(
-        Source(str(write_jsonl(tmp_path / "pairs.jsonl", rows))), tokenizer, max_length=max_length, **options
-    )
+    return load_pairs(Source(str(write_jsonl(tmp_path / "pairs.jsonl", rows))), tokenizer, max_length=max_length, **options)
 
 
 def chat(chosen="a", rejected="の"):
-    sides = {
-        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", chosen), ("rejected", rejected))
-    }
+    sides = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", chosen), ("rejected", rejected))}
     return {"prompt": [{"role": "user", "content": "どれ か"}], **sides}

@@ -177,9 +177,7 @@ def test_a_refused_tokenisation_leaves_no_cache(tmp_path):
 
 def _tokenize_slowly(path, cache, results):
     made = []
-    tokenized = tokenize_source(
-        Source(path), make_tokenizer(), cache, progress=lambda rows: (time.sleep(0.2), made.append(rows))
-    )
+    tokenized = tokenize_source(Source(path), make_tokenizer(), cache, progress=lambda rows: (time.sleep(0.2), made.append(rows)))
     results.put((all_tokens(tokenized), bool(made)))
 
 
@@ -187,9 +185,7 @@ def test_of_processes_that_race_one_writes_and_all_read_the_same(tmp_path):
     source = write(tmp_path / "a.jsonl", ["the fever of marn"] * 5)
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    processes = [
-        context.Process(target=_tokenize_slowly, args=(source.path, str(tmp_path / "cache"), results)) for _ in range(3)
-    ]
+    processes = [context.Process(target=_tokenize_slowly, args=(source.path, str(tmp_path / "cache"), results)) for _ in range(3)]
     for process in processes:
         process.start()
     tokens, made = zip(*(results.get(timeout=60) for _ in processes), strict=True)
@@ -269,9 +265,7 @@ def test_a_cpt_batch_counts_every_input_and_restarts_positions():
     assert batch.cu_seqlens.tolist() == [0, 4, 7, 8] == batch.target_cu_seqlens.tolist()
     assert batch.counted.tolist() == list(range(8)) and batch.max_seqlen == 4
     assert batch.source_ids.tolist() == [0, 0, 0] and batch.pair_ids is None
-    assert {str(t.dtype) for t in (batch.input_ids, batch.position_ids, batch.counted, batch.targets)} == {
-        "torch.int64"
-    }
+    assert {str(t.dtype) for t in (batch.input_ids, batch.position_ids, batch.counted, batch.targets)} == {"torch.int64"}
     assert str(batch.cu_seqlens.dtype) == "torch.int32" and str(batch.target_cu_seqlens.dtype) == "torch.int64"
     assert str(batch.to("meta").cu_seqlens.device) == "meta" and batch.to("cpu").max_seqlen == 4
 

@@ -218,9 +218,7 @@ def test_the_exam_while_training_asks_about_no_tested_disease(finished):
     out, _ = finished
     tested = set(make_world(3, TINY.sizes).diseases["test"])
     for arm in ("cpt", "cpt_rpo"):
-        rows = [
-            json.loads(line) for line in (out / arm / "exam" / "step-00000000.jsonl").read_text("utf-8").splitlines()
-        ]
+        rows = [json.loads(line) for line in (out / arm / "exam" / "step-00000000.jsonl").read_text("utf-8").splitlines()]
         assert rows and not any(name in row["question"] for row in rows for name in tested)
         assert (out / arm / "report.html").is_file()
 

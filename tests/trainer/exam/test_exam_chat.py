@@ -41,7 +41,7 @@ def with_template(template):
         (ESCAPES, "part of the user message, from '<薬>"),
         (turns(NO_SYSTEM + "{{ m.content }}"), "the chat template fails: System role not supported"),
     ],
-)  # fmt: skip
+)
 def test_exam_prompts_hold_every_message_whole(template, words):
     style = PromptStyle(chat=True, system="医師。", question="<薬> {text}{choices}")
     shown = style.prompt(QUESTIONS[0], "explain", with_template(PLAIN), QUESTIONS[1:2])

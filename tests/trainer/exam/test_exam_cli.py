@@ -32,15 +32,26 @@ def call(*words, status=0):
         raise result.exception
     assert result.exit_code == status, result.output
     if status == 2 and "Usage:" not in result.stderr:
-        assert [line for line in result.stderr.splitlines() if line.startswith("medtrain: ")] == [
-            result.stderr.splitlines()[-1]
-        ]
+        assert [line for line in result.stderr.splitlines() if line.startswith("medtrain: ")] == [result.stderr.splitlines()[-1]]
     return result
 
 
 def sit(place, out, *words, **settings):
-    return call("eval", "--model", place / "model", "--exam", place / "exam.jsonl", "--prompt", place / "style.yaml",
-                "--max-new-tokens", 40, "--out", place / out, *words, **settings)  # fmt: skip
+    return call(
+        "eval",
+        "--model",
+        place / "model",
+        "--exam",
+        place / "exam.jsonl",
+        "--prompt",
+        place / "style.yaml",
+        "--max-new-tokens",
+        40,
+        "--out",
+        place / out,
+        *words,
+        **settings,
+    )
 
 
 def test_eval_prints_a_table_and_the_same_command_again_prints_json(place):
@@ -61,17 +72,27 @@ def test_choice_logp_from_the_command_line_and_compared_with_generation(place):
 
 
 def test_pairs_with_a_prompt_style_of_ones_own(place, tmp_path):
-    settings = {"model": str(place / "model"), "questions": str(place / "exam.jsonl"), "out": str(tmp_path / "p.jsonl"),
-                "prompt": str(place / "style.yaml"), "temperature": 0.3, "max_new_tokens": 40}  # fmt: skip
+    settings = {
+        "model": str(place / "model"),
+        "questions": str(place / "exam.jsonl"),
+        "out": str(tmp_path / "p.jsonl"),
+        "prompt": str(place / "style.yaml"),
+        "temperature": 0.3,
+        "max_new_tokens": 40,
+    }
     (tmp_path / "pairs.yaml").write_text(yaml.safe_dump(settings))
     done = call("pairs", tmp_path / "pairs.yaml")
     summary = json.loads(done.stdout)
     assert sum(summary["pairs"].values()) == len((tmp_path / "p.jsonl").read_text().splitlines()) > 0
     assert "settings" not in summary and "settings" in json.loads((tmp_path / "p.summary.json").read_text())
     for change, part in (
-        ("promt=x", "'prompt'"), ("prompt=nowhere", "no such prompt style"), ("unlisted_is_wrong=true", "answer_as: text"),
-        ("chat=true", "no chat template"), ("batch_tokens=0", "1 or more"), ("seed=1", "seed differ"),
-    ):  # fmt: skip
+        ("promt=x", "'prompt'"),
+        ("prompt=nowhere", "no such prompt style"),
+        ("unlisted_is_wrong=true", "answer_as: text"),
+        ("chat=true", "no chat template"),
+        ("batch_tokens=0", "1 or more"),
+        ("seed=1", "seed differ"),
+    ):
         assert part in call("pairs", tmp_path / "pairs.yaml", change, status=2).stderr
 
 

@@ -5,16 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers import (
-    TIMING,
-    kill_in_a_child,
-    read_metrics,
-    run,
-    run_on_ranks,
-    stopped_after,
-    without_timing,
-    write_jsonl,
-)
+from helpers import TIMING, kill_in_a_child, read_metrics, run, run_on_ranks, stopped_after, without_timing, write_jsonl
 
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.during import read_outputs
@@ -28,28 +19,22 @@ from medtrain.trainer.train import loop
 
 # The tokenizer of the tests splits at blanks and knows few words.
 STYLE = {
-    "question": "{text} {choices}", "choice": "{letter} {text}", "choice_joint": " ", "joint": " ",
-    "answer_marker": "答え :", "explain_marker": "理由 :", "instruction_answer": "", "instruction_explain": "",
-}  # fmt: skip
-TEXTS = [
-    "熱 の 薬 は",
-    "咳 の 患者 に 薬 を 与える 病 は",
-    "病 は",
-    "患者 の 理由 は 熱 。 薬 を 与えない 病 は",
-    "咳 は",
-]
+    "question": "{text} {choices}",
+    "choice": "{letter} {text}",
+    "choice_joint": " ",
+    "joint": " ",
+    "answer_marker": "答え :",
+    "explain_marker": "理由 :",
+    "instruction_answer": "",
+    "instruction_explain": "",
+}
+TEXTS = ["熱 の 薬 は", "咳 の 患者 に 薬 を 与える 病 は", "病 は", "患者 の 理由 は 熱 。 薬 を 与えない 病 は", "咳 は"]
 
 
 @pytest.fixture
 def exam(tmp_path):
     rows = [
-        {
-            "problem_id": str(i),
-            "problem_text": text,
-            "choices": ["熱", "咳", "薬"],
-            "answer": ["abc"[i % 3]],
-            "points": "1",
-        }
+        {"problem_id": str(i), "problem_text": text, "choices": ["熱", "咳", "薬"], "answer": ["abc"[i % 3]], "points": "1"}
         for i, text in enumerate(TEXTS)
     ]
     return write_jsonl(tmp_path / "exam.jsonl", [*rows, rows[0] | {"problem_id": "picture", "text_only": False}])
@@ -133,10 +118,7 @@ def test_any_number_of_ranks_gives_the_answers_of_one_process(stage, size, tied,
     for step in (0, 2, 4):
         assert outputs(tmp_path / "one", step) == outputs(tmp_path / "many", step)
     one, many = (
-        [
-            {n: v for n, v in row.items() if n.startswith("exam/") and n not in TIMING}
-            for row in read_metrics(tmp_path / f)
-        ]
+        [{n: v for n, v in row.items() if n.startswith("exam/") and n not in TIMING} for row in read_metrics(tmp_path / f)]
         for f in ("one", "many")
     )
     assert one == many
@@ -160,9 +142,8 @@ def test_the_answers_are_those_of_the_exported_model(stage, size, changes, tree_
         run_on_ranks(size, tmp_path, run, stage, tree, tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
     result = evaluate(
-        tmp_path / "run" / "model", exam, out=tmp_path / "eval", style=load_style(style), max_new_tokens=9,
-        max_answer_tokens=3,
-    )  # fmt: skip
+        tmp_path / "run" / "model", exam, out=tmp_path / "eval", style=load_style(style), max_new_tokens=9, max_answer_tokens=3
+    )
     assert last["exam/explanation_gap"] == result["explanation_gap"]
     ours = outputs(tmp_path / "run", 20)
     for mode in MODES:
@@ -259,13 +240,7 @@ def test_an_exam_left_out_by_a_stop_is_sat_when_the_run_goes_on(tree_of, tmp_pat
 def test_an_exam_of_an_own_form_is_read_through_its_mapping(tree_of, exam, tmp_path):
     run("rpo", tree_of("rpo"), tmp_path / "known")
     rows = [json.loads(line) for line in exam.read_text(encoding="utf-8").splitlines()]
-    names = {
-        "problem_id": "nr",
-        "problem_text": "frage",
-        "choices": "optionen",
-        "answer": "loesung",
-        "text_only": "text",
-    }
+    names = {"problem_id": "nr", "problem_text": "frage", "choices": "optionen", "answer": "loesung", "text_only": "text"}
     own = write_jsonl(tmp_path / "own.jsonl", [{names[k]: v for k, v in row.items() if k in names} for row in rows])
     mapping = tmp_path / "mapping.yaml"
     mapping.write_text(json.dumps({field: name for field, name in names.items()}))
@@ -327,13 +302,7 @@ def test_figures_of_a_kv_cache_that_does_not_agree_are_marked_invalid_everywhere
 def test_an_exam_of_which_most_was_cut_off_is_told_with_where_to_look(tmp_path):
     counts = {"points_ratio": 0.0, "parse_failures": 3, "truncated": 0}
     row = {f"exam/{mode}/{name}": value for mode in MODES for name, value in counts.items()}
-    row |= {
-        "step": 2,
-        "exam/questions": 5,
-        "exam/explanation_gap": 0.0,
-        "exam/seconds": 1.0,
-        "exam/answer/parse_failures": 2,
-    }
+    row |= {"step": 2, "exam/questions": 5, "exam/explanation_gap": 0.0, "exam/seconds": 1.0, "exam/answer/parse_failures": 2}
     lines = evaluation_lines(row, tmp_path / "step-2.jsonl")
     assert [line.split(":")[1] for line in lines if line.startswith("note:")] == [" explain"]
     assert "no answer was read in 3 of 5 outputs" in lines[-1] and str(tmp_path / "step-2.jsonl") in lines[-1]

@@ -58,8 +58,10 @@ def test_the_p_value_counts_every_pattern_of_signs():
     for _ in range(40):
         differences = [draw.choice([-3, -1, 0, 1, 2]) for _ in range(draw.randint(1, 9))]
         observed = abs(sum(differences))
-        sums = [sum(s * d for s, d in zip(signs, differences, strict=True))
-                for signs in itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
+        sums = [
+            sum(s * d for s, d in zip(signs, differences, strict=True))
+            for signs in itertools.product((1, -1), repeat=len(differences))
+        ]
         assert paired_p_value(differences) == pytest.approx(sum(abs(s) >= observed for s in sums) / len(sums))
     assert paired_p_value([]) == paired_p_value([0, 0]) == 1.0
 
@@ -76,10 +78,14 @@ def sitting(folder, explain, answer="1111100000", exam="x"):
     folder.mkdir()
     for mode, marks in (("answer", answer), ("explain", explain)):
         rows = [
-            {"problem_id": str(i), "correct": m == "1", "points": (1 + 2 * (i % 3 == 0)) * int(m),
-             "max_points": 1 + 2 * (i % 3 == 0)}
+            {
+                "problem_id": str(i),
+                "correct": m == "1",
+                "points": (1 + 2 * (i % 3 == 0)) * int(m),
+                "max_points": 1 + 2 * (i % 3 == 0),
+            }
             for i, m in enumerate(marks)
-        ]  # fmt: skip
+        ]
         write_jsonl(folder / f"outputs-{mode}.jsonl", rows)
     (folder / "run.json").write_text(json.dumps({"identity": {"model": str(folder), "exam": exam, "engine": "hf"}}))
     return folder

@@ -11,13 +11,24 @@ from medtrain.trainer.exam.questions import load_questions
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 MEDQA = {
-    "question": "A man coughs. Which drug?", "answer": "Red", "answer_idx": "B", "meta_info": "step1",
+    "question": "A man coughs. Which drug?",
+    "answer": "Red",
+    "answer_idx": "B",
+    "meta_info": "step1",
     "options": {"A": "Blue", "B": "Red", "C": "White"},
-}  # fmt: skip
+}
 MEDMCQA = {
-    "id": "m1", "question": "Which vitamin?", "opa": "A", "opb": "B", "opc": "C", "opd": "D", "cop": 0, "exp": "Since.",
-    "choice_type": "single", "subject_name": "Made up",
-}  # fmt: skip
+    "id": "m1",
+    "question": "Which vitamin?",
+    "opa": "A",
+    "opb": "B",
+    "opc": "C",
+    "opd": "D",
+    "cop": 0,
+    "exp": "Since.",
+    "choice_type": "single",
+    "subject_name": "Made up",
+}
 
 
 def test_medqa_rows_are_known(tmp_path):
@@ -31,10 +42,7 @@ def test_medmcqa_keys_count_from_where_the_file_shows(tmp_path):
     own = [MEDMCQA | {"cop": 4}, MEDMCQA | {"id": "m2", "cop": 2, "exp": None}]
     assert [q.answer for q in load_questions(write_jsonl(tmp_path / "hub.jsonl", hub))] == [("a",), ("c",)]
     questions = load_questions(write_jsonl(tmp_path / "own.jsonl", own))
-    assert [(q.problem_id, q.answer, q.explanation) for q in questions] == [
-        ("m1", ("d",), "Since."),
-        ("m2", ("b",), None),
-    ]
+    assert [(q.problem_id, q.answer, q.explanation) for q in questions] == [("m1", ("d",), "Since."), ("m2", ("b",), None)]
     for keys in ((1, 2), (0, 4)):
         rows = [MEDMCQA | {"id": str(key), "cop": key} for key in keys]
         with pytest.raises(InputError, match=r"'cop': whether keys count from 0 or from 1 does not show"):
@@ -56,8 +64,7 @@ def test_a_csv_file_is_read_through_the_shipped_mapping(tmp_path):
     one, two = load_questions(tmp_path / "exam.csv", mapping=CONFIGS / "exams/csv.yaml")
     assert one.problem_text == "A man,\n30 years old.\nWhich two?"
     assert (one.choices, one.answer, one.points, one.kinki) == (("x", "y", "z"), ("a", "c"), 3, ("b",))
-    assert (one.explanation, one.text_only, two.text_only, two.is_numeric, two.answer) == (
-        "Because.", True, False, True, ("26",))  # fmt: skip
+    assert (one.explanation, one.text_only, two.text_only, two.is_numeric, two.answer) == ("Because.", True, False, True, ("26",))
 
 
 def mapped(tmp_path, mapping, *rows):
@@ -117,10 +124,7 @@ def test_a_wrong_mapped_row_is_named_by_its_own_field(tmp_path, answer_as, chang
         ("{problem_text: q, choices: 3, answer: k}", "field 'choices': wrong type"),
         ("{problem_text: q, choices: c, answer: [k]}", "field 'answer': wrong type"),
         ("{problem_text: q, choices: c, answer: k, answer_as: number}", "field 'answer_as': not a known choice"),
-        (
-            "{problem_text: gone, choices: c, answer: k}",
-            "field 'problem_text': no row of the exam has this field (found gone",
-        ),
+        ("{problem_text: gone, choices: c, answer: k}", "field 'problem_text': no row of the exam has this field (found gone"),
     ],
 )
 def test_a_wrong_mapping_is_named(tmp_path, mapping, message):
@@ -153,35 +157,23 @@ def test_medmcqa_as_csv_needs_no_mapping(tmp_path):
     assert load_questions(tmp_path / "q.csv")[0].answer == ("d",)
 
 
-@pytest.mark.parametrize(
-    "setting", ["problem_text", "choices", "answer", "points", "kinki", "explanation", "text_only"]
-)
+@pytest.mark.parametrize("setting", ["problem_text", "choices", "answer", "points", "kinki", "explanation", "text_only"])
 def test_a_name_that_no_row_has_is_refused_and_not_taken_for_empty(setting, tmp_path):
     (tmp_path / "exam.csv").write_text("nr,frage,o1,o2,o3,key,pkt\n1,Which?,x,y,z,a,2\n", encoding="utf-8")
-    right = {
-        "problem_id": "nr",
-        "problem_text": "frage",
-        "choices": ["o1", "o2", "o3"],
-        "answer": "key",
-        "points": "pkt",
-    }
+    right = {"problem_id": "nr", "problem_text": "frage", "choices": ["o1", "o2", "o3"], "answer": "key", "points": "pkt"}
     mapping = tmp_path / "mapping.yaml"
     mapping.write_text(json.dumps(right))
     (question,) = load_questions(tmp_path / "exam.csv", mapping=mapping)
     assert (question.choices, question.points) == (("x", "y", "z"), 2)
     mapping.write_text(json.dumps(right | {setting: ["o1", "o2", "o33"] if setting == "choices" else "nix"}))
     name = "o33" if setting == "choices" else "nix"
-    with pytest.raises(
-        InputError, match=rf"mapping\.yaml: field '{setting}': no row .*found {name}; expected one of nr, frage"
-    ):
+    with pytest.raises(InputError, match=rf"mapping\.yaml: field '{setting}': no row .*found {name}; expected one of nr, frage"):
         load_questions(tmp_path / "exam.csv", mapping=mapping)
 
 
 def test_files_that_are_no_exam_are_named_for_what_they_are(tmp_path):
     (tmp_path / "exam.xlsx").write_bytes(b"PK")
-    with pytest.raises(
-        InputError, match=r"not a form of exam that is read \(found \.xlsx; expected \.jsonl, \.csv or \.tsv"
-    ):
+    with pytest.raises(InputError, match=r"not a form of exam that is read \(found \.xlsx; expected \.jsonl, \.csv or \.tsv"):
         load_questions(tmp_path / "exam.xlsx")
     (tmp_path / "empty.csv").write_text("id,question\n")
     with pytest.raises(InputError, match=r"no questions \(expected a row a question"):

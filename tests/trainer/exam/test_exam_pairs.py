@@ -39,13 +39,9 @@ def test_the_ground_truth_is_preferred_over_each_wrong_path():
 
 
 def test_right_paths_are_preferred_over_wrong_ones_and_none_is_used_twice_too_early():
-    rows, _ = build_pairs(
-        QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=3, style=STYLE
-    )
+    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=3, style=STYLE)
     assert len({row["chosen"] for row in rows}) == len({row["rejected"] for row in rows}) == 3
-    rows, summary = build_pairs(
-        QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=99, style=STYLE
-    )
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=99, style=STYLE)
     pairs = [(row["chosen"], row["rejected"]) for row in rows]
     assert len(set(pairs)) == len(pairs) == 12 and summary["left_out_by_cap"] == 0
     assert {c for c, _ in pairs} == set(RIGHT) and {r for _, r in pairs} == set(WRONG)
@@ -92,35 +88,20 @@ def test_an_answer_that_is_no_choice_is_wrong_only_where_that_is_asked_for_and_c
         " 答え: 黄と白",  # a choice among others
         " 答え: b または c",
     ]
-    given = paths(*certain, *unclear, " 理由。答え: 白", " 理由。答え: 青") + [
-        ReasoningPath("P", " 答え: 黄", truncated=True)
-    ]
+    given = paths(*certain, *unclear, " 理由。答え: 白", " 理由。答え: 青") + [ReasoningPath("P", " 答え: 黄", truncated=True)]
     settings = {"strategy": "explanation", "style": style}
     rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings)
     assert [row["rejected"] for row in rows] == [" 理由。答え: 白"] and summary["paths"]["wrong"] == 1
     rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings, unlisted_is_wrong=True)
     assert sorted(row["rejected"] for row in rows) == sorted([*certain, " 理由。答え: 白"])
-    assert summary["paths"] == {
-        "right": 1,
-        "bare": 0,
-        "wrong": 3,
-        "unparsed": len(unclear),
-        "truncated": 1,
-        "duplicate": 0,
-    }
+    assert summary["paths"] == {"right": 1, "bare": 0, "wrong": 3, "unparsed": len(unclear), "truncated": 1, "duplicate": 0}
     with pytest.raises(InputError, match="unlisted_is_wrong"):
         build_pairs(QUESTIONS[:1], {"1": given}, style=STYLE, unlisted_is_wrong=True)
 
 
 def test_the_summary_says_why_questions_gave_no_pairs():
     q = [replace(QUESTIONS[0], problem_id=str(i), explanation=None if i > 2 else "青。") for i in range(6)]
-    given = {
-        "1": paths(*RIGHT),
-        "2": paths(" わからない"),
-        "3": paths(*WRONG),
-        "4": paths(*RIGHT, *WRONG),
-        "5": paths(*WRONG),
-    }
+    given = {"1": paths(*RIGHT), "2": paths(" わからない"), "3": paths(*WRONG), "4": paths(*RIGHT, *WRONG), "5": paths(*WRONG)}
     _, summary = build_pairs(q, given, strategy="both", style=STYLE)
     assert summary["without_pairs"] == {
         "no paths": 1,
@@ -150,8 +131,7 @@ def test_pairs_continue_the_prompts_of_the_exam_token_for_token(unsure_model, to
     rows, summary = build_pairs(QUESTIONS[:2], sampled, strategy="both", style=STYLE)
     assert summary["questions_with_pairs"] == 2 and set(summary["pairs"]) == {"explanation", "sampled"}
     asked = {
-        r["problem_id"]: r["prompt"]
-        for r in answer_exam(unsure_model, tokenizer, QUESTIONS, "explain", STYLE, max_new_tokens=40)
+        r["problem_id"]: r["prompt"] for r in answer_exam(unsure_model, tokenizer, QUESTIONS, "explain", STYLE, max_new_tokens=40)
     }
     for row in rows:
         assert row["prompt"] == asked[row["question_id"]]
@@ -175,9 +155,7 @@ def test_equal_pairs_of_two_questions_are_written_once():
     twice = [QUESTIONS[0], replace(QUESTIONS[0], problem_id="9")]
     rows, summary = build_pairs(twice, {"1": paths(*WRONG), "9": paths(*WRONG)}, strategy="explanation", style=STYLE)
     assert len(rows) == 4 and summary["duplicate_pairs"] == 4
-    assert (
-        summary["without_pairs"] == {"the same pairs as another question": 1} and summary["questions_with_pairs"] == 1
-    )
+    assert summary["without_pairs"] == {"the same pairs as another question": 1} and summary["questions_with_pairs"] == 1
 
 
 def of_lengths(letter, lengths):
@@ -257,9 +235,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(tmp_path, exam, checkpoin
         file.write('{"problem_id": "1", "path": 7, "outp')
     rows = []
     generate = HFEngine._generate_batch
-    monkeypatch.setattr(
-        HFEngine, "_generate_batch", lambda self, ids, *a: rows.append(len(ids)) or generate(self, ids, *a)
-    )
+    monkeypatch.setattr(HFEngine, "_generate_batch", lambda self, ids, *a: rows.append(len(ids)) or generate(self, ids, *a))
     run_pairs(checkpoint, exam, out, **RUN, batch_tokens=200)
     assert sum(rows) < 24
     assert kept.read_bytes() == (tmp_path / "whole.paths.jsonl").read_bytes()
@@ -328,16 +304,12 @@ def test_no_explanations_are_told_before_anything_is_sampled(tmp_path, checkpoin
     summary = run_pairs(checkpoint, none, tmp_path / "pairs.jsonl", strategy="both", echo=told.append, **RUN)
     assert told[0] == "explanations: 0 of 3 questions have one" and set(summary["pairs"]) == {"sampled"}
     monkeypatch.setattr(pairs_module, "load_engine", lambda *a, **k: pytest.fail("sampled"))
-    with pytest.raises(
-        InputError, match=r"none\.jsonl: field 'explanation': no question has an explanation .*strategy=sampled"
-    ):
+    with pytest.raises(InputError, match=r"none\.jsonl: field 'explanation': no question has an explanation .*strategy=sampled"):
         run_pairs(checkpoint, none, tmp_path / "other.jsonl", strategy="explanation", **RUN)
     assert not list(tmp_path.glob("other*"))
     # What is asked is the same: explanations that come later cost no path.
     full = write_jsonl(tmp_path / "full.jsonl", [row | {"explanation": "それは薬。"} for row in rows])
-    assert (
-        "explanation" in run_pairs(checkpoint, full, tmp_path / "pairs.jsonl", strategy="explanation", **RUN)["pairs"]
-    )
+    assert "explanation" in run_pairs(checkpoint, full, tmp_path / "pairs.jsonl", strategy="explanation", **RUN)["pairs"]
 
 
 def test_smaller_batches_go_on_with_the_paths_that_are_there(tmp_path, exam, checkpoint):
@@ -362,20 +334,14 @@ def test_a_right_answer_without_an_explanation_is_not_chosen():
     assert summary["without_pairs"] == {"no right path that explains": 1}
     _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare)}, strategy="sampled", style=STYLE)
     assert summary["without_pairs"] == {"no path with an explanation": 1}
-    _, summary = build_pairs(
-        QUESTIONS[:1], {"1": paths(*long, *wrong)}, strategy="sampled", style=STYLE, min_explanation=3
-    )
+    _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*long, *wrong)}, strategy="sampled", style=STYLE, min_explanation=3)
     assert summary["paths"]["bare"] == 1
-    rows, _ = build_pairs(
-        QUESTIONS[:1], {"1": paths(*bare, *wrong)}, strategy="sampled", style=STYLE, min_explanation=0
-    )
+    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *wrong)}, strategy="sampled", style=STYLE, min_explanation=0)
     assert len(rows) == 3
 
 
 def test_both_kinds_share_an_odd_cap_over_the_questions():
-    two = [
-        replace(question, explanation="青は薬。") for question in (QUESTIONS[0], replace(QUESTIONS[0], problem_id="4"))
-    ]
+    two = [replace(question, explanation="青は薬。") for question in (QUESTIONS[0], replace(QUESTIONS[0], problem_id="4"))]
     of_both = {"1": paths(*RIGHT, *WRONG), "4": paths(*RIGHT, *WRONG, prompt="Q")}
     _, summary = build_pairs(two, of_both, strategy="both", max_per_question=1, style=STYLE)
     assert summary["pairs"] == {"explanation": 1, "sampled": 1}

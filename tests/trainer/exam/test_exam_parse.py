@@ -14,12 +14,7 @@ from medtrain.trainer.exam.questions import Question, load_questions
 
 JMLE = Path(__file__).parents[4] / "shared/data/jmle2026"
 
-FIVE = Question(
-    "X1",
-    "ルマ熱で最も適切なのはどれか。",
-    ("青い薬", "赤い薬", "白い薬", "赤い薬の点滴", "経過観察"),
-    ("c",),
-)
+FIVE = Question("X1", "ルマ熱で最も適切なのはどれか。", ("青い薬", "赤い薬", "白い薬", "赤い薬の点滴", "経過観察"), ("c",))
 BLOOD = Question("X2", "血液型はどれか。", ("B", "A", "O", "AB"), ("a",))
 NUMERIC = Question("X3", "総量を求めよ。解答：①②mL", (), ("26",))
 DECIMAL = Question("X4", "比を求めよ。解答：①.②③", (), ("7.20",))

@@ -80,17 +80,14 @@ def test_a_bos_that_the_tokenizer_adds_by_itself_is_written_out(tokenizer):
     assert PLAIN.prompt(ONE, "answer", tokenizer).startswith("問題")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens(["<s>"])
-    backend.post_processor = processors.TemplateProcessing(
-        "<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
     for named in ({"bos_token": "<s>"}, {}):
         bos = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **named)
         assert PLAIN.prompt(ONE, "answer", bos).startswith("<s>問題")
 
 
 @pytest.mark.parametrize(
-    "style",
-    [PLAIN, PromptStyle(), PromptStyle(chat=True), WORLD, load_style("official"), load_style("official", chat=True)],
+    "style", [PLAIN, PromptStyle(), PromptStyle(chat=True), WORLD, load_style("official"), load_style("official", chat=True)]
 )
 @pytest.mark.parametrize("question", [ONE, TWO, EITHER, NUMBER])
 @pytest.mark.parametrize("mode", MODES)
@@ -182,9 +179,7 @@ def test_a_wrong_style_file_is_refused_by_the_name_of_the_setting(tmp_path, text
 def test_wrong_requests_are_refused(tmp_path):
     (tmp_path / "style.yaml").write_text("stops: [x]\nlead: ''")
     assert load_style(tmp_path / "style.yaml") == PromptStyle(stops=("x",), lead="")
-    with pytest.raises(
-        InputError, match="no such prompt style .found nowhere; expected default, demo, english, official"
-    ):
+    with pytest.raises(InputError, match="no such prompt style .found nowhere; expected default, demo, english, official"):
         load_style("nowhere")
     with pytest.raises(InputError, match="needs an explanation"):
         PLAIN.completion(replace(ONE, explanation=None), "explain")

@@ -44,12 +44,7 @@ def test_the_other_exam_form_is_read(tmp_path):
 
 def test_answers_may_be_one_text(tmp_path):
     rows = [ROW | {"problem_id": str(i), "answer": a} for i, a in enumerate(["b", "a,c", "a or c", ["a or c"]])]
-    assert [q.accepted for q in load(tmp_path, *rows)] == [
-        (("b",),),
-        (("a", "c"),),
-        (("a",), ("c",)),
-        (("a",), ("c",)),
-    ]
+    assert [q.accepted for q in load(tmp_path, *rows)] == [(("b",),), (("a", "c"),), (("a",), ("c",)), (("a",), ("c",))]
 
 
 @pytest.mark.parametrize(

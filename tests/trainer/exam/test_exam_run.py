@@ -58,9 +58,14 @@ def test_a_row_that_has_ended_is_not_run_to_the_token_limit(model, tokenizer):
 def test_what_is_generated_does_not_depend_on_the_batch(tokenizer):
     torch.manual_seed(1)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
     random_model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         for parameter in random_model.parameters():
@@ -201,16 +206,22 @@ def test_the_most_likely_answer_has_as_many_letters_as_the_exam_asks_for(tokeniz
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("どれか。", 3), ("どれか。2つ選べ。", 3), ("３つ選べ", 1), ("二つを選べ", 3), ("Select TWO answers", 3),
-     ("2つの所見がある。どれか。", 3), ("すべて選べ。", 0), ("Select all that apply.", 0)],
-)  # fmt: skip
+    [
+        ("どれか。", 3),
+        ("どれか。2つ選べ。", 3),
+        ("３つ選べ", 1),
+        ("二つを選べ", 3),
+        ("Select TWO answers", 3),
+        ("2つの所見がある。どれか。", 3),
+        ("すべて選べ。", 0),
+        ("Select all that apply.", 0),
+    ],
+)
 def test_candidates_are_what_the_exams_text_asks_for(text, count):
     found = candidates(replace(QUESTIONS[0], problem_text=text))
     assert len(found) == count
     if found:
-        assert {len(one) for one in found} == {
-            3 if count == 1 else 2 if "つ選" in text or "二" in text or "TWO" in text else 1
-        }
+        assert {len(one) for one in found} == {3 if count == 1 else 2 if "つ選" in text or "二" in text or "TWO" in text else 1}
 
 
 def test_acc_takes_the_sum_and_acc_norm_the_sum_per_character():
@@ -261,9 +272,7 @@ def test_the_gap_has_an_interval_and_a_p_value(checkpoint, exam, tmp_path, model
 
 def test_evaluate_writes_the_result_and_every_output(checkpoint, exam, tmp_path):
     seen = []
-    result = evaluate(
-        checkpoint, exam, out=tmp_path / "out", style=STYLE, max_new_tokens=40, progress=lambda *a: seen.append(a)
-    )
+    result = evaluate(checkpoint, exam, out=tmp_path / "out", style=STYLE, max_new_tokens=40, progress=lambda *a: seen.append(a))
     assert result == json.loads((tmp_path / "out/exam.json").read_text())
     for mode in ("answer", "explain"):
         figures = {k: result[mode][k] for k in ("points", "max_points", "correct", "questions", "truncated")}
@@ -338,9 +347,7 @@ def test_a_limit_belongs_to_the_outputs_of_its_mode(checkpoint, exam, tmp_path):
 
 
 def test_a_prompt_that_does_not_fit_is_told_before_any_mode_is_sat(checkpoint, exam, tmp_path):
-    with pytest.raises(
-        InputError, match=r"exam\.jsonl: the prompt does not fit .*question 1, explain: .* 600 new ones"
-    ):
+    with pytest.raises(InputError, match=r"exam\.jsonl: the prompt does not fit .*question 1, explain: .* 600 new ones"):
         evaluate(checkpoint, exam, out=tmp_path / "out", style=STYLE, max_new_tokens=600)
     assert not (tmp_path / "out").exists()
 

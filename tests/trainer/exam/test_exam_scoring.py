@@ -51,10 +51,7 @@ def test_every_published_figure_is_reproduced(model):
 def test_the_official_key_itself_gets_every_point():
     for year in range(2018, 2023):
         questions = load_questions(IGAKUQA / f"{year}.jsonl")
-        keys = {
-            q.problem_id: q.answer[0].split(" or ")[0] if " or " in q.answer[0] else ",".join(q.answer)
-            for q in questions
-        }
+        keys = {q.problem_id: q.answer[0].split(" or ")[0] if " or " in q.answer[0] else ",".join(q.answer) for q in questions}
         for rows in ({"prediction": ""}, {"output": "答え: "}):
             (field, before), *_ = rows.items()
             result = score(questions, {i: {field: before + key} for i, key in keys.items()})

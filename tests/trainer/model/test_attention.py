@@ -70,9 +70,7 @@ def test_calls_that_would_be_another_computation_are_refused():
         varlen_attention(None, q, k, v, torch.ones(1), scaling=1.0, layout=layout())
 
 
-def _lower_right(
-    q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False
-):  # torch 2.11 has no groups
+def _lower_right(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):  # torch 2.11 has no groups
     """What torch's variable-length kernel computes: its causal mask is aligned to the bottom right."""
     assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
     assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()

@@ -53,10 +53,7 @@ def ragged(num_packs):
     [
         ({"lora": {"rank": 2}}, 1e-5),
         ({"parallel": {"replicate": 2}, "model": {"activation_checkpointing": "full"}}, 1e-5),
-        (
-            {"precision": {"compute": "bfloat16", "fp8": "tensorwise", "fp8_emulate": True, "fp8_all_gather": True}},
-            3e-2,
-        ),
+        ({"precision": {"compute": "bfloat16", "fp8": "tensorwise", "fp8_emulate": True, "fp8_all_gather": True}}, 3e-2),
     ],
     ids=["lora", "copies-checkpointing", "fp8"],
 )
@@ -80,8 +77,7 @@ def test_compiled_layers_are_sharded_adapted_and_in_fp8(changes, tolerance, cpt_
     [
         "none",
         pytest.param(
-            "selective",
-            marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="refused: makes a graph for each length"),
+            "selective", marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="refused: makes a graph for each length")
         ),
     ],
 )
@@ -126,9 +122,7 @@ def test_the_curve_and_the_files_are_those_of_an_uncompiled_run(stage, request, 
     assert "compiled" in (result.run_dir / "manifest.json").read_text()
     from safetensors import safe_open
 
-    names = [
-        set(safe_open(tmp_path / f / "model" / "model.safetensors", "pt").keys()) for f in ("as-written", "compiled")
-    ]
+    names = [set(safe_open(tmp_path / f / "model" / "model.safetensors", "pt").keys()) for f in ("as-written", "compiled")]
     assert names[0] == names[1]
 
 

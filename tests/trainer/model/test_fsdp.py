@@ -16,8 +16,13 @@ from medtrain.trainer.model.policy import build_model, load_model_config, load_t
 from medtrain.trainer.weights.checkpoint import Saver
 from medtrain.trainer.weights.load import init_weights
 
-WIDE = SIZES | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "initializer_range": 0.05}  # fmt: skip
+WIDE = SIZES | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.05,
+}
 
 
 def with_heldout(tree, stage):

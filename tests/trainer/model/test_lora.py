@@ -30,13 +30,7 @@ from medtrain.trainer.errors import InputError
 from medtrain.trainer.model.flops import num_parameters
 from medtrain.trainer.model.lora import fill_adapters, plan_adapters, weight_name
 from medtrain.trainer.model.nf4 import dequantize, quantize
-from medtrain.trainer.model.policy import (
-    SUPPORTED_TYPES,
-    build_model,
-    load_model_config,
-    load_tokenizer,
-    parameter_shapes,
-)
+from medtrain.trainer.model.policy import SUPPORTED_TYPES, build_model, load_model_config, load_tokenizer, parameter_shapes
 from medtrain.trainer.run.export import export_run
 from medtrain.trainer.weights.load import Checkpoint, load_weights
 
@@ -219,10 +213,7 @@ def test_medtrain_export_makes_both_folders_of_the_run_again(lora_tree, tmp_path
     run("rpo", lora_tree, tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "merged")
     export_run(tmp_path / "run", tmp_path / "alone", adapter=True)
-    for out, made, file in (
-        ("merged", "model", "model.safetensors"),
-        ("alone", "adapter", "adapter_model.safetensors"),
-    ):
+    for out, made, file in (("merged", "model", "model.safetensors"), ("alone", "adapter", "adapter_model.safetensors")):
         assert (tmp_path / out / file).read_bytes() == (tmp_path / "run" / made / file).read_bytes()
     assert json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["r"] == 4
 
@@ -291,8 +282,10 @@ def test_a_run_begun_with_an_adapter_takes_it_for_its_reference_and_trains_it_on
     assert without_timing(rows) == without_timing(read_metrics(tmp_path / "killed"))
     config = json.loads((tmp_path / "whole" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (3, 5, ["down_proj", "q_proj"])
-    save_file({name: t + 1 for name, t in load_file(adapter / "adapter_model.safetensors").items()},
-              adapter / "adapter_model.safetensors")  # fmt: skip
+    save_file(
+        {name: t + 1 for name, t in load_file(adapter / "adapter_model.safetensors").items()},
+        adapter / "adapter_model.safetensors",
+    )
     with pytest.raises(InputError, match=r"lora\.path has changed"):
         run("rpo", lora_tree, tmp_path / "killed")
     export_run(tmp_path / "killed", tmp_path / "out")
@@ -374,9 +367,7 @@ def test_bfloat16_follows_float32_and_its_head_is_frozen(lora_tree, base, tmp_pa
 def test_the_first_values_of_an_adapter_are_drawn_as_peft_draws_them(base):
     policy, _ = policy_of(base, LoraConfig(rank=16))
     torch.manual_seed(0)
-    theirs = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), PeftLoraConfig(r=16, target_modules=list(KINDS))
-    )
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), PeftLoraConfig(r=16, target_modules=list(KINDS)))
     expected = {n.removeprefix("base_model.model."): p for n, p in theirs.named_parameters()}
     for name, param in policy.named_parameters():
         if param.requires_grad:

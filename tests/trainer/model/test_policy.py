@@ -84,9 +84,7 @@ def test_exported_weights_carry_their_sha256_and_are_refused_when_they_differ(hf
     policy, tokenizer = policy_of(ModelConfig(path=str(folder)))
     load_weights(policy, Checkpoint(folder))
     out = export_model(policy, tokenizer, tmp_path / "out", ALONE, dtype=torch.bfloat16)
-    checked = subprocess.run(
-        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=out, capture_output=True, text=True
-    )
+    checked = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=out, capture_output=True, text=True)
     files = sorted(out.glob("*.safetensors"))
     assert checked.returncode == 0 and checked.stdout.count(": OK") == len(files) > 2
     digest = Checkpoint(out).digest()
@@ -225,8 +223,14 @@ def test_sizes_of_random_weights_are_checked(tokenizer_dir):
 )
 def test_a_size_below_one_is_refused(size, tokenizer_dir):
     name, _, value = size.partition("=")
-    sizes = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "num_key_value_heads": 1} | {name: int(value)}  # fmt: skip
+    sizes = {
+        "model_type": "qwen2",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    } | {name: int(value)}
     config = ModelConfig(init=sizes, tokenizer=str(tokenizer_dir))
     with pytest.raises(InputError, match=name):
         load_model_config(config, load_tokenizer(config))
@@ -237,10 +241,7 @@ def test_a_size_below_one_is_refused(size, tokenizer_dir):
     [
         ({"hidden_act": "foo"}, "builds no model from this config .*KeyError: 'foo'"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "builds no model from this config"),
-        (
-            {"num_attention_heads": 4, "num_key_value_heads": 3},
-            "config.json: sizes that do not fit together .*4 heads of 4",
-        ),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "config.json: sizes that do not fit together .*4 heads of 4"),
         ({"head_dim": 1}, "config.json: sizes that do not fit together .*2 heads of 1"),
         ({"hidden_size": 18, "num_key_value_heads": 2}, "config.json: sizes that do not fit together .*2 heads of 9"),
         ({"rms_norm_eps": "x"}, "config.json: unreadable config .*rms_norm_eps"),

@@ -19,8 +19,13 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 load_torchao("tests")
 
 # Rows of 128 and 256: what 8-bit moments and FP8 ask for. k_proj and v_proj are [64, 128].
-WIDE = SIZES | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "initializer_range": 0.05}  # fmt: skip
+WIDE = SIZES | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.05,
+}
 TENSORWISE = {"fp8": "tensorwise", "fp8_emulate": True}
 ROWWISE = {"fp8": "rowwise", "fp8_emulate": True}
 GATHERED = TENSORWISE | {"fp8_all_gather": True}
@@ -41,13 +46,7 @@ def losses(run_dir):
 # 30 steps of a longer curve: benchmarks/results/precision-cpu-2026-11-22.json.
 @pytest.mark.parametrize(
     ("precision", "state", "tolerance"),
-    [
-        (TENSORWISE, "fp32", 0.08),
-        (ROWWISE, "fp32", 0.08),
-        ({}, "8bit", 0.01),
-        (BF16, "fp32", 0.02),
-        (BF16, "8bit", 0.02),
-    ],
+    [(TENSORWISE, "fp32", 0.08), (ROWWISE, "fp32", 0.08), ({}, "8bit", 0.01), (BF16, "fp32", 0.02), (BF16, "8bit", 0.02)],
     ids=["tensorwise", "rowwise", "8bit", "bf16", "bf16-8bit"],
 )
 def test_the_curve_follows_float32(tree, tmp_path, precision, state, tolerance):
@@ -83,9 +82,7 @@ def test_two_ranks_give_the_losses_of_one(tree, tmp_path, precision, state, tole
 
 
 @pytest.mark.parametrize(
-    ("precision", "state"),
-    [(GATHERED | BF16, "8bit"), (ROWWISE, "fp32"), (BF16, "fp32")],
-    ids=["all", "rowwise", "bf16"],
+    ("precision", "state"), [(GATHERED | BF16, "8bit"), (ROWWISE, "fp32"), (BF16, "fp32")], ids=["all", "rowwise", "bf16"]
 )
 def test_a_killed_run_started_again_repeats_every_bit(tree, tmp_path, precision, state):
     tree["precision"] = precision | ({"fp8_check_every": 2} if "fp8" in precision else {})
@@ -131,9 +128,7 @@ def test_the_export_of_an_fp8_run_is_a_plain_model_with_its_held_out_loss(tree, 
     model = AutoModelForCausalLM.from_pretrained(result.model_dir)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     export_run(tmp_path / "run", tmp_path / "again")
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        result.model_dir / "model.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (result.model_dir / "model.safetensors").read_bytes()
     # Trained on by nothing, the exported weights have the held-out loss that the run reported at its end.
     del tree["model"]["init"], tree["precision"]
     tree["model"] |= {"path": str(result.model_dir)}
@@ -174,9 +169,7 @@ def test_fp8_in_rpo_begins_with_the_reference_of_a_run_without(rpo_tree, tmp_pat
     a, b = (next((tmp_path / f / "reference").glob("*/part-*.npy")).read_bytes() for f in ("plain", "fp8"))
     assert a == b
     first = read_metrics(tmp_path / "fp8")[0]
-    assert first["dpo_loss"] == pytest.approx(math.log(2), abs=0.05) and first["dpo_loss"] != pytest.approx(
-        math.log(2), abs=1e-6
-    )
+    assert first["dpo_loss"] == pytest.approx(math.log(2), abs=0.05) and first["dpo_loss"] != pytest.approx(math.log(2), abs=1e-6)
 
 
 # The guard
@@ -257,9 +250,7 @@ def test_a_gradient_that_is_not_finite_is_counted_and_stops_before_the_update(tr
         return y
 
     monkeypatch.setattr(fp8.FP8Linear, "forward", forward)
-    with pytest.raises(
-        RuntimeError, match=r"step 1: .*not finite, stopped before .* [1-9]\d* FP8 weights have such gradients"
-    ):
+    with pytest.raises(RuntimeError, match=r"step 1: .*not finite, stopped before .* [1-9]\d* FP8 weights have such gradients"):
         run("cpt", watched(tree), tmp_path / "run")
 
 
@@ -289,9 +280,7 @@ def test_settings_that_cannot_work_or_have_no_effect_are_refused(tree):
     refused(tree, "no layer can compute in FP8", precision=ROWWISE, model={"init": odd})
 
 
-@pytest.mark.parametrize(
-    ("capability", "match"), [((8, 0), r"has no FP8 \(found Some GPU, 8\.0"), ((9, 0), "rounded to bf")]
-)
+@pytest.mark.parametrize(("capability", "match"), [((8, 0), r"has no FP8 \(found Some GPU, 8\.0"), ((9, 0), "rounded to bf")])
 def test_a_cuda_device_is_asked_what_it_can(tree, monkeypatch, capability, match):
     from medtrain.trainer.config.settings import PrecisionConfig
     from medtrain.trainer.model.precision import plan_fp8
@@ -302,9 +291,7 @@ def test_a_cuda_device_is_asked_what_it_can(tree, monkeypatch, capability, match
     with pytest.raises(InputError, match=match):
         plan_fp8(PrecisionConfig(fp8="tensorwise"), shapes, torch.device("cuda"), torch.float32)
     if capability == (9, 0):
-        assert plan_fp8(PrecisionConfig(fp8="tensorwise"), shapes, torch.device("cuda"), torch.bfloat16).names == set(
-            shapes
-        )
+        assert plan_fp8(PrecisionConfig(fp8="tensorwise"), shapes, torch.device("cuda"), torch.bfloat16).names == set(shapes)
 
 
 def test_a_run_goes_on_with_other_checks_but_not_with_other_arithmetic(tree, tmp_path):

@@ -19,15 +19,15 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 WIDE = SIZES | {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 MISTRAL = {"mistral": {"sliding_window": None}}
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FP8 = Fp8("rowwise", False, True, frozenset(f"model.layers.{i}.mlp.{n}.weight" for i in (0, 1) for n in ALL_LINEAR[4:]),
-          {})  # fmt: skip
+FP8 = Fp8("rowwise", False, True, frozenset(f"model.layers.{i}.mlp.{n}.weight" for i in (0, 1) for n in ALL_LINEAR[4:]), {})
 
 
 def policy_of(mode, model_type="qwen2", adapters=None, fp8=None):
     sizes = {**WIDE, "model_type": model_type, "vocab_size": 24} | MISTRAL.get(model_type, {})
     settings = ModelConfig(init=sizes, activation_checkpointing=mode)
-    policy = build_model(settings, load_model_config(settings, None), ALONE, torch.float32, backend="sdpa",
-                         adapters=adapters, fp8=fp8)  # fmt: skip
+    policy = build_model(
+        settings, load_model_config(settings, None), ALONE, torch.float32, backend="sdpa", adapters=adapters, fp8=fp8
+    )
     init_weights(policy, 0)
     if adapters is not None:
         fill_adapters(policy, adapters, 0)
@@ -88,9 +88,12 @@ def test_attention_is_computed_again_by_full_and_not_by_selective():
 
 ADAPTERS = Adapters(4, 8.0, ALL_LINEAR, None, "dense", 0)
 CASES = {
-    "plain": {}, "qwen3": {"model_type": "qwen3"}, "lora": {"adapters": ADAPTERS},
-    "qlora": {"adapters": Adapters(4, 8.0, ALL_LINEAR, None, "nf4", 0)}, "fp8": {"fp8": FP8},
-}  # fmt: skip
+    "plain": {},
+    "qwen3": {"model_type": "qwen3"},
+    "lora": {"adapters": ADAPTERS},
+    "qlora": {"adapters": Adapters(4, 8.0, ALL_LINEAR, None, "nf4", 0)},
+    "fp8": {"fp8": FP8},
+}
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

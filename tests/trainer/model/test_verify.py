@@ -13,9 +13,15 @@ from medtrain.trainer.model.verify import prove_architecture, small_config
 
 # Qwen2.5-72B's sizes.
 SIZES = {
-    "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-    "intermediate_size": 29568, "vocab_size": 152064, "max_position_embeddings": 131072, "sliding_window": None,
-}  # fmt: skip
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 29568,
+    "vocab_size": 152064,
+    "max_position_embeddings": 131072,
+    "sliding_window": None,
+}
 ROPES = {
     "default": {"rope_theta": 1e6},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
@@ -23,10 +29,12 @@ ROPES = {
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 4.0},
     "longrope": {
-        "factor": 32.0, "original_max_position_embeddings": 4096, "short_factor": [1 + i / 64 for i in range(64)],
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "short_factor": [1 + i / 64 for i in range(64)],
         "long_factor": [1.0 + i for i in range(64)],
     },
-}  # fmt: skip
+}
 
 
 def config_of(model_type="qwen2", rope="default", **sizes):
@@ -52,9 +60,7 @@ def test_every_family_passes_at_any_size_and_draws_nothing(model_type, tied):
 def test_every_kind_of_rope_passes_where_it_does_not_depend_on_the_documents_beside(rope):
     assert proved(config_of("llama", rope))["positions"] == 4096
     if rope == "longrope":
-        with pytest.raises(
-            InputError, match=r"rope_type longrope has other frequencies for long .*, 4096 \(found llama"
-        ):
+        with pytest.raises(InputError, match=r"rope_type longrope has other frequencies for long .*, 4096 \(found llama"):
             proved(config_of("llama", rope), 4097)
     else:
         assert proved(config_of("llama", rope), 131072)["positions"] == 131072

@@ -65,7 +65,7 @@ def made_up(tmp_path_factory):
         "copies",
         "whole layers",
         "ahead",
-    ],  # fmt: skip
+    ],
 )
 def test_the_plan_is_near_what_a_real_step_allocates(case, made_up):
     ranks, stage, changes = case
@@ -88,8 +88,7 @@ def plan_of(config, world_size):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"lora__rank": 4}, {"optim__state": "8bit", "precision__weights": "bf16", "precision__compute": "bfloat16"}],
+    "changes", [{}, {"lora__rank": 4}, {"optim__state": "8bit", "precision__weights": "bf16", "precision__compute": "bfloat16"}]
 )
 def test_the_copy_of_a_checkpoint_takes_the_host_memory_that_was_planned(changes, cpt_tree, tmp_path, monkeypatch):
     cpt_tree["model"]["init"] |= {"hidden_size": 64, "intermediate_size": 128}
@@ -143,9 +142,7 @@ def test_fp8_gathers_half_the_bytes_and_casts_take_room():
 
 def test_an_nf4_base_costs_nine_sixteenths_of_a_byte_a_weight():
     config = config_of(lora={"rank": 16, "base": "nf4"}, path="qwen2.5-7b")
-    layer, head, root = units(
-        config, read_model(config, model_sizes(config.model)[0]), Machine(1), torch.bfloat16, True
-    )
+    layer, head, root = units(config, read_model(config, model_sizes(config.model)[0]), Machine(1), torch.bfloat16, True)
     linear = 3584 * 3584 * 2 + 3584 * 512 * 2 + 3 * 3584 * 18944
     adapters = 16 * (2 * 7168 + 2 * (3584 + 512) + 3 * (3584 + 18944))
     assert layer.stored == linear * 9 // 16 + 2 * (2 * 3584 + 3584 + 2 * 512) + 4 * adapters
@@ -176,8 +173,9 @@ def test_what_is_said_to_fit_fits_when_it_is_planned_by_itself():
     tried = {each["change"]: each for each in alternatives(plan, 79 * GIB)}
     assert not tried["optim.micro_batch_tokens=8192"]["fits"] and tried["32 ranks"]["fits"]
     alone = plan_of(config_of("rpo", model={"activation_checkpointing": "full"}, lora={"rank": 16}), 8)
-    small = plan_of(config_of("rpo", model={"activation_checkpointing": "full"}, optim={"state": "8bit"},
-                              precision={"weights": "bf16"}), 8)  # fmt: skip
+    small = plan_of(
+        config_of("rpo", model={"activation_checkpointing": "full"}, optim={"state": "8bit"}, precision={"weights": "bf16"}), 8
+    )
     assert tried["optim.state=8bit precision.weights=bf16"]["peak_gib"] == small.peak / GIB
     assert not tried["optim.state=8bit"]["fits"] and not tried["precision.weights=bf16"]["fits"]
     assert tried["lora.rank=16"] == {"change": "lora.rank=16", "peak_gib": alone.peak / GIB, "fits": True}
@@ -194,9 +192,7 @@ def test_the_command_prints_and_its_status_says_whether_it_fits(tmp_path):
     done = CliRunner().invoke(main, ["plan", file, "--world-size", "8", "model.activation_checkpointing=full"])
     assert done.exit_code == 1 and "DOES NOT FIT 79 GiB" in done.output and "32 ranks" in done.output
     assert "no rate has been measured" in done.output
-    done = CliRunner().invoke(
-        main, ["plan", file, "--world-size", "512", "--json", "model.activation_checkpointing=full"]
-    )
+    done = CliRunner().invoke(main, ["plan", file, "--world-size", "512", "--json", "model.activation_checkpointing=full"])
     result = json.loads(done.output)
     assert done.exit_code == 0 and result["fits"] and result["alternatives"] == []
     assert sum(result["parts_gib"].values()) == pytest.approx(result["peak_gib"])
@@ -219,8 +215,15 @@ def test_sizes_of_an_init_with_a_vocabulary_need_no_tokenizer():
 
 def test_speed_is_told_from_measured_rows_only(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_report, "RESULTS", tmp_path)
-    row = {"impl": "medtrain", "model": "72b", "parameters": 72_706_203_648, "trained": "all weights",
-           "precision": "bfloat16", "tokens_per_second": 123.0, "mfu": 0.5}  # fmt: skip
+    row = {
+        "impl": "medtrain",
+        "model": "72b",
+        "parameters": 72_706_203_648,
+        "trained": "all weights",
+        "precision": "bfloat16",
+        "tokens_per_second": 123.0,
+        "mfu": 0.5,
+    }
     others = [row | {"impl": "trl"}, row | {"precision": "float32"}, row | {"trained": "LoRA rank 16"}]
     small = row | {"parameters": 7_615_616_512, "model": "7b", "tokens_per_second": 9.0, "mfu": 0.25}
 
@@ -239,8 +242,11 @@ def test_speed_is_told_from_measured_rows_only(tmp_path, monkeypatch):
     # 6 a weight that multiplies, 6 * 80 layers * 8192 wide * the length of the document for attention.
     flops = 6 * (72_706_203_648 - 152_064 * 8192) + 6 * 80 * 8192 * 1024
     assert planned(mfu=0.4, peak_tflops=100.0)[1] == {
-        "tokens_per_second": pytest.approx(0.4 * 100e12 * 64 / flops), "mfu": 0.4, "peak_tflops": 100.0, "from": "given",
-    }  # fmt: skip
+        "tokens_per_second": pytest.approx(0.4 * 100e12 * 64 / flops),
+        "mfu": 0.4,
+        "peak_tflops": 100.0,
+        "from": "given",
+    }
 
 
 def test_a_setting_without_a_formula_is_refused_rather_than_left_out():
@@ -261,9 +267,15 @@ def test_every_setting_of_precision_changes_the_plan(setting):
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
 def test_plain_sizes_are_those_of_transformers(tmp_path, model_type, tied):
     content = {
-        "model_type": model_type, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32, "tie_word_embeddings": tied,
-    }  # fmt: skip
+        "model_type": model_type,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 32,
+        "tie_word_embeddings": tied,
+    }
     content |= {"head_dim": 16} if model_type == "qwen3" else {}
     content |= {"sliding_window": None} if model_type == "mistral" else {}
     hf_config = load_model_config(ModelConfig(init=content), None)
@@ -279,11 +291,21 @@ def test_plain_sizes_are_those_of_transformers(tmp_path, model_type, tied):
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "gemma2"}, {"hidden_size": 50}, {"hidden_size": "64"}, {"vocab_size": None}, {"num_layers": 3},
-        {"attention_bias": True}, {"layer_types": ["sliding_attention"]}, {"tie_word_embeddings": None}, {"head_dim": None},
-        {"model_type": "qwen3"}, {"model_type": "mistral"}, {"quantization_config": {"bits": 4}}, {"attention_dropout": 0.1},
+        {"model_type": "gemma2"},
+        {"hidden_size": 50},
+        {"hidden_size": "64"},
+        {"vocab_size": None},
+        {"num_layers": 3},
+        {"attention_bias": True},
+        {"layer_types": ["sliding_attention"]},
+        {"tie_word_embeddings": None},
+        {"head_dim": None},
+        {"model_type": "qwen3"},
+        {"model_type": "mistral"},
+        {"quantization_config": {"bits": 4}},
+        {"attention_dropout": 0.1},
     ],
-)  # fmt: skip
+)
 def test_what_is_not_plain_is_left_to_transformers(change):
     plain = json.loads((MODELS / "qwen2.5-7b.json").read_text())
     assert read_sizes(plain, from_user=True) is not None and read_sizes(plain | change, from_user=True) is None

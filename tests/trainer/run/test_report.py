@@ -16,9 +16,15 @@ from medtrain.trainer.run.report_exam import points_interval
 from medtrain.trainer.train import loop
 
 STYLE = {
-    "question": "{text} {choices}", "choice": "{letter} {text}", "choice_joint": " ", "joint": " ",
-    "answer_marker": "答え :", "explain_marker": "理由 :", "instruction_answer": "", "instruction_explain": "",
-}  # fmt: skip
+    "question": "{text} {choices}",
+    "choice": "{letter} {text}",
+    "choice_joint": " ",
+    "joint": " ",
+    "answer_marker": "答え :",
+    "explain_marker": "理由 :",
+    "instruction_answer": "",
+    "instruction_explain": "",
+}
 EVIL = "<script>document.title='run'</script>\"'><img src=x onerror=alert(1)> 薬 は 熱 & 咳"
 
 
@@ -58,13 +64,7 @@ def page_of(run_dir):
 @pytest.fixture
 def exam(tmp_path):
     rows = [
-        {
-            "problem_id": str(i),
-            "problem_text": text,
-            "choices": ["熱", "咳"],
-            "answer": ["ab"[i % 2]],
-            "points": str(1 + i),
-        }
+        {"problem_id": str(i), "problem_text": text, "choices": ["熱", "咳"], "answer": ["ab"[i % 2]], "points": str(1 + i)}
         for i, text in enumerate(["熱 の 薬 は", "病 は", EVIL])
     ]
     return write_jsonl(tmp_path / "exam.jsonl", rows)
@@ -82,16 +82,24 @@ def rpo_run(rpo_tree, exam, tmp_path):
 
 def test_the_page_shows_what_the_run_wrote(rpo_run):
     page, rows = page_of(rpo_run), read_metrics(rpo_run)
-    assert {"Loss", "Reward margin, chosen − rejected", "Reward accuracy", "Rewards", "Log-probabilities, nats a completion",
-            "Loss terms", "Gradient norm", "Learning rate", "Share of points", "Explanation gap"} <= set(page.charts)  # fmt: skip
+    assert {
+        "Loss",
+        "Reward margin, chosen − rejected",
+        "Reward accuracy",
+        "Rewards",
+        "Log-probabilities, nats a completion",
+        "Loss terms",
+        "Gradient norm",
+        "Learning rate",
+        "Share of points",
+        "Explanation gap",
+    } <= set(page.charts)
     assert "Held-out bits per byte" not in page.charts and "MFU" not in page.charts
     assert f"{short(rows[1]['loss'])} → {short(rows[-1]['loss'])}" in page.text
     held = [row["heldout/rewards/margin"] for row in rows if "heldout/rewards/margin" in row]
     assert f"reward margin {held[0]:.4g} → {held[-1]:.4g} held-out, steps 0 and 6" in page.text
     for step, row in ((0, rows[0]), (6, rows[-1])):
-        assert re.search(
-            rf"step {step} with explanation {row['exam/explain/points_ratio']:.3f} \[[\d.]+, [\d.]+\]", page.text
-        )
+        assert re.search(rf"step {step} with explanation {row['exam/explain/points_ratio']:.3f} \[[\d.]+, [\d.]+\]", page.text)
     assert "finished" in page.text and "reasoning preference optimization" in page.text
     assert '"optim.batch_pairs"' not in page.text and "optim.batch_pairs 8" in page.text
     assert "pairs 24 24 0 0" in page.text  # the ledger
@@ -184,11 +192,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_the_results_of_an_eval_folder_stand_in_the_table(rpo_run, tmp_path):
     one = {"points": 3, "max_points": 6, "points_ratio": 0.5, "parse_failures": 1, "truncated": 2}
-    result = {
-        "answer": one | {"points_ratio_low": 0.25, "points_ratio_high": 0.75},
-        "explain": one,
-        "explanation_gap": 0.0,
-    }
+    result = {"answer": one | {"points_ratio_low": 0.25, "points_ratio_high": 0.75}, "explain": one, "explanation_gap": 0.0}
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "exam.json").write_text(json.dumps(result))
     assert CliRunner().invoke(main, ["report", str(rpo_run), "--exam", str(tmp_path / "final")]).exit_code == 0

@@ -51,9 +51,7 @@ def test_forgetting_is_told_once_and_only_beyond_noise_and_while_others_learn():
     ]
     assert [alarm.watch(r) for r in quiet] == [None] * len(quiet)
     said = alarm.watch(row(50, medical=(-0.1, 0.01), replay=(0.05, 0.01)))
-    assert said.startswith(
-        "warning: replay is being forgotten: at step 50 its held-out text takes 0.0500 bits per byte more"
-    )
+    assert said.startswith("warning: replay is being forgotten: at step 50 its held-out text takes 0.0500 bits per byte more")
     assert "(+5.0%; standard error 0.0100), while medical takes less" in said and "\n" not in said
     assert alarm.watch(row(60, medical=(-0.1, 0.01), replay=(0.06, 0.01))) is None
 

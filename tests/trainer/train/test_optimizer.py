@@ -13,9 +13,7 @@ load_torchao("tests")
 def small(parameters, *, eight_bit, weight_decay=0.1, seed=0, **options):
     names = {p: str(i) for i, p in enumerate(parameters)}
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8} | options
-    return SmallAdamW(
-        [{"params": parameters, "weight_decay": weight_decay}], names, eight_bit=eight_bit, seed=seed, **options
-    )
+    return SmallAdamW([{"params": parameters, "weight_decay": weight_decay}], names, eight_bit=eight_bit, seed=seed, **options)
 
 
 def gradients(shape, steps):
@@ -60,9 +58,7 @@ def test_stochastic_rounding_gives_a_neighbour_and_the_value_on_average():
     down = (values.view(torch.int32) & -0x10000).view(torch.float32)
     up = ((values.view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
     assert ((rounded == down) | (rounded == up)).all()
-    assert torch.equal(rounded[:, 0], values[:, 0]) and torch.equal(
-        rounded[:, 5], values[:, 5]
-    )  # what bfloat16 has, stays
+    assert torch.equal(rounded[:, 0], values[:, 0]) and torch.equal(rounded[:, 5], values[:, 5])  # what bfloat16 has, stays
     share = (rounded == up).float().mean(0)[[1, 2, 3, 4, 6]]
     wanted = ((values.view(torch.int32) & 0xFFFF).float() / 65536)[0][[1, 2, 3, 4, 6]]
     assert wanted.min() > 0.05 and (share - wanted).abs().max() < 4 * 0.5 / 64  # four standard errors

@@ -97,17 +97,12 @@ def test_the_alarm_tells_once_of_a_falling_chosen_side_under_a_rising_margin(cho
         step = int(found[0].split("to step ")[1].split()[0])
         window = slice(step - 10, step)
         assert found[0].startswith("warning: notes: ")
-        assert (
-            f"{-chosen[window].mean() / 0.1:.3g} nats below" in found[0] and f"{margin[window].mean():.3g}" in found[0]
-        )
+        assert f"{-chosen[window].mean() / 0.1:.3g} nats below" in found[0] and f"{margin[window].mean():.3g}" in found[0]
         assert step < 20
 
 
 def test_the_alarm_names_the_source_and_is_silent_of_it_after_a_restart():
-    rows = [
-        a | b
-        for a, b in zip(rows_of(FALLING, RISING, "sources/x/"), rows_of(RISING, RISING, "sources/y/"), strict=True)
-    ]
+    rows = [a | b for a, b in zip(rows_of(FALLING, RISING, "sources/x/"), rows_of(RISING, RISING, "sources/y/"), strict=True)]
     alarm = LikelihoodAlarm(["x", "y"], 0.1, has_reference=True)
     (line,) = lines(alarm, rows[:25])
     assert line.startswith("warning: x: ")

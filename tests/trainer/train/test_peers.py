@@ -27,9 +27,7 @@ def setting(tokenizer_dir, tmp_path):
     folders = []
     for seed, name in enumerate(("policy", "reference")):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**SIZES, vocab_size=24, tie_word_embeddings=False)
-        )
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, vocab_size=24, tie_word_embeddings=False))
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         folders.append(tmp_path / name)
@@ -102,9 +100,17 @@ def test_trl_dpo_trainer_has_the_same_loss_and_gradients(setting, tmp_path, thei
     tokenizer = load_tokenizer(ModelConfig(path=str(policy_folder)))
     tokenizer.pad_token = tokenizer.unk_token
     arguments = trl.DPOConfig(
-        output_dir=str(tmp_path / "trl"), per_device_train_batch_size=len(rows), use_cpu=True, report_to=[], beta=0.3,
-        max_length=None, bf16=False, gradient_checkpointing=False, disable_dropout=True, **theirs,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=len(rows),
+        use_cpu=True,
+        report_to=[],
+        beta=0.3,
+        max_length=None,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_dropout=True,
+        **theirs,
+    )
     trainer = trl.DPOTrainer(
         AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32),
         ref_model=AutoModelForCausalLM.from_pretrained(reference_folder, dtype=torch.float32),
@@ -126,9 +132,7 @@ LIGER_LOSSES = [{"loss_type": "sigmoid"}, {"loss_type": "hinge"}, {"loss_type": 
 def test_liger_dpo_loss_has_the_same_loss_and_gradients(setting, theirs):
     chunked_loss = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is not installed (the extra 'bench')")
     policy_folder, reference_folder, _, pairs = setting
-    sides = [
-        (pairs.prompt(i), (pairs.chosen, pairs.rejected)[side](i)) for side in (0, 1) for i in range(pairs.num_pairs)
-    ]
+    sides = [(pairs.prompt(i), (pairs.chosen, pairs.rejected)[side](i)) for side in (0, 1) for i in range(pairs.num_pairs)]
     longest = max(len(prompt) + len(completion) for prompt, completion in sides) - 1
     ids = torch.zeros(len(sides), longest, dtype=torch.int64)
     targets = torch.full_like(ids, -100)
@@ -143,15 +147,16 @@ def test_liger_dpo_loss_has_the_same_loss_and_gradients(setting, theirs):
     with torch.no_grad():
         reference_hidden = reference.model(input_ids=ids).last_hidden_state
     loss, _ = loss_of(
-        model.lm_head.weight, model.model(input_ids=ids).last_hidden_state, targets,
-        ref_input=reference_hidden, ref_weight=reference.lm_head.weight.detach(),
-    )  # fmt: skip
+        model.lm_head.weight,
+        model.model(input_ids=ids).last_hidden_state,
+        targets,
+        ref_input=reference_hidden,
+        ref_weight=reference.lm_head.weight.detach(),
+    )
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     options = {"loss": theirs["loss_type"], "label_smoothing": theirs.get("label_smoothing", 0.0)}
-    assert_same(
-        ours(policy_folder, reference_folder, pairs, beta=0.3, alpha=ALPHA, **options), (loss.item(), gradients)
-    )
+    assert_same(ours(policy_folder, reference_folder, pairs, beta=0.3, alpha=ALPHA, **options), (loss.item(), gradients))
 
 
 def test_the_pairs_of_this_comparison_are_no_trivial_ones(setting):

@@ -59,9 +59,11 @@ PRECISIONS = {
     "bf16 weights": {"precision": {"compute": "bfloat16", "weights": "bf16"}},
     "lora": {"lora": {"rank": 2}},
     "tied": {"tie_word_embeddings": True},
-    "fp8 all-gather": {"precision": {"fp8": "tensorwise", "fp8_emulate": True, "fp8_all_gather": True,
-                                     "fp8_check_every": 0}, "intermediate_size": 32},
-}  # fmt: skip
+    "fp8 all-gather": {
+        "precision": {"fp8": "tensorwise", "fp8_emulate": True, "fp8_all_gather": True, "fp8_check_every": 0},
+        "intermediate_size": 32,
+    },
+}
 
 
 def _changed(tree, changes):
@@ -112,9 +114,7 @@ def test_a_checkpoint_holds_its_own_step_though_training_went_on(tree, tmp_path,
 
 def test_on_two_ranks_too(tree, tmp_path):
     run_on_ranks(2, tmp_path, run, "cpt", _changed(tree, {"checkpoint": {"async_save": False}}), tmp_path / "at-once")
-    run_on_ranks(
-        2, tmp_path, _run_with_late_writes, _changed(tree, {"checkpoint": {"async_save": True}}), tmp_path / "late"
-    )
+    run_on_ranks(2, tmp_path, _run_with_late_writes, _changed(tree, {"checkpoint": {"async_save": True}}), tmp_path / "late")
     for step in (2, 4, 6):
         folders = (tmp_path / f / "checkpoints" / f"step-{step:08d}" for f in ("at-once", "late"))
         assert_same_content(*folders, tmp_path)
@@ -169,12 +169,9 @@ def _killed_in(name, tree, out):
 
 
 @pytest.mark.parametrize(
-    ("moment", "complete"),
-    [("write_data", [2, 4]), ("finish", [2, 4]), ("write_json", [2, 4]), ("_remove", [2, 4, 6])],
+    ("moment", "complete"), [("write_data", [2, 4]), ("finish", [2, 4]), ("write_json", [2, 4]), ("_remove", [2, 4, 6])]
 )
-def test_killed_while_writing_only_complete_checkpoints_are_left_and_every_bit_comes_again(
-    tree, tmp_path, moment, complete
-):
+def test_killed_while_writing_only_complete_checkpoints_are_left_and_every_bit_comes_again(tree, tmp_path, moment, complete):
     tree["optim"]["steps"] = 8
     tree["checkpoint"]["keep"] = 2
     run("cpt", tree, tmp_path / "whole")
@@ -201,9 +198,7 @@ def _disk_full(tree, out, rank, step):
 
     FileSystemWriter.write_data = writing
     try:
-        with pytest.raises(
-            RuntimeError, match=r"checkpoint of step \d was not written: .*No space left .*stands|before it"
-        ):
+        with pytest.raises(RuntimeError, match=r"checkpoint of step \d was not written: .*No space left .*stands|before it"):
             run("cpt", tree, out)
     finally:
         FileSystemWriter.write_data = write_data

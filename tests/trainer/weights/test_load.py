@@ -144,9 +144,7 @@ def test_an_index_that_is_not_of_the_files_is_refused(sharded, change, message):
         Checkpoint(sharded)
 
 
-@pytest.mark.parametrize(
-    "text", ["{}", "[]", "3", "{", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": 3}']
-)
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "{", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": 3}'])
 def test_an_index_that_says_nothing_is_refused(sharded, text):
     (sharded / INDEX).write_text(text)
     with pytest.raises(InputError, match=rf"{INDEX}.* unreadable index"):

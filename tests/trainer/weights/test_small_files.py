@@ -46,9 +46,7 @@ def written(folder, tmp_path, **settings):
     model = ModelConfig(path=str(folder), **settings)
     tokenizer = load_tokenizer(model)
     (tmp_path / "out").mkdir()
-    write_small_files(
-        tmp_path / "out", load_model_config(model, tokenizer), tokenizer, dtype=torch.bfloat16, source=folder
-    )
+    write_small_files(tmp_path / "out", load_model_config(model, tokenizer), tokenizer, dtype=torch.bfloat16, source=folder)
     return tmp_path / "out"
 
 
@@ -174,9 +172,7 @@ def test_a_file_of_the_source_that_cannot_be_read_is_named_and_a_full_disk_is_no
 @pytest.mark.parametrize(
     "content", ["{broken", "[]", '{"max_new_tokens": -5}', '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}']
 )
-def test_a_generation_config_that_the_export_could_not_read_is_refused_before_anything_runs(
-    base, cpt_tree, tmp_path, content
-):
+def test_a_generation_config_that_the_export_could_not_read_is_refused_before_anything_runs(base, cpt_tree, tmp_path, content):
     (base / "generation_config.json").write_text(content)
     cpt_tree["model"] = {"path": str(base)}
     with pytest.raises(InputError, match=r"base/generation_config\.json: "):
@@ -218,9 +214,7 @@ def test_export_and_a_finished_run_do_without_the_base_model_and_others_say_what
     again = load_file(run("cpt", cpt_tree, tmp_path / "run").model_dir / "model.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in load_file(out / "model.safetensors").items())
     shutil.rmtree(tmp_path / "run" / "base")  # as a run of an older version left its folder
-    assert (export_run(tmp_path / "run", tmp_path / "old") / "config.json").read_bytes() == (
-        out / "config.json"
-    ).read_bytes()
+    assert (export_run(tmp_path / "run", tmp_path / "old") / "config.json").read_bytes() == (out / "config.json").read_bytes()
 
 
 def test_a_run_from_sizes_does_without_its_tokenizer_s_folder(tokenizer_dir, cpt_tree, tmp_path):

@@ -29,14 +29,7 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 def hf_folder(tokenizer_dir, tmp_path):
     def make(model_type="qwen2", tied=False, dtype=torch.float32, **sizes):
         torch.manual_seed(0)
-        sizes = {
-            **SIZES,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "vocab_size": 24,
-            "tie_word_embeddings": tied,
-            **sizes,
-        }
+        sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 24, "tie_word_embeddings": tied, **sizes}
         sizes |= {"model_type": model_type} | ({"sliding_window": None} if model_type == "mistral" else {})
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
         for name, p in model.named_parameters():
@@ -53,9 +46,7 @@ def loaded(folder, world=ALONE, compute=torch.float32, lora=None, weights_dtype=
     settings = ModelConfig(path=str(folder))
     hf_config = load_model_config(settings, None)
     adapters = plan_adapters(lora, parameter_shapes(hf_config)) if lora else None
-    policy = build_model(
-        settings, hf_config, world, compute, backend="sdpa", adapters=adapters, weights_dtype=weights_dtype
-    )
+    policy = build_model(settings, hf_config, world, compute, backend="sdpa", adapters=adapters, weights_dtype=weights_dtype)
     load_weights(policy, Checkpoint(folder))
     if adapters:
         fill_adapters(policy, adapters, 0)
@@ -106,9 +97,7 @@ def test_two_ranks_lower_precision_and_adapters_pass(hf_folder, tmp_path):
 def test_tensors_that_have_no_place_are_told(hf_folder):
     folder = hf_folder()
     tensors = load_file(folder / "model.safetensors")
-    save_file(
-        tensors | {"model.layers.2.mlp.up_proj.weight": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"}
-    )
+    save_file(tensors | {"model.layers.2.mlp.up_proj.weight": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
     found = proved(folder)
     assert found["unused"] == ["model.layers.2.mlp.up_proj.weight"]
     assert "1 tensors of the files unused" in proof.describe(found)

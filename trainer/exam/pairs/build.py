@@ -155,9 +155,7 @@ def _check(strategy: str, max_per_question: int, style: PromptStyle, unlisted_is
         raise bad_input("must be 1 or more", field="max_per_question", found=max_per_question)
     if unlisted_is_wrong and style.answer_as != "text":
         raise bad_input(
-            "needs answers that are texts of choices",
-            field="unlisted_is_wrong",
-            expected="a prompt style with answer_as: text",
+            "needs answers that are texts of choices", field="unlisted_is_wrong", expected="a prompt style with answer_as: text"
         )
 
 
@@ -311,13 +309,21 @@ def run_pairs(
     prompts = {question.problem_id: style.prompt(question, "explain", renderer, shots) for question in asked}
     before, _ = opening(tokenizer)
     if style.chat and echo is not None and not all(prompt.startswith(before) for prompt in prompts.values()):
-        echo(f"note: the chat template writes no {before}, which the tokenizer puts before every text: paths are sampled "
-             "without it, and training on these pairs, which are strings, puts it")  # fmt: skip
+        echo(
+            f"note: the chat template writes no {before}, which the tokenizer puts before every text: paths are sampled "
+            "without it, and training on these pairs, which are strings, puts it"
+        )
     sampling = {
-        "model": model_digest(model), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "style": asdict(style), "engine": engine, "dtype": dtype, "num_paths": num_paths, "temperature": temperature,
-        "seed": seed, "max_new_tokens": max_new_tokens,
-    }  # fmt: skip
+        "model": model_digest(model),
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "style": asdict(style),
+        "engine": engine,
+        "dtype": dtype,
+        "num_paths": num_paths,
+        "temperature": temperature,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+    }
     file = PathFile(path, sampling, about)
     if out.exists() and not file.path.exists():
         raise bad_input("is there already, and no paths from which it was made", file=out, expected="another out")
@@ -328,17 +334,22 @@ def run_pairs(
         return loaded
 
     sample_into(
-        file, load, asked,
-        num_paths=num_paths, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, style=style,
-        demonstrations=shots, echo=echo,
-    )  # fmt: skip
+        file,
+        load,
+        asked,
+        num_paths=num_paths,
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        style=style,
+        demonstrations=shots,
+        echo=echo,
+    )
     paths = {
         i: [ReasoningPath(prompt, file.outputs[i, k].text, file.outputs[i, k].truncated) for k in range(num_paths)]
         for i, prompt in prompts.items()
     }
-    graded = {
-        q.problem_id: grade_paths(q, paths[q.problem_id], style, unlisted_is_wrong, min_explanation) for q in asked
-    }
+    graded = {q.problem_id: grade_paths(q, paths[q.problem_id], style, unlisted_is_wrong, min_explanation) for q in asked}
     file.write_graded(graded)
     rows, summary = build_pairs(
         asked,
@@ -351,8 +362,13 @@ def run_pairs(
         unlisted_is_wrong=unlisted_is_wrong,
         min_explanation=min_explanation,
     )
-    source = {"model": str(model), "model_digest": sampling["model"], "questions": str(questions),
-              "temperature": temperature, "seed": seed}  # fmt: skip
+    source = {
+        "model": str(model),
+        "model_digest": sampling["model"],
+        "questions": str(questions),
+        "temperature": temperature,
+        "seed": seed,
+    }
     for row in rows:
         row["provenance"] |= source
     summary["skipped_image_questions"] = len(everything) - len(asked)
@@ -371,14 +387,15 @@ def run_pairs(
     if echo is not None and (note := unread_note("paths", totals, file.path)):
         echo(note)
     if rows or not out.exists():  # pairs of another strategy stay, with their summary
-        write_atomically(
-            out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
-        )
+        write_atomically(out.with_name(f"{stem}.summary.json"), json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     if not rows:
         why = ", ".join(f"{reason}: {count}" for reason, count in summary["without_pairs"].items())
         kinds = ", ".join(f"{count} {kind}" for kind, count in summary["paths"].items() if count)
-        raise bad_input(f"no pair came about from {len(asked)} questions ({why}; paths: {kinds}); see {file.path}, "
-                        f"for example the path {_example(graded)[:120]!r}", file=questions)  # fmt: skip
+        raise bad_input(
+            f"no pair came about from {len(asked)} questions ({why}; paths: {kinds}); see {file.path}, "
+            f"for example the path {_example(graded)[:120]!r}",
+            file=questions,
+        )
     write_atomically(out, to_jsonl(rows))
     return summary
 

@@ -153,8 +153,11 @@ class PathFile:
             raise bad_input("not a file of sampled paths", file=path, expected="another out, or this file moved away")
         differing = [name for name in self.identity if recorded.get(name) != self.identity[name]]
         if differing:
-            raise bad_input(f"holds paths that were sampled otherwise: {', '.join(differing)} differ", file=path,
-                            expected="another out, or this file moved away")  # fmt: skip
+            raise bad_input(
+                f"holds paths that were sampled otherwise: {', '.join(differing)} differ",
+                file=path,
+                expected="another out, or this file moved away",
+            )
         for row in rows_of(path, _FIELDS):
             self.outputs[row["problem_id"], row["path"]] = Output(row["output"], row["truncated"], 0)
 
@@ -174,8 +177,9 @@ class PathFile:
             for path in paths:
                 row = self._row(problem_id, path.index, self.outputs[problem_id, path.index])
                 parsed = path.parsed
-                rows.append(row | {"kind": path.kind, "parsed": parsed.value, "read_from": parsed.read_from,
-                                   "failure": parsed.failure})  # fmt: skip
+                rows.append(
+                    row | {"kind": path.kind, "parsed": parsed.value, "read_from": parsed.read_from, "failure": parsed.failure}
+                )
         write_atomically(self.path, to_jsonl(rows))
 
     @staticmethod
