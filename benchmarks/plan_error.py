@@ -28,7 +28,6 @@ from medtrain.trainer.model.lora import fill_adapters
 from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.plan.memory import Machine, Step, moments, read_model
 from medtrain.trainer.processes import clean_context
-from medtrain.trainer.run.console import Display
 from medtrain.trainer.run.folder import commit, device_name, versions
 from medtrain.trainer.train.optimizer import make_optimizer
 from medtrain.trainer.train.setup import prepare
@@ -164,7 +163,7 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     """Bytes of one step after the first, by the profiler's count of every allocation: ``held`` before it, and the most in
     ``forward`` and ``backward`` of its last micro-batch and in ``step`` (clipping and optimizer)."""
     torch.manual_seed(0)
-    prepared = prepare(config, world, Display(enabled=False))
+    prepared = prepare(config, world)
     backend = prepared.paths["attention"]
     policy = build_model(
         config.model,
@@ -264,7 +263,7 @@ def compare(case: Case, folder: Path, world: World) -> dict[str, Any]:
     world_size, stage, changes = case
     config = settings_of(stage, changes, world_size, folder)
     measured, step = measure(config, world)
-    hf_config = prepare(config, world, Display(enabled=False)).hf_config
+    hf_config = prepare(config, world).hf_config
     found = moments(config, read_model(config, hf_config), Machine(world_size, "cpu"), step)
     planned = {"held": found[-1].parts["weights"] + found[-1].parts["optimizer"]}
     for part, first in (("forward", "forward"), ("backward", "backward"), ("step", "optimizer")):

@@ -100,7 +100,6 @@ def steps_to_run(device: torch.device, steps: int) -> int:
 def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: torch.device) -> Measured:
     """Our step, as the training loop takes it."""
     from medtrain.trainer.distributed import join_world
-    from medtrain.trainer.run.console import Display
     from medtrain.trainer.train.schedule import lr_factor
     from medtrain.trainer.train.setup import prepare, start
     from medtrain.trainer.train.step import optimizer_step
@@ -117,16 +116,16 @@ def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: tor
         fp8=arm.fp8,
         compiled=arm.compiled,
     )
-    display, optim, found = Display(enabled=False), settings.optim, Measured()
+    optim, found = settings.optim, Measured()
     with join_world(needs_group=model.precision != "float32", device_type=device.type) as world:
-        prepared = prepare(settings, world, display)
+        prepared = prepare(settings, world)
         objective, found.paths = prepared.objective, prepared.paths
         for step in range(steps):
             batches, _ = objective.micro_batches(step, world)
             found.computed.append(sum(batch.input_ids.numel() for batch in batches))
             found.micro_batches.append(len(batches))
         with tempfile.TemporaryDirectory() as folder:
-            policy, optimizer, guard, _ = start(settings, prepared, world, Path(folder), display, prove_it=False)
+            policy, optimizer, guard, _ = start(settings, prepared, world, Path(folder), prove_it=False)
             meter = Meter(world.device, steps, found)
             meter.start()
             for step in range(total):

@@ -124,10 +124,11 @@ def test_norms_mlps_and_rotary_are_replaced_and_names_and_other_models_are_not(i
         ({"compile": True}, CUDA, "compiled"),
     ],
 )
-def test_the_layers_are_chosen_once(settings, device, layers):
-    config, said = ModelConfig(init={**SIZES, "vocab_size": 24}, **settings), []
-    assert select_layers(config, load_model_config(config, None), device, said.append) == layers
-    assert said == []
+def test_the_layers_are_chosen_once(settings, device, layers, caplog):
+    caplog.set_level("INFO", "medtrain")
+    config = ModelConfig(init={**SIZES, "vocab_size": 24}, **settings)
+    assert select_layers(config, load_model_config(config, None), device) == layers
+    assert not [record for record in caplog.records if record.name.startswith("medtrain")]
 
 
 def _no_longer_there(**_):
@@ -142,17 +143,19 @@ def _no_longer_there(**_):
         (None, "not installed: pip install"),
     ],
 )
-def test_where_liger_cannot_be_put_in_auto_takes_torchs_layers_and_says_why(apply, words, monkeypatch):
+def test_where_liger_cannot_be_put_in_auto_takes_torchs_layers_and_says_why(apply, words, monkeypatch, caplog):
+    caplog.set_level("INFO", "medtrain")
     if apply is None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     else:
         monkeypatch.setattr("liger_kernel.transformers.apply_liger_kernel_to_qwen2", apply)
-    config, said = ModelConfig(init={**SIZES, "vocab_size": 24}), []
+    config = ModelConfig(init={**SIZES, "vocab_size": 24})
     hf_config = load_model_config(config, None)
-    assert select_layers(config, hf_config, CUDA, said.append) == "torch"
+    assert select_layers(config, hf_config, CUDA) == "torch"
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("medtrain")]
     assert len(said) == 1 and words in said[0]
     with pytest.raises(InputError, match="model.kernels"):
-        select_layers(ModelConfig(init=config.init, kernels="liger"), hf_config, CUDA, said.append)
+        select_layers(ModelConfig(init=config.init, kernels="liger"), hf_config, CUDA)
 
 
 def test_liger_without_a_gpu_or_with_another_activation_is_refused(cpt_tree):
@@ -161,4 +164,4 @@ def test_liger_without_a_gpu_or_with_another_activation_is_refused(cpt_tree):
         check(config_from_dict("cpt", cpt_tree))
     gelu = ModelConfig(init={**SIZES, "vocab_size": 24, "hidden_act": "gelu"}, kernels="liger")
     with pytest.raises(InputError, match="hidden_act gelu"):
-        select_layers(gelu, load_model_config(gelu, None), CUDA, print)
+        select_layers(gelu, load_model_config(gelu, None), CUDA)

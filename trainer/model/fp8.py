@@ -10,7 +10,8 @@ Import this file after :func:`medtrain.trainer.model.precision.load_torchao`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from medtrain.trainer.config.settings import PrecisionConfig
 from medtrain.trainer.distributed import World, local_tensor, unwrapped, whole
 from medtrain.trainer.model.compile import as_written
 from medtrain.trainer.model.precision import Fp8
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from medtrain.trainer.data.batch import MicroBatch
@@ -76,7 +79,7 @@ class Guard:
     def __init__(self, config: PrecisionConfig, policy: PolicyModel, world: World):
         self.config, self.policy, self.world = config, policy, world
 
-    def check(self, step: int, batch: MicroBatch, say: Callable[[str], None]) -> dict[str, float]:
+    def check(self, step: int, batch: MicroBatch) -> dict[str, float]:
         """:func:`measure_fp8` before step ``step`` (from 0) where it is due, else nothing; all ranks must call this.
 
         Raises:
@@ -92,7 +95,7 @@ class Guard:
                     f"step {step + 1}: FP8: {wrong}; stopped before the step, the last checkpoint stands "
                     "(precision.fp8_guard=warn goes on)"
                 )
-            say(f"warning: step {step + 1}: FP8: {wrong}")
+            log.warning(f"step {step + 1}: FP8: {wrong}")
         return found
 
     def without_fp8(self):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -22,10 +23,12 @@ from transformers import AutoModel, PreTrainedConfig
 from medtrain.trainer.config.settings import ModelConfig
 from medtrain.trainer.errors import bad_input
 
+log = logging.getLogger(__name__)
+
 ROTARY = "apply_rotary_pos_emb"
 
 
-def select_layers(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device, say: Callable[[str], None]) -> str:
+def select_layers(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device) -> str:
     """Whose layers these settings take on this device: ``torch``, ``liger`` or ``compiled``. Where ``auto`` would take
     Liger's on this device and cannot, it says why.
 
@@ -48,7 +51,7 @@ def select_layers(config: ModelConfig, hf_config: PreTrainedConfig, device: torc
         return "liger"
     if config.kernels == "liger":
         raise bad_input("Liger's kernels cannot be used", field="model.kernels", found=missing, expected="auto or torch")
-    say(f"note: model.kernels=auto takes torch's layers, not Liger's: {missing}")
+    log.info(f"note: model.kernels=auto takes torch's layers, not Liger's: {missing}")
     return "torch"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,42 @@ from medtrain.trainer.config.settings import Config
 from medtrain.trainer.exam.scoring import INVALID, unread_note
 from medtrain.trainer.run.folder import RunFolder
 
+log = logging.getLogger(__name__)
+
 SECONDS_BETWEEN_LINES = 15.0  # where the output is not a terminal
 
 
+class _ConsoleHandler(logging.Handler):
+    """Writes log lines through a rich console, so that they do not tear a live progress bar."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        self._console.print(prefix + record.getMessage(), markup=False)
+
+
+@contextmanager
+def console_logging(*, enabled: bool) -> Iterator[Display]:
+    """Show what medtrain's modules log on stderr, and yield the progress display; ``enabled``: on rank 0 of a run that is
+    not quiet, elsewhere nothing is shown. Lines of INFO stand as they are, warnings begin with "warning: "."""
+    display = Display(enabled=enabled)
+    logger = logging.getLogger("medtrain")
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers = [_ConsoleHandler(display.console) if enabled else logging.NullHandler()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield display
+    finally:
+        display.stop()
+        logger.handlers, logger.level, logger.propagate = before
+
+
 class Display:
-    """Progress of one run on stderr; silent on ranks other than 0 and where ``quiet``."""
+    """A live line with the step on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, *, enabled: bool):
         self.enabled = enabled
@@ -26,11 +60,6 @@ class Display:
         self._bar: Progress | None = None
         self._task: Any = None
         self._printed = 0.0
-
-    def say(self, text: str) -> None:
-        """One line that stays."""
-        if self.enabled:
-            self.console.print(text, markup=False)
 
     def start(self, step: int, steps: int) -> None:
         self._printed = time.monotonic()
@@ -57,7 +86,7 @@ class Display:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif step == steps or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
-            self.say(f"step {step}/{steps}  {numbers}  {duration(seconds_left)} left")
+            log.info(f"step {step}/{steps}  {numbers}  {duration(seconds_left)} left")
 
     def stop(self) -> None:
         if self._bar is not None:

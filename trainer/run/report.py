@@ -6,10 +6,11 @@ Nothing is computed here but intervals, so that the page of a run made elsewhere
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -28,6 +29,8 @@ from medtrain.trainer.run.folder import RunFolder
 from medtrain.trainer.run.report_charts import line_chart, series, short
 from medtrain.trainer.run.report_exam import MODES, exam_sections
 from medtrain.trainer.run.report_page import charts, details, facts, page, section, table
+
+log = logging.getLogger(__name__)
 
 _MUCH = 0.05  # of an exam's outputs cut off or without an answer
 
@@ -76,8 +79,8 @@ def write_report(out: str | Path, *, stopped: str = "", evals: Sequence[str | Pa
 class LiveReport:
     """Writes the report of a run in progress, on the rank that is ``enabled``. What goes wrong is said and ends nothing."""
 
-    def __init__(self, out: str | Path, say: Callable[[str], None], *, enabled: bool):
-        self.out, self.say, self.enabled = out, say, enabled
+    def __init__(self, out: str | Path, *, enabled: bool):
+        self.out, self.enabled = out, enabled
         self._due = 0.0
 
     def refresh(self) -> None:
@@ -94,7 +97,7 @@ class LiveReport:
         try:
             write_report(self.out, stopped=stopped)
         except Exception as error:
-            self.say(f"note: report.html could not be written: {type(error).__name__}: {error}")
+            log.info(f"note: report.html could not be written: {type(error).__name__}: {error}")
 
 
 def _read(folder: RunFolder, stopped: str, evals: Sequence[str | Path]) -> Run:

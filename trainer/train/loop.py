@@ -7,6 +7,7 @@ started again goes on as if it had never stopped.
 
 from __future__ import annotations
 
+import logging
 import resource
 import shutil
 import signal
@@ -30,7 +31,7 @@ from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.model.flops import FlopsPerToken, num_parameters, peak_flops
 from medtrain.trainer.model.lora import export_adapters
 from medtrain.trainer.model.policy import load_tokenizer
-from medtrain.trainer.run.console import Display, count, evaluation_lines, summary
+from medtrain.trainer.run.console import Display, console_logging, count, evaluation_lines, summary
 from medtrain.trainer.run.export import export_dtype
 from medtrain.trainer.run.folder import RunFolder, commit, device_name, last_step, versions
 from medtrain.trainer.run.report import LiveReport
@@ -40,6 +41,8 @@ from medtrain.trainer.train.step import optimizer_step
 from medtrain.trainer.weights.checkpoint import Saver, load_checkpoint
 from medtrain.trainer.weights.load import export_model
 from medtrain.trainer.weights.small_files import write_small_files
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,8 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
     compute_dtype = compute_dtype_of(config)
     needs_group = compute_dtype != torch.float32 or config.precision.fp8_all_gather
     with join_world(needs_group=needs_group, replicate=config.parallel.replicate) as world:
-        display = Display(enabled=world.is_main and not quiet)
-        prepared = prepare(config, world, display)
-        return _run(config, prepared, world, display)
+        with console_logging(enabled=world.is_main and not quiet) as display:
+            return _run(config, prepare(config, world), world, display)
 
 
 def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
@@ -80,28 +82,28 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     last, complete = world.from_main(look)
     if complete:
         if world.is_main:
-            display.say(summary(folder, config, 0, 0.0))
+            log.info(summary(folder, config, 0, 0.0))
         return TrainResult(folder.root, folder.results(config)[-1], last_step(folder.rows()))
     if world.is_main:
         _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
     _check_shared(folder, world)
 
     total, multiplied = num_parameters(prepared.shapes)
-    display.say(
+    log.info(
         f"{config.stage}: {count(total)} parameters, {steps:,} steps, {world.size} x {device_name(world.device)}\n"
         + "paths: "
         + ", ".join(f"{name} {path}" for name, path in prepared.paths.items())
     )
     adapters = prepared.adapters
     if adapters is not None:
-        display.say(adapters.describe(total))
+        log.info(adapters.describe(total))
     if prepared.fp8 is not None:
-        display.say(prepared.fp8.describe())
+        log.info(prepared.fp8.describe())
     if prepared.exam is not None:
-        display.say(prepared.exam.describe())
+        log.info(prepared.exam.describe())
     # Weights that a checkpoint does not hold come from the files at every start.
     prove_it = last is None or adapters is not None
-    policy, optimizer, guard, proof = start(config, prepared, world, folder.reference, display, prove_it=prove_it)
+    policy, optimizer, guard, proof = start(config, prepared, world, folder.reference, prove_it=prove_it)
     if proof is not None and world.is_main:
         folder.add_to_start({"proof": proof})
     # Held-out numbers are those of the model that is exported.
@@ -112,7 +114,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
     if last is not None:
         loaded = load_checkpoint(last[1], policy, optimizer, world)
         state, done = {key: loaded[key] for key in state}, loaded["step"]
-        display.say(f"going on from {last[1].name} of {steps:,} steps")
+        log.info(f"going on from {last[1].name} of {steps:,} steps")
     if world.is_main:
         folder.cut_metrics(done if last is not None else -1)
     board = _Tensorboard(folder, done) if world.is_main else None
@@ -121,7 +123,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         objective.watch(row)
     last_row = world.from_main(lambda: last_step(earlier))
     renderer = fix_time(prepared.tokenizer, prepared.first_start)
-    report = LiveReport(folder.root, display.say, enabled=world.is_main)
+    report = LiveReport(folder.root, enabled=world.is_main)
 
     def record(row: dict[str, Any]) -> None:
         nonlocal last_row
@@ -130,7 +132,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             folder.append_metrics(row)
             board.write(row)
             if warning := objective.watch(row):
-                display.say(warning)
+                log.info(warning)
 
     def evaluate(step: int) -> None:
         """Compute and record what is due at this step of the held-out numbers and the exam."""
@@ -148,7 +150,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
             row = {"step": step} | found
             record(row)
             for line in evaluation_lines(row, folder.exam(step)):
-                display.say(line)
+                log.info(line)
             report.refresh()
 
     owed = last_row.get("step") != done or not any(key.startswith(("heldout/", "exam/")) for key in last_row)
@@ -173,7 +175,6 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                     lr=lr,
                     grad_clip=config.optim.grad_clip,
                     guard=guard,
-                    say=display.say,
                     asked=lambda: stop.asked or saver.failed,
                     advice=f"the last checkpoint stands in {folder.checkpoints}",
                 )
@@ -208,7 +209,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
                     report.refresh()
                 if stopping:
                     saver.finish()
-                    display.say(f"stopped by a signal after step {step + 1}; the same command goes on from here")
+                    log.info(f"stopped by a signal after step {step + 1}; the same command goes on from here")
                     report.write("by a signal; the same command goes on from here")
                     return TrainResult(folder.root, folder.results(config)[-1], last_row, interrupted=True)
                 # After the checkpoint, which an exam that fails must not take with it.
@@ -219,7 +220,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         raise
     finally:
         display.stop()
-        saver.close(display.say)
+        saver.close()
         if board is not None:
             board.close()
 
@@ -234,7 +235,7 @@ def _run(config: Config, prepared: Prepared, world: World, display: Display) -> 
         export_model(policy, tokenizer, folder.model, world, dtype=dtype, source=folder.base, adapters=adapters)
     report.write()
     if world.is_main:
-        display.say(summary(folder, config, steps - done, time.monotonic() - began))
+        log.info(summary(folder, config, steps - done, time.monotonic() - began))
     return TrainResult(folder.root, folder.results(config)[-1], last_row)
 
 

@@ -2,7 +2,7 @@
 
 Both objects have the same face, and the loop knows nothing else of a stage:
 
-- ``prepare(policy, world, folder, say)``: what must be known before the first step (RPO: the reference log-probs);
+- ``prepare(policy, world, folder)``: what must be known before the first step (RPO: the reference log-probs);
 - ``micro_batches(step, world)``: this rank's batches (on the host), as many on every rank, and the step's denominators;
 - ``loss(policy, batch, denominators)``: this batch's part of the step's loss, and sums for the metrics;
 - ``metrics(sums, denominators)``: the step's numbers, from sums (``num_sums`` of them) over all ranks and micro-batches;
@@ -16,6 +16,7 @@ Denominators belong to the whole optimizer step, so the result does not depend o
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -46,7 +47,7 @@ from medtrain.trainer.train.heldout import HeldoutText
 from medtrain.trainer.train.pair_metrics import num_sums, pair_metrics, pair_sums
 from medtrain.trainer.train.reference import ReferenceCache
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Cpt:
     stage = "cpt"
     num_sums = 1
 
-    def __init__(self, config: Config, tokenizer, world: World, say: Say, *, verify: bool = False):
+    def __init__(self, config: Config, tokenizer, world: World, *, verify: bool = False):
         """``verify``: read input and token cache whole, and trust no file for its size and times."""
         workers = config.data.workers or default_workers(local_size())
         cache = Path(config.data.cache or os.environ.get("MEDTRAIN_CACHE") or Path.home() / ".cache" / "medtrain")
@@ -75,7 +76,7 @@ class Cpt:
         def load(sources, what: str = "") -> list[Windows]:
             found = []
             for source in name_sources(sources):
-                report = _now_and_then(lambda progress, name=source.name: say(f"{name}: {progress}"))
+                report = _now_and_then(lambda progress, name=source.name: log.info(f"{name}: {progress}"))
                 options = {"workers": workers, "progress": report}
                 key = world.from_main(
                     lambda source=source, options=options: (
@@ -84,8 +85,8 @@ class Cpt:
                 )
                 tokenized = tokenize_source(source, tokenizer, cache / "tokens", key=key, **options)
                 found.append(make_windows(tokenized, config.data.seq_len))
-                say(f"{what}{source.name}: {tokenized.num_docs:,} documents, {tokenized.num_tokens:,} tokens")
-                _tell_unknown(tokenized.head(10_000_000), tokenizer, source.name, say)
+                log.info(f"{what}{source.name}: {tokenized.num_docs:,} documents, {tokenized.num_tokens:,} tokens")
+                _tell_unknown(tokenized.head(10_000_000), tokenizer, source.name)
             return found
 
         self.sources = load(config.data.sources)
@@ -103,7 +104,7 @@ class Cpt:
         self.digests = {f"data.sources.{i}": windows.source.digest for i, windows in enumerate(self.sources)}
         self.digests |= {f"data.heldout.{i}": windows.source.digest for i, windows in enumerate(heldout)}
 
-    def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
+    def prepare(self, policy: PolicyModel, world: World, folder: Path) -> None:
         """What the starting weights, which ``policy`` must hold, make of the held-out text: changes are against it."""
         for text in self.heldout:
             text.prepare(policy, world, folder)
@@ -137,7 +138,7 @@ class Rpo:
 
     stage = "rpo"
 
-    def __init__(self, config: Config, tokenizer, world: World, say: Say):
+    def __init__(self, config: Config, tokenizer, world: World):
         self.config = config.rpo
         self.capacity = config.optim.micro_batch_tokens
 
@@ -146,10 +147,10 @@ class Rpo:
             for source in name_sources(sources):
                 data = config.data
                 pairs = load_pairs(source, tokenizer, max_length=data.max_length, overlong=data.overlong, unusable=data.unusable)
-                say(f"{what}{source.name}: {pairs.num_pairs:,} pairs, {len(pairs.tokens):,} tokens")
+                log.info(f"{what}{source.name}: {pairs.num_pairs:,} pairs, {len(pairs.tokens):,} tokens")
                 for line in describe(pair_ledger([pairs])):
-                    say(f"warning: {what}{line}")
-                _tell_unknown(pairs.tokens, tokenizer, source.name, say)
+                    log.warning(f"{what}{line}")
+                _tell_unknown(pairs.tokens, tokenizer, source.name)
                 found.append(pairs)
             return found
 
@@ -173,7 +174,7 @@ class Rpo:
             "pad_is_eos": tokenizer.pad_token_id == tokenizer.eos_token_id,
         }
         if self.ledger["tokenizer"]["pad_is_eos"]:
-            say(f"note: pad is eos, {tokenizer.eos_token}: nothing is padded or masked by it, and eos is learned")
+            log.info(f"note: pad is eos, {tokenizer.eos_token}: nothing is padded or masked by it, and eos is learned")
         self.digests = {f"data.pairs.{i}": pairs.digest for i, pairs in enumerate(self.sources)}
         self.digests |= {f"data.heldout.{i}": pairs.digest for i, pairs in enumerate(self.heldout)}
         self.num_sums = num_sums(len(self.sources))
@@ -182,10 +183,10 @@ class Rpo:
         self.start_digest = ""  # of the policy before its first step; the loop sets it
         self.reference: dict[int, torch.Tensor] = {}  # id(PairSet) -> float64 [P, 2]
 
-    def prepare(self, policy: PolicyModel, world: World, folder: Path, say: Say) -> None:
+    def prepare(self, policy: PolicyModel, world: World, folder: Path) -> None:
         """Reference log-probs of all pairs from the starting weights, which ``policy`` must hold; proves them at step 0."""
         if self.config.loss == "simpo":
-            say("reference: none, simpo does without")
+            log.info("reference: none, simpo does without")
             for pairs in [*self.sources, *self.heldout]:
                 self.reference[id(pairs)] = torch.zeros(pairs.num_pairs, 2, dtype=torch.float64)
             return
@@ -197,7 +198,7 @@ class Rpo:
                 missing, parts = cache.fill(policy, world, **layout), len(cache.parts())
             off = cache.check(policy, world, **layout)
             what = f"{missing} of {parts} parts computed" if missing else "from the cache"
-            say(f"reference of {pairs.name}: {what}; policy == reference within {off:.1e} nats")
+            log.info(f"reference of {pairs.name}: {what}; policy == reference within {off:.1e} nats")
             self.reference[id(pairs)] = torch.from_numpy(cache.load())
 
     def micro_batches(self, step: int, world: World) -> tuple[list[MicroBatch], Denominators]:
@@ -273,7 +274,7 @@ class Rpo:
         return {f"heldout/{name}": row[name] for name in row if name != "pairs"}
 
 
-def _tell_unknown(tokens: np.ndarray, tokenizer, name: str, say: Say) -> None:
+def _tell_unknown(tokens: np.ndarray, tokenizer, name: str) -> None:
     """Warn of text that the tokenizer cannot spell: the model would learn from blanks."""
     unknown = tokenizer.unk_token_id
     # Where <unk> is also the end or padding token (GPT-2's way), it stands for itself.
@@ -282,7 +283,7 @@ def _tell_unknown(tokens: np.ndarray, tokenizer, name: str, say: Say) -> None:
     sample = tokens[:10_000_000]  # they tell enough
     share = float(np.mean(sample == unknown)) if len(sample) else 0.0
     if share > 0.001:
-        say(f"warning: {share:.1%} of the tokens of {name} are {tokenizer.unk_token}: this tokenizer cannot spell its text")
+        log.warning(f"{share:.1%} of the tokens of {name} are {tokenizer.unk_token}: this tokenizer cannot spell its text")
 
 
 def _now_and_then(report: Callable[[Progress], None], seconds: float = 10.0) -> Callable[[Progress], None]:

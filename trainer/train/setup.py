@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ from medtrain.trainer.model.lora import Adapters, adapter_digest, fill_adapters,
 from medtrain.trainer.model.policy import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
 from medtrain.trainer.model.precision import Fp8, plan_fp8
 from medtrain.trainer.model.verify import prove_architecture
-from medtrain.trainer.run.console import Display, count
+from medtrain.trainer.run.console import console_logging, count
 from medtrain.trainer.run.export import export_dtype
 from medtrain.trainer.run.folder import RunFolder, device_name
 from medtrain.trainer.train.objectives import Cpt, Objective, Rpo
@@ -40,6 +41,9 @@ from medtrain.trainer.train.samples import decoded_samples
 from medtrain.trainer.weights.load import Checkpoint, digest_of_init, init_weights, load_weights
 from medtrain.trainer.weights.small_files import rehearse
 from medtrain.trainer.weights.verify import describe, prove
+
+log = logging.getLogger(__name__)
+
 
 if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
     from medtrain.trainer.model.fp8 import Guard
@@ -64,21 +68,21 @@ class Prepared:
     first_start: datetime
 
 
-def prepare(config: Config, world: World, display: Display, *, verify: bool = False) -> Prepared:
+def prepare(config: Config, world: World, *, verify: bool = False) -> Prepared:
     """Read and check settings, tokenizer, weights' headers and data; writes nothing but the token cache. ``verify``: all
     of the raw input and of the token cache is read, also where sizes and times say that nothing has changed."""
     for name in config.unused():
-        display.say(f"note: {name} has no effect here")
+        log.info(f"note: {name} has no effect here")
     if world.size == 1:
         for name in sorted(config.given & {"parallel.reshard_after_forward", "parallel.prefetch"}):
-            display.say(f"note: {name} has no effect on one rank")
+            log.info(f"note: {name} has no effect on one rank")
     compute_dtype = compute_dtype_of(config)
     folder, model = RunFolder(config.run.out), config.model
     # Of all ranks: a folder may be on some nodes alone, and what follows is for all ranks to do alike.
     missing = world.gather([p for p in (model.path, model.tokenizer) if p is not None and not os.path.exists(p)])
     gone = list(dict.fromkeys(itertools.chain.from_iterable(missing)))
     if gone and (kept := world.from_main(lambda: folder.kept(model))) != model:
-        display.say(f"note: {gone[0]} is gone; config and tokenizer are those kept in {folder.base}")
+        log.info(f"note: {gone[0]} is gone; config and tokenizer are those kept in {folder.base}")
         model = kept
     tokenizer = load_tokenizer(model)
     hf_config = load_model_config(model, tokenizer)
@@ -90,7 +94,7 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     adapters = plan_adapters(config.lora, shapes)
     dtype = export_dtype(config, compute_dtype)
     if not world.from_main(lambda: rehearse(hf_config, tokenizer, dtype=dtype, source=model.path)):
-        display.say(
+        log.info(
             f"note: transformers' AutoTokenizer makes other tokens of this tokenizer.json in a {hf_config.model_type} "
             "folder: read what is exported with PreTrainedTokenizerFast"
         )
@@ -122,11 +126,11 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
     renderer = fix_time(tokenizer, first_start)
     exam = world.from_main(lambda: read_exam(config, renderer, hf_config))
     if renderer is not tokenizer and (config.stage == "rpo" or (exam is not None and exam.style.chat)):
-        display.say(f"the chat template writes a date: {first_start:%Y-%m-%d}, that of the run's first start")
+        log.info(f"the chat template writes a date: {first_start:%Y-%m-%d}, that of the run's first start")
     if config.stage == "cpt":
-        objective: Objective = Cpt(config, tokenizer, world, display.say, verify=verify)
+        objective: Objective = Cpt(config, tokenizer, world, verify=verify)
     else:
-        objective = Rpo(config, renderer, world, display.say)
+        objective = Rpo(config, renderer, world)
     if exam is not None:
         objective.digests["data.exam"] = exam.digest
     if checkpoint is not None:
@@ -159,7 +163,7 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
         )
     paths = {
         "attention": select_backend(world.device, compute_dtype, config.model.compile),
-        "layers": select_layers(config.model, hf_config, world.device, display.say),
+        "layers": select_layers(config.model, hf_config, world.device),
         "head": select_path(torch.empty(0, 1, dtype=compute_dtype, device=world.device)),
         "compute": str(compute_dtype).removeprefix("torch."),
     }
@@ -181,7 +185,7 @@ def prepare(config: Config, world: World, display: Display, *, verify: bool = Fa
 
 
 def start(
-    config: Config, prepared: Prepared, world: World, reference: Path, display: Display, *, prove_it: bool
+    config: Config, prepared: Prepared, world: World, reference: Path, *, prove_it: bool
 ) -> tuple[PolicyModel, torch.optim.Optimizer, Guard | None, dict | None]:
     """The policy with its starting weights, what its objective must know of them (kept under ``reference``), the
     optimizer, the guard of an FP8 run, and the proof of what was loaded where there is one: what stands before step 0."""
@@ -216,8 +220,8 @@ def start(
         if proof is not None:
             if prove_it and prepared.checkpoint is not None:
                 proof |= prove(policy, prepared.checkpoint, prepared.adapters, world, forward=config.model.proof == "auto")
-            display.say(describe(proof))
-        prepared.objective.prepare(policy, world, reference, display.say)
+            log.info(describe(proof))
+        prepared.objective.prepare(policy, world, reference)
     return policy, make_optimizer(policy, config), guard, proof
 
 
@@ -230,8 +234,8 @@ def check(config: Config, samples: int = 0) -> str:
     """
     quiet_libraries()
     # Copies of the model are left out: what many ranks will train is often checked on one.
-    with join_world() as world:
-        prepared = prepare(config, world, Display(enabled=world.is_main), verify=True)
+    with join_world() as world, console_logging(enabled=world.is_main):
+        prepared = prepare(config, world, verify=True)
         RunFolder(config.run.out).check(config.settings(), prepared.objective.digests)
         hf_config = prepared.hf_config
         total, _ = num_parameters(prepared.shapes)

@@ -42,14 +42,13 @@ def optimizer_step(
     lr: float,
     grad_clip: float,
     guard: Guard | None = None,
-    say: Callable[[str], None] = print,
     asked: Callable[[], bool] = lambda: False,
     advice: str = "",
 ) -> StepResult:
     """Step number ``step`` (from 0): micro-batches, their gradients, one reduction, clipping, update.
 
     Args:
-        guard: of an FP8 run; what it warns of goes to ``say``.
+        guard: of an FP8 run.
         asked: whether this process was told to stop; looked at once the gradients are there.
         advice: ends the message of the error.
 
@@ -61,7 +60,7 @@ def optimizer_step(
     batches, n = objective.micro_batches(step, world)
     sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
     attended = 0.0
-    checked = guard.check(step, batches[0], say) if guard is not None else {}
+    checked = guard.check(step, batches[0]) if guard is not None else {}
     for i, batch in enumerate(batches):
         if world.replicas > 1:  # copies add their gradients up once a step, not once a micro-batch
             policy.set_requires_all_reduce(i == len(batches) - 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 import time
 import warnings
@@ -31,6 +32,8 @@ from medtrain.trainer.distributed import TIMEOUT, World, local_tensor, unwrapped
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import PARTIAL, complete_checkpoints, sync, write_json
 from medtrain.trainer.model.policy import PolicyModel
+
+log = logging.getLogger(__name__)
 
 # What torch says of a run of one process, where it is right and nothing is wrong.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -126,15 +129,15 @@ class Saver:
         if failures > 0:
             raise _not_written(pending[0], error, self.root) from error
 
-    def close(self, say: Callable[[str], None]) -> None:
-        """Wait for this rank's thread, also after an error elsewhere; of a failure that nobody has heard of, ``say`` it."""
+    def close(self) -> None:
+        """Wait for this rank's thread, also after an error elsewhere; a failure that nothing else has reported is logged."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
         for memory in self._locked:
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
         self._locked, self._copy = [], None
         if self.failed:
-            say(f"warning: {_not_written(self._pending[0], self._pending[1].exception(), self.root)}")
+            log.warning(f"{_not_written(self._pending[0], self._pending[1].exception(), self.root)}")
 
     def _lock(self, memory: torch.Tensor) -> None:
         """Not torch's own pinned memory: its blocks, one a tensor, are rounded up to powers of two."""

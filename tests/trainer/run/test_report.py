@@ -161,7 +161,7 @@ def test_a_report_takes_little_of_a_long_run(rpo_run, monkeypatch):
 
     monkeypatch.setattr(report, "write_report", slow)
     monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
-    live = report.LiveReport(rpo_run, print, enabled=True)
+    live = report.LiveReport(rpo_run, enabled=True)
     for _ in range(1000):
         now[0] += 1.0
         live.refresh()

@@ -138,7 +138,7 @@ def _saved_on_two_replicas(tree, root):
     saver.commit()
     expected = [p.full_tensor() for p in policies[0].parameters()]
     saver.finish()
-    saver.close(print)
+    saver.close()
     load_checkpoint(root / "step-00000001", policies[1], optimizers[1], world)
     for p, whole in zip(policies[1].parameters(), expected, strict=True):
         assert torch.equal(p.full_tensor(), whole)

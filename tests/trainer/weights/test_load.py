@@ -14,7 +14,6 @@ from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.model.policy import load_model_config, load_tokenizer, parameter_shapes
-from medtrain.trainer.run.console import Display
 from medtrain.trainer.train.setup import prepare
 from medtrain.trainer.weights import load as weights
 from medtrain.trainer.weights.load import INDEX, SINGLE, Checkpoint
@@ -196,5 +195,5 @@ def test_a_run_is_refused_before_anything_is_built_whatever_is_proved(folder, cp
     cpt_tree["data"]["sources"] = [{"path": "not-looked-at.jsonl"}]
     cpt_tree["run"]["out"] = str(folder.parent / "run")
     with pytest.raises(InputError, match="another head than the embedding"):
-        prepare(config_from_dict("cpt", cpt_tree), World(0, 1, torch.device("cpu"), None), Display(enabled=False))
+        prepare(config_from_dict("cpt", cpt_tree), World(0, 1, torch.device("cpu"), None))
     assert not (folder.parent / "run").exists()
