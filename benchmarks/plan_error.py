@@ -29,7 +29,9 @@ from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.plan.memory import Machine, Step, moments, read_model
 from medtrain.trainer.processes import clean_context
 from medtrain.trainer.run.folder import commit, device_name, versions
+from medtrain.trainer.train.cpt import CptLoss
 from medtrain.trainer.train.optimizer import make_optimizer
+from medtrain.trainer.train.rpo import PreferenceLoss
 from medtrain.trainer.train.setup import prepare
 from medtrain.trainer.train.step import _clip
 from medtrain.trainer.weights.load import init_weights
@@ -164,7 +166,7 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     ``forward`` and ``backward`` of its last micro-batch and in ``step`` (clipping and optimizer)."""
     torch.manual_seed(0)
     prepared = prepare(config, world)
-    backend = prepared.paths["attention"]
+    backend = prepared.backends["attention"]
     policy = build_model(
         config.model,
         prepared.hf_config,
@@ -179,10 +181,10 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     init_weights(policy, 0)
     if prepared.adapters is not None:
         fill_adapters(policy, prepared.adapters, 0)
-    objective = prepared.objective
-    if config.stage == "rpo":
-        for pairs in objective.sources:  # any numbers will do for memory
-            objective.reference[id(pairs)] = torch.zeros(pairs.num_pairs, 2, dtype=torch.float64)
+    data = prepared.data
+    # Any reference will do for memory.
+    zeros = [torch.zeros(pairs.num_pairs, 2, dtype=torch.float64) for pairs in data.sources] if config.stage == "rpo" else []
+    loss_of = PreferenceLoss(config.rpo, data, zeros) if config.stage == "rpo" else CptLoss(data)
     optimizer = make_optimizer(policy, config)
     guard = None
     if prepared.fp8 is not None:
@@ -192,13 +194,13 @@ def measure(config: Config, world: World) -> tuple[dict[str, int], Step]:
     seen: list[Any] = []
 
     def micro_batches(step: int) -> None:
-        batches, n = objective.micro_batches(step, world)
+        batches, n = data.micro_batches(step, world)
         seen[:] = [batches[-1], len(batches)]
         for i, batch in enumerate(batches):
             if world.replicas > 1:
                 policy.set_requires_all_reduce(i == len(batches) - 1)
             with record_function("plan: forward"):
-                loss, _ = objective.loss(policy, batch, n)
+                loss, _ = loss_of(policy, batch, n)
             with record_function("plan: backward"):
                 (loss * world.size).backward()
             del loss

@@ -26,7 +26,7 @@ from medtrain.trainer.distributed import World
 from medtrain.trainer.model.attention import packed_layout, select_backend
 from medtrain.trainer.model.policy import PolicyModel, build_model, load_model_config, load_tokenizer
 from medtrain.trainer.run.folder import commit, device_name, versions
-from medtrain.trainer.train.objectives import Rpo
+from medtrain.trainer.train.rpo import PreferenceLoss, read_data
 from medtrain.trainer.weights.load import init_weights
 
 SIZES = {
@@ -42,7 +42,7 @@ MICRO_BATCH_TOKENS = 16_384
 DEVICE = torch.device("cpu")
 
 
-def objective_of(args: argparse.Namespace, share: bool, batch_pairs: int) -> Rpo:
+def loss_of(args: argparse.Namespace, share: bool, batch_pairs: int) -> PreferenceLoss:
     tree = {
         "model": {"init": SIZES, "tokenizer": args.tokenizer},
         "data": {"pairs": [{"path": args.pairs}], "max_length": 4096, "share_prompts": share},
@@ -51,36 +51,35 @@ def objective_of(args: argparse.Namespace, share: bool, batch_pairs: int) -> Rpo
     }
     config = config_from_dict("rpo", tree)
     world = World(0, 1, DEVICE, None)
-    objective = Rpo(config, load_tokenizer(config.model), world, lambda _: None)
-    for pairs in objective.sources:  # the time does not depend on what they are
-        objective.reference[id(pairs)] = torch.zeros(pairs.num_pairs, 2, dtype=torch.float64)
-    return objective
+    data = read_data(config, load_tokenizer(config.model), world)
+    # The time does not depend on what the reference is.
+    return PreferenceLoss(config.rpo, data, [torch.zeros(pairs.num_pairs, 2, dtype=torch.float64) for pairs in data.sources])
 
 
 def epoch_tokens(args: argparse.Namespace, share: bool, batch_pairs: int, world_size: int) -> dict:
     """Tokens of one epoch, over all ranks."""
-    objective = objective_of(args, share, batch_pairs)
+    data = loss_of(args, share, batch_pairs).data
     world = World(0, world_size, DEVICE, None)
-    steps = objective.epoch_size // batch_pairs
-    counts = [objective.micro_batches(step, world)[1].inputs for step in range(steps)]
+    steps = data.epoch_size // batch_pairs
+    counts = [data.micro_batches(step, world)[1].inputs for step in range(steps)]
     total = {name: sum(c.metrics()[name] for c in counts) for name in counts[0].metrics() if name.startswith("tokens")}
     needed = sum(c.needed for c in counts)
     row = {"share_prompts": share, "batch_pairs": batch_pairs, "world_size": world_size, "steps": steps}
     return row | total | {"useful_token_share": round(needed / total["tokens_computed"], 4)}
 
 
-def step_seconds(policy: PolicyModel, objective: Rpo, step: int) -> float:
+def step_seconds(policy: PolicyModel, loss: PreferenceLoss, step: int) -> float:
     started = time.process_time()
-    batches, n = objective.micro_batches(step, World(0, 1, DEVICE, None))
+    batches, n = loss.data.micro_batches(step, World(0, 1, DEVICE, None))
     for batch in batches:
-        objective.loss(policy, batch, n)[0].backward()
+        loss(policy, batch, n)[0].backward()
     policy.zero_grad(set_to_none=True)
     return time.process_time() - started
 
 
-def backbone_seconds(policy: PolicyModel, objective: Rpo, step: int) -> float:
+def backbone_seconds(policy: PolicyModel, loss: PreferenceLoss, step: int) -> float:
     started = time.process_time()
-    for batch in objective.micro_batches(step, World(0, 1, DEVICE, None))[0]:
+    for batch in loss.data.micro_batches(step, World(0, 1, DEVICE, None))[0]:
         hidden(policy, batch).sum().backward()
     policy.zero_grad(set_to_none=True)
     return time.process_time() - started
@@ -97,16 +96,16 @@ def hidden(policy: PolicyModel, batch: MicroBatch) -> torch.Tensor:
 
 
 def compare(args: argparse.Namespace, policy: PolicyModel, seconds_of, batch_pairs: int, repeats: int) -> dict:
-    objectives = {share: objective_of(args, share, batch_pairs) for share in (True, False)}
-    seconds_of(policy, objectives[True], 0)  # warm
+    losses = {share: loss_of(args, share, batch_pairs) for share in (True, False)}
+    seconds_of(policy, losses[True], 0)  # warm
     seconds = {True: [], False: []}
     for repeat in range(repeats):
         for share in (True, False) if repeat % 2 else (False, True):
-            seconds[share].append(seconds_of(policy, objectives[share], repeat))
+            seconds[share].append(seconds_of(policy, losses[share], repeat))
     ratios = [separate / shared for separate, shared in zip(seconds[False], seconds[True], strict=True)]
     inputs = {
-        share: [o.micro_batches(r, World(0, 1, DEVICE, None))[1].inputs.computed for r in range(repeats)]
-        for share, o in objectives.items()
+        share: [loss.data.micro_batches(r, World(0, 1, DEVICE, None))[1].inputs.computed for r in range(repeats)]
+        for share, loss in losses.items()
     }
     return {
         "batch_pairs": batch_pairs,
@@ -132,8 +131,7 @@ def main() -> None:
     policy = build_model(settings, hf_config, alone, torch.float32, backend=select_backend(DEVICE, torch.float32))
     init_weights(policy, 0)
     rows = [epoch_tokens(args, share, b, w) for b, w in ((64, 1), (16, 1)) for share in (True, False)]
-    objective = objective_of(args, True, 64)
-    (ledger,) = objective.ledger["sources"].values()
+    (ledger,) = loss_of(args, True, 64).data.ledger["sources"].values()
     result = {
         "what": " ".join(__doc__.split("\n\n")[2].split()),
         "device": device_name(DEVICE),

@@ -101,7 +101,7 @@ def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: tor
     """Our step, as the training loop takes it."""
     from medtrain.trainer.distributed import join_world
     from medtrain.trainer.train.schedule import lr_factor
-    from medtrain.trainer.train.setup import prepare, start
+    from medtrain.trainer.train.setup import build, prepare
     from medtrain.trainer.train.step import optimizer_step
 
     total = steps_to_run(device, steps)
@@ -119,22 +119,32 @@ def run_medtrain(arm: Arm, model: Model, inputs: Inputs, steps: int, device: tor
     optim, found = settings.optim, Measured()
     with join_world(needs_group=model.precision != "float32", device_type=device.type) as world:
         prepared = prepare(settings, world)
-        objective, found.paths = prepared.objective, prepared.paths
+        data, found.paths = prepared.data, prepared.backends
         for step in range(steps):
-            batches, _ = objective.micro_batches(step, world)
+            batches, _ = data.micro_batches(step, world)
             found.computed.append(sum(batch.input_ids.numel() for batch in batches))
             found.micro_batches.append(len(batches))
         with tempfile.TemporaryDirectory() as folder:
-            policy, optimizer, guard, _ = start(settings, prepared, world, Path(folder), prove_it=False)
+            built = build(settings, prepared, world, Path(folder), verify=False)
             meter = Meter(world.device, steps, found)
             meter.start()
             for step in range(total):
                 lr = optim.lr * lr_factor(optim, step, total)
-                this = optimizer_step(policy, objective, optimizer, step, world, lr=lr, grad_clip=optim.grad_clip, guard=guard)
+                result = optimizer_step(
+                    built.policy,
+                    data,
+                    built.loss,
+                    built.optimizer,
+                    step,
+                    world,
+                    lr=lr,
+                    grad_clip=optim.grad_clip,
+                    guard=built.guard,
+                )
                 meter.step_done()
-                found.losses.append(this.metrics["loss"])
+                found.losses.append(result.metrics["loss"])
                 if model.stage == "rpo":
-                    found.margins.append(this.metrics["rewards/margin"])
+                    found.margins.append(result.metrics["rewards/margin"])
     if arm.fp8 is not None:
         found.paths["fp8"] = arm.fp8
     return found

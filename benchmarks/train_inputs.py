@@ -23,7 +23,7 @@ from medtrain.trainer.data.pairs import PairSet
 from medtrain.trainer.data.tokenizer import read_tokenizer
 from medtrain.trainer.data.windows import Windows
 from medtrain.trainer.distributed import World
-from medtrain.trainer.train.objectives import Cpt, Rpo
+from medtrain.trainer.train.stages import STAGES
 
 SEED = 0
 SPECIAL = ("<eos>", "<pad>", "<unk>")
@@ -218,10 +218,10 @@ def make_inputs(model: Model, folder: Path, steps: int, device: torch.device) ->
         _write_pairs(model, inputs.rows, steps * model.pairs_a_step)
     settings = config(model, inputs, steps, micro_batch_tokens=most_tokens(model), checkpointing=True)
     world = World(0, 1, torch.device("cpu"), None)
-    objective = (Cpt if model.stage == "cpt" else Rpo)(settings, read_tokenizer(inputs.checkpoint), world, lambda line: None)
-    order = [objective.order.step(step).item_ids.tolist() for step in range(steps)]
+    data = STAGES[model.stage].read_data(settings, read_tokenizer(inputs.checkpoint), world)
+    order = [data.order.step(step).item_ids.tolist() for step in range(steps)]
     inputs = Inputs(inputs.checkpoint, inputs.rows, inputs.adapter, order)
-    return inputs, [work(objective.sources[0], items) for items in order]
+    return inputs, [work(data.sources[0], items) for items in order]
 
 
 def work(rows: PairSet | Windows, items: list[int]) -> Work:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,22 +19,32 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.errors import InputError, StopRequested, bad_input
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=2)  # of collectives; long, since rank 0 tokenises and hashes files while the others wait
 
 
+@dataclass
+class StopFlag:
+    """Set by the handler of a signal. While ``interruptible``, the handler raises :class:`StopRequested` itself."""
+
+    requested: bool = False
+    interruptible: bool = False
+
+
 @dataclass(frozen=True)
 class World:
     """Attributes: ``rank`` and ``size`` over all nodes; ``device`` this process computes on; ``mesh`` over all ranks where
-    there is a process group, else None: ("shard",), or ("replicate", "shard") where the model has several copies."""
+    there is a process group, else None: ("shard",), or ("replicate", "shard") where the model has several copies; ``stop``:
+    whether this process was asked to stop."""
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None
+    stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -58,20 +68,35 @@ class World:
         return on_device.cpu()
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on rank 0, on every rank. Rank 0 alone reads, hashes and looks; its InputError is raised
-        on every rank, so that none waits for one that has given up."""
+        """What ``make`` returns on rank 0, on every rank. Rank 0 alone reads, hashes and inspects; its InputError, or the
+        StopRequested of a signal in the middle of it, is raised on every rank, so that none waits for one that has given up."""
         if self.size == 1:
-            return make()
+            return self._interruptible(make)
         box: list[Any] = [None, None]
         if self.is_main:
             try:
-                box[0] = make()
-            except InputError as error:
-                box[1] = str(error)
+                box[0] = self._interruptible(make)
+            except (InputError, StopRequested) as error:
+                box[1] = type(error), str(error)
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
-            raise InputError(box[1])
+            kind, message = box[1]
+            raise kind(message)
         return box[0]
+
+    def _interruptible(self, make: Callable[[], T]) -> T:
+        if self.stop.requested:
+            raise StopRequested
+        self.stop.interruptible = True
+        try:
+            return make()
+        finally:
+            self.stop.interruptible = False
+
+    def raise_if_stopping(self) -> None:
+        """Raise :class:`StopRequested` on every rank where any was asked to stop; all ranks must call this."""
+        if self.sum(torch.tensor([float(self.stop.requested)], dtype=torch.float64))[0] > 0:
+            raise StopRequested
 
     def gather(self, value: T) -> list[T]:
         """Every rank's ``value``, in the order of the ranks, on every rank; for small things that can be pickled."""

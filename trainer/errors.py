@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake: the CLI prints it as one line and exits with status 2."""
+"""The exceptions that are no failure of the program: a mistake of the user's (one line, exit status 2), a stop by a signal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class InputError(ValueError):
 
     Build it with :func:`bad_input` where a file, row or field is to be named.
     """
+
+
+class StopRequested(Exception):
+    """A signal asked the run to end; what is on disk is whole, and the same command goes on from there."""
 
 
 def bad_input(

@@ -171,7 +171,7 @@ def test_export_of_a_checkpoint_is_the_model_of_the_run(cpt_tree, tmp_path):
 
 def test_check_reads_everything_and_writes_no_run(rpo_tree, tmp_path):
     result = call("check", write_config(rpo_tree, tmp_path))
-    assert result.exit_code == 0 and "nothing is wrong" in result.stdout and "rpo, 6 steps" in result.stdout
+    assert result.exit_code == 0 and "\nOK" in result.stdout and "rpo, 6 steps" in result.stdout
     assert not (tmp_path / "rpo").exists()
     rpo_tree["lora"] = {"rank": 4}
     result = call("check", write_config(rpo_tree, tmp_path))

@@ -96,13 +96,15 @@ def sit_exam(policy: PolicyModel, tokenizer, exam: Exam, world: World, file: Pat
     began = time.perf_counter()
     rows = world.from_main(lambda: read_outputs(file) if file.is_file() else None)
     if rows is None:
-        with _as_causal_lm(policy, generation_config(tokenizer, source), world) as model:
-            prompt = exam.style.prompt(exam.questions[0], "explain", tokenizer, exam.demonstrations)
-            agrees = HFEngine(model, tokenizer).cache_agrees(prompt, exam.max_new_tokens["explain"])
-            rows = {mode: _sit(model, tokenizer, exam, mode, world) for mode in MODES}
+        try:
+            with _as_causal_lm(policy, generation_config(tokenizer, source), world) as model:
+                prompt = exam.style.prompt(exam.questions[0], "explain", tokenizer, exam.demonstrations)
+                agrees = HFEngine(model, tokenizer).cache_agrees(prompt, exam.max_new_tokens["explain"])
+                rows = {mode: _sit(model, tokenizer, exam, mode, world) for mode in MODES}
+        finally:
+            policy.reshard_all()
         if not agrees:
             rows = {mode: [row | {"invalid": INVALID} for row in rows[mode]] for mode in MODES}
-        policy.reshard_all()
         if world.is_main:
             file.parent.mkdir(exist_ok=True)
             write_bytes(file, to_jsonl(row for mode in MODES for row in rows[mode]).encode())
@@ -124,6 +126,7 @@ def _sit(model: _CausalLM, tokenizer, exam: Exam, mode: str, world: World) -> li
     num_rows = max(1, min(_MOST_ROWS, exam.num_tokens // exam.widths[mode], -(-len(order) // world.size)))
     made: list[tuple[int, dict]] = []
     for start in range(0, len(order), num_rows * world.size):
+        world.raise_if_stopping()
         mine = order[start : start + num_rows * world.size][world.rank :: world.size]
         # A rank without a question answers the shortest one, for the others wait for its forwards.
         asked = [exam.questions[i] for i in mine or order[-1:]]

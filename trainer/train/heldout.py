@@ -38,25 +38,26 @@ class HeldoutText:
         """-log p of each document with a token to predict, float64 [n], over all its windows; the same on every rank."""
         found = torch.zeros(len(self.windows), dtype=torch.float64, device=world.device)
         for by_rank in pack(self.windows.lengths, self.capacity, world.size):
+            world.raise_if_stopping()
             mine = by_rank[world.rank]
             batch = cpt_batch([self.windows], [(0, i) for i in mine])
             sums = sum_by_sequence(policy(batch.to(policy.device)).double(), batch.target_cu_seqlens)
             found[torch.tensor(mine, dtype=torch.int64, device=world.device)] = -sums[: len(mine)]
         return np.add.reduceat(world.sum(found).numpy(), self.first_windows)
 
-    def prepare(self, policy: PolicyModel, world: World, folder: Path) -> None:
-        """Learn the starting weights' nats, from ``folder`` where an earlier start of the run has left them. ``policy``
-        must hold the starting weights."""
+    def measure_start(self, policy: PolicyModel, world: World, folder: Path) -> None:
+        """Measure the nats of the starting weights, which ``policy`` must hold, or read from ``folder`` what an earlier start
+        of the run has measured."""
         file = folder / f"heldout-{self.windows.source.digest[:16]}.npy"
 
-        def look() -> np.ndarray | None:
+        def stored() -> np.ndarray | None:
             try:
-                found = np.load(file)
+                nats = np.load(file)
             except (OSError, ValueError):
                 return None
-            return found if found.shape == self.num_bytes.shape else None
+            return nats if nats.shape == self.num_bytes.shape else None
 
-        self.start = world.from_main(look)
+        self.start = world.from_main(stored)
         if self.start is None:
             self.start = self.nats(policy, world)
             if world.is_main:

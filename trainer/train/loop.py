@@ -1,4 +1,4 @@
-"""The one training loop, for both stages, alone and on many ranks.
+"""The one training loop, for every stage, alone and on many ranks.
 
 Reads from top to bottom as a run does: what was read and checked (``setup.py``) -> run folder -> model, weights -> last
 checkpoint, if any -> steps -> export. Each step is a pure function of (weights, optimizer state, step number), so a run
@@ -8,13 +8,10 @@ started again goes on as if it had never stopped.
 from __future__ import annotations
 
 import logging
-import resource
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +21,20 @@ import torch
 from medtrain.trainer.config.settings import Config
 from medtrain.trainer.data.chat import fix_time, now
 from medtrain.trainer.distributed import World, join_world
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.errors import StopRequested, bad_input
 from medtrain.trainer.exam.during import sit_exam
 from medtrain.trainer.files import PARTIAL, replace_folder, write_json
 from medtrain.trainer.libraries import quiet_libraries
-from medtrain.trainer.model.flops import FlopsPerToken, num_parameters, peak_flops
+from medtrain.trainer.model.flops import num_parameters
 from medtrain.trainer.model.lora import export_adapters
-from medtrain.trainer.model.policy import load_tokenizer
+from medtrain.trainer.model.policy import PolicyModel, load_tokenizer
 from medtrain.trainer.run.console import Display, console_logging, count, evaluation_lines, summary
 from medtrain.trainer.run.export import export_dtype
 from medtrain.trainer.run.folder import RunFolder, commit, device_name, last_step, versions
-from medtrain.trainer.run.report import LiveReport
+from medtrain.trainer.train.record import Recorder, Throughput
 from medtrain.trainer.train.schedule import lr_factor
-from medtrain.trainer.train.setup import Prepared, compute_dtype_of, prepare, start
+from medtrain.trainer.train.setup import Built, Prepared, build, compute_dtype_of, prepare
+from medtrain.trainer.train.signals import stop_on_signals
 from medtrain.trainer.train.step import optimizer_step
 from medtrain.trainer.weights.checkpoint import Saver, load_checkpoint
 from medtrain.trainer.weights.load import export_model
@@ -44,11 +42,13 @@ from medtrain.trainer.weights.small_files import write_small_files
 
 log = logging.getLogger(__name__)
 
+_GOES_ON = "the same command goes on from here"
+
 
 @dataclass(frozen=True)
 class TrainResult:
     """``model_dir``: the exported HF folder (``lora.merge`` false: the PEFT folder); ``metrics``: what
-    metrics.jsonl holds of the last step; ``interrupted``: stopped by a signal after saving, with no export."""
+    metrics.jsonl holds of the last step; ``interrupted``: stopped by a signal, with no export."""
 
     run_dir: Path
     model_dir: Path
@@ -64,179 +64,199 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         RuntimeError: a loss or gradient that is not finite, a reference that does not match.
     """
     quiet_libraries()
-    compute_dtype = compute_dtype_of(config)
-    needs_group = compute_dtype != torch.float32 or config.precision.fp8_all_gather
-    with join_world(needs_group=needs_group, replicate=config.parallel.replicate) as world:
-        with console_logging(enabled=world.is_main and not quiet) as display:
+    needs_group = compute_dtype_of(config) != torch.float32 or config.precision.fp8_all_gather
+    with (
+        join_world(needs_group=needs_group, replicate=config.parallel.replicate) as world,
+        console_logging(enabled=world.is_main and not quiet) as display,
+        stop_on_signals(world.stop),
+    ):
+        try:
             return _run(config, prepare(config, world), world, display)
+        except StopRequested:
+            log.info(f"stopped by a signal before the first step; {_GOES_ON}")
+            folder = RunFolder(config.run.out)
+            return TrainResult(folder.root, folder.results(config)[-1], {}, interrupted=True)
 
 
 def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
-    objective, steps = prepared.objective, prepared.steps
-    folder = RunFolder(config.run.out)
-
-    def look() -> tuple[tuple[int, Path] | None, bool]:
-        folder.check(config.settings(), objective.digests)
-        return folder.last_checkpoint(), folder.finished(config, steps)
-
-    last, complete = world.from_main(look)
+    folder, steps = RunFolder(config.run.out), prepared.steps
+    last, complete = world.from_main(lambda: _inspect(folder, config, prepared))
     if complete:
-        if world.is_main:
-            log.info(summary(folder, config, 0, 0.0))
+        log.info(summary(folder, config, 0, 0.0))
         return TrainResult(folder.root, folder.results(config)[-1], last_step(folder.rows()))
     if world.is_main:
         _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
     _check_shared(folder, world)
+    _log_start(config, prepared, world)
+    # Weights that a checkpoint does not hold come from the files at every start.
+    verify = last is None or prepared.adapters is not None
+    built = build(config, prepared, world, folder.reference, verify=verify)
+    if built.verification is not None and world.is_main:
+        folder.add_to_start({"proof": built.verification})
 
-    total, multiplied = num_parameters(prepared.shapes)
+    state, done = {"tokens_total": 0, "pairs_total": 0}, 0
+    if last is not None:
+        loaded = load_checkpoint(last[1], built.policy, built.optimizer, world)
+        state, done = {key: loaded[key] for key in state}, loaded["step"]
+        log.info(f"going on from {last[1].name} of {steps:,} steps")
+    began = time.monotonic()
+    recorder = Recorder(folder, built.loss, world, done, resumed=last is not None)
+    try:
+        finished = _train_steps(config, prepared, built, world, display, folder, recorder, state, done)
+    except RuntimeError as error:
+        recorder.report.write(str(error))
+        raise
+    finally:
+        recorder.close()
+    if not finished:
+        recorder.report.write(f"by a signal; {_GOES_ON}")
+        return TrainResult(folder.root, folder.results(config)[-1], recorder.last_row, interrupted=True)
+    _export(config, prepared, built.policy, world, folder, trained=done < steps)
+    recorder.report.write()
+    if world.is_main:
+        log.info(summary(folder, config, steps - done, time.monotonic() - began))
+    return TrainResult(folder.root, folder.results(config)[-1], recorder.last_row)
+
+
+def _train_steps(
+    config: Config,
+    prepared: Prepared,
+    built: Built,
+    world: World,
+    display: Display,
+    folder: RunFolder,
+    recorder: Recorder,
+    state: dict[str, int],
+    done: int,
+) -> bool:
+    """Steps from ``done`` to the last, with checkpoints and evaluations as they are due; False where a signal stopped them."""
+    policy, steps = built.policy, prepared.steps
+    evaluator = _Evaluator(config, prepared, built, world, folder, recorder)
+    throughput = Throughput(prepared, world)
+    saver = Saver(folder.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
+    display.start(done, steps)
+
+    def commit_checkpoint() -> None:
+        if world.is_main:
+            folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
+        saver.commit()
+        recorder.report.refresh()
+
+    try:
+        # Before the first step, or where a run was stopped after a checkpoint and before what was due then.
+        if recorder.evaluation_pending(done) and not evaluator.evaluate(done):
+            log.info(f"stopped by a signal in the evaluation at step {done}; {_GOES_ON}")
+            return False
+        for step in range(done, steps):
+            started = time.perf_counter()
+            lr = config.optim.lr * lr_factor(config.optim, step, steps)
+            result = optimizer_step(
+                policy,
+                prepared.data,
+                built.loss,
+                built.optimizer,
+                step,
+                world,
+                lr=lr,
+                grad_clip=config.optim.grad_clip,
+                guard=built.guard,
+                stop_requested=lambda: world.stop.requested or saver.failed,
+                error_hint=f"the last checkpoint stands in {folder.checkpoints}",
+            )
+            state["tokens_total"] += result.denominators.tokens
+            state["pairs_total"] += result.denominators.pairs
+            row = throughput.row(step + 1, result, lr, state["tokens_total"], time.perf_counter() - started)
+            is_last = step + 1 == steps
+            save_now = result.stop_requested or is_last or (step + 1) % config.checkpoint.every == 0
+            if save_now:
+                row["checkpoint_seconds"] = saver.begin(step + 1, policy, built.optimizer, state)
+            recorder.record(row)
+            display.step(step + 1, steps, row, throughput.seconds_left(steps - step - 1))
+            if save_now:
+                commit_checkpoint()
+            stopping = result.stop_requested and not is_last
+            # After the checkpoint, which an exam that fails must not take with it.
+            if not stopping and not evaluator.evaluate(step + 1):
+                stopping = True
+                if not save_now:
+                    saver.begin(step + 1, policy, built.optimizer, state)
+                    commit_checkpoint()
+            if stopping:
+                saver.finish()
+                log.info(f"stopped by a signal after step {step + 1}; {_GOES_ON}")
+                return False
+        saver.finish()
+        return True
+    finally:
+        display.stop()
+        saver.close()
+
+
+class _Evaluator:
+    """Computes and records what is due at a step of the held-out numbers and the exam."""
+
+    def __init__(self, config: Config, prepared: Prepared, built: Built, world: World, folder: RunFolder, recorder: Recorder):
+        self.settings, self.steps, self.exam = config.eval, prepared.steps, prepared.exam
+        self.built, self.world, self.folder, self.recorder = built, world, folder, recorder
+        self.tokenizer = fix_time(prepared.tokenizer, prepared.first_start)
+        # Held-out numbers are those of the model that is exported.
+        self.full_precision = built.guard.without_fp8 if built.guard is not None else nullcontext
+
+    def is_due(self, step: int, every: int) -> bool:
+        return step in (0, self.steps) or bool(every and step % every == 0)
+
+    def evaluate(self, step: int) -> bool:
+        """False where a signal broke the evaluation off; it is pending then. All ranks must call this."""
+        policy, row = self.built.policy, {}
+        try:
+            with self.full_precision():
+                if self.built.loss.validates and self.is_due(step, self.settings.every):
+                    row |= self.built.loss.evaluate(policy, self.world)
+                if self.exam is not None and self.is_due(step, self.settings.exam_every):
+                    row |= sit_exam(policy, self.tokenizer, self.exam, self.world, self.folder.exam(step), self.folder.base)
+        except StopRequested:
+            return False
+        if row:
+            row = {"step": step} | row
+            self.recorder.record(row)
+            for line in evaluation_lines(row, self.folder.exam(step)):
+                log.info(line)
+            self.recorder.report.refresh()
+        return True
+
+
+def _inspect(folder: RunFolder, config: Config, prepared: Prepared) -> tuple[tuple[int, Path] | None, bool]:
+    """(step and folder of the last checkpoint, whether nothing is left to do); refuses the folder of another run."""
+    folder.check(config.settings(), dict(prepared.identity.digests))
+    return folder.last_checkpoint(), folder.finished(config, prepared.steps)
+
+
+def _log_start(config: Config, prepared: Prepared, world: World) -> None:
+    total, _ = num_parameters(prepared.shapes)
     log.info(
-        f"{config.stage}: {count(total)} parameters, {steps:,} steps, {world.size} x {device_name(world.device)}\n"
+        f"{config.stage}: {count(total)} parameters, {prepared.steps:,} steps, {world.size} x {device_name(world.device)}\n"
         + "paths: "
-        + ", ".join(f"{name} {path}" for name, path in prepared.paths.items())
+        + ", ".join(f"{name} {path}" for name, path in prepared.backends.items())
     )
-    adapters = prepared.adapters
-    if adapters is not None:
-        log.info(adapters.describe(total))
+    if prepared.adapters is not None:
+        log.info(prepared.adapters.describe(total))
     if prepared.fp8 is not None:
         log.info(prepared.fp8.describe())
     if prepared.exam is not None:
         log.info(prepared.exam.describe())
-    # Weights that a checkpoint does not hold come from the files at every start.
-    prove_it = last is None or adapters is not None
-    policy, optimizer, guard, proof = start(config, prepared, world, folder.reference, prove_it=prove_it)
-    if proof is not None and world.is_main:
-        folder.add_to_start({"proof": proof})
-    # Held-out numbers are those of the model that is exported.
-    exactly = guard.without_fp8 if guard is not None else nullcontext
 
-    state = {"tokens_total": 0, "pairs_total": 0}
-    done = 0
-    if last is not None:
-        loaded = load_checkpoint(last[1], policy, optimizer, world)
-        state, done = {key: loaded[key] for key in state}, loaded["step"]
-        log.info(f"going on from {last[1].name} of {steps:,} steps")
-    if world.is_main:
-        folder.cut_metrics(done if last is not None else -1)
-    board = _Tensorboard(folder, done) if world.is_main else None
-    earlier = folder.rows() if world.is_main and last is not None else []
-    for row in earlier:
-        objective.watch(row)
-    last_row = world.from_main(lambda: last_step(earlier))
-    renderer = fix_time(prepared.tokenizer, prepared.first_start)
-    report = LiveReport(folder.root, enabled=world.is_main)
 
-    def record(row: dict[str, Any]) -> None:
-        nonlocal last_row
-        last_row = last_step([last_row, row])
-        if world.is_main:
-            folder.append_metrics(row)
-            board.write(row)
-            if warning := objective.watch(row):
-                log.info(warning)
-
-    def evaluate(step: int) -> None:
-        """Compute and record what is due at this step of the held-out numbers and the exam."""
-
-        def due(every: int) -> bool:
-            return step in (0, steps) or bool(every and step % every == 0)
-
-        found: dict[str, Any] = {}
-        with exactly():
-            if objective.heldout and due(config.eval.every):
-                found |= objective.evaluate(policy, world)
-            if prepared.exam is not None and due(config.eval.exam_every):
-                found |= sit_exam(policy, renderer, prepared.exam, world, folder.exam(step), folder.base)
-        if found:
-            row = {"step": step} | found
-            record(row)
-            for line in evaluation_lines(row, folder.exam(step)):
-                log.info(line)
-            report.refresh()
-
-    owed = last_row.get("step") != done or not any(key.startswith(("heldout/", "exam/")) for key in last_row)
-    flops = FlopsPerToken(prepared.hf_config, multiplied, adapters)
-    peak = peak_flops(world.device) if prepared.compute_dtype == torch.bfloat16 else None
-    began, spent = time.monotonic(), 0.0
-    saver = Saver(folder.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
-    display.start(done, steps)
-    try:
-        if owed:  # before the first step, or where a run was stopped after a checkpoint and before what was due then
-            evaluate(done)
-        with _stop_signal() as stop:
-            for step in range(done, steps):
-                started = time.perf_counter()
-                lr = config.optim.lr * lr_factor(config.optim, step, steps)
-                this = optimizer_step(
-                    policy,
-                    objective,
-                    optimizer,
-                    step,
-                    world,
-                    lr=lr,
-                    grad_clip=config.optim.grad_clip,
-                    guard=guard,
-                    asked=lambda: stop.asked or saver.failed,
-                    advice=f"the last checkpoint stands in {folder.checkpoints}",
-                )
-                n = this.denominators
-                state["tokens_total"] += n.tokens
-                state["pairs_total"] += n.pairs
-                seconds = time.perf_counter() - started
-                work = flops(n.inputs.computed, this.squared_lengths)
-                row = {
-                    "step": step + 1,
-                    **this.metrics,
-                    "lr": lr,
-                    "tokens": n.tokens,
-                    "tokens_total": state["tokens_total"],
-                    "seconds": seconds,
-                    **n.inputs.metrics(),
-                    "tokens_per_second": n.inputs.computed / seconds,
-                    "mfu": work / seconds / (peak * world.size) if peak else None,
-                    "max_memory_gib": _max_memory_gib(world.device),
-                }
-                stopping = this.asked and step + 1 < steps
-                save_now = this.asked or (step + 1) % config.checkpoint.every == 0 or step + 1 == steps
-                if save_now:
-                    row["checkpoint_seconds"] = saver.begin(step + 1, policy, optimizer, state)
-                record(row)
-                spent += seconds
-                display.step(step + 1, steps, row, (steps - step - 1) * spent / (step + 1 - done))
-                if save_now:
-                    if world.is_main:
-                        folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
-                    saver.commit()
-                    report.refresh()
-                if stopping:
-                    saver.finish()
-                    log.info(f"stopped by a signal after step {step + 1}; the same command goes on from here")
-                    report.write("by a signal; the same command goes on from here")
-                    return TrainResult(folder.root, folder.results(config)[-1], last_row, interrupted=True)
-                # After the checkpoint, which an exam that fails must not take with it.
-                evaluate(step + 1)
-        saver.finish()
-    except RuntimeError as error:
-        report.write(str(error))
-        raise
-    finally:
-        display.stop()
-        saver.close()
-        if board is not None:
-            board.close()
-
-    # Rank 0 looks for all, lest ranks take different ways.
-    missing = folder.results(config) if done < steps else world.from_main(lambda: folder.missing_results(config))
+def _export(config: Config, prepared: Prepared, policy: PolicyModel, world: World, folder: RunFolder, *, trained: bool) -> None:
+    """Write the run's results; where this start ``trained`` nothing, those that are missing."""
+    # Rank 0 decides for all, so that ranks do not part.
+    missing = folder.results(config) if trained else world.from_main(lambda: folder.missing_results(config))
     if folder.adapter in missing:
-        export_adapters(policy, adapters, folder.adapter, world, base=config.model.path)
+        export_adapters(policy, prepared.adapters, folder.adapter, world, base=config.model.path)
     if folder.model in missing:
         dtype = export_dtype(config, prepared.compute_dtype)
         # As it was at the start, whatever its folder holds by now.
         tokenizer = load_tokenizer(folder.kept(config.model))
-        export_model(policy, tokenizer, folder.model, world, dtype=dtype, source=folder.base, adapters=adapters)
-    report.write()
-    if world.is_main:
-        log.info(summary(folder, config, steps - done, time.monotonic() - began))
-    return TrainResult(folder.root, folder.results(config)[-1], last_row)
+        export_model(policy, tokenizer, folder.model, world, dtype=dtype, source=folder.base, adapters=prepared.adapters)
 
 
 def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World, step: int) -> None:
@@ -249,7 +269,7 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
         "versions": versions(),
         "device": device_name(world.device),
         "world_size": world.size,
-        "paths": prepared.paths,
+        "paths": prepared.backends,
     }
     total, _ = num_parameters(prepared.shapes)
     trained = prepared.adapters.num_parameters if prepared.adapters else 0
@@ -258,7 +278,7 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
             "stage": config.stage,
             "settings": config.settings(),
             "steps": prepared.steps,
-            "digests": prepared.objective.digests,
+            "digests": dict(prepared.identity.digests),
             "parameters": {"all": total + trained, "trained": trained or total},
             "adapters": None if prepared.adapters is None else prepared.adapters.about(),
             "fp8": None if prepared.fp8 is None else prepared.fp8.about(),
@@ -266,7 +286,7 @@ def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: 
             "starts": [*earlier, start],
         }
     )
-    write_json(folder.ledger, prepared.objective.ledger)
+    write_json(folder.ledger, prepared.data.ledger)
     if not folder.base.is_dir():
         partial = folder.base.with_name(folder.base.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
@@ -295,53 +315,3 @@ def _check_shared(folder: RunFolder, world: World) -> None:
             found=f"{blind} of {world.size} ranks do not see {folder.manifest}",
             expected="a shared file system",
         )
-
-
-def _max_memory_gib(device: torch.device) -> float:
-    """Peak so far: of the allocator on CUDA, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-class _Tensorboard:
-    """metrics.jsonl's numbers again, for those who watch with TensorBoard."""
-
-    def __init__(self, folder: RunFolder, done: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(folder.tensorboard, purge_step=done + 1 if done else 0)
-
-    def write(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Stop:
-    asked = False
-
-
-@contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    """SIGTERM and SIGUSR1 (what schedulers send before the end) ask for a checkpoint and a clean end after this step."""
-    stop = _Stop()
-    old = {}
-
-    def ask(*_: object) -> None:
-        stop.asked = True
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            old[number] = signal.signal(number, ask)
-    except ValueError:  # not the main thread: the embedding program handles signals
-        pass
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -89,6 +89,7 @@ class ReferenceCache:
             ends.append(len(queue))
         written = 0
         for first in range(0, len(queue), world.size):
+            world.raise_if_stopping()
             mine = queue[first + world.rank] if first + world.rank < len(queue) else []
             sums[mine] = _micro_batch_logps(policy, self.pairs, mine, share)
             while written < len(missing) and ends[written] <= first + world.size:

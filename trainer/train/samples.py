@@ -6,27 +6,27 @@ import torch
 
 from medtrain.trainer.data.batch import MicroBatch
 from medtrain.trainer.distributed import World
-from medtrain.trainer.train.objectives import Objective
+from medtrain.trainer.train.stage import StageData
 
 
-def decoded_samples(objective: Objective, tokenizer, number: int) -> str:
+def decoded_samples(data: StageData, tokenizer, number: int) -> str:
     """The first ``number`` windows or pairs of the run, read back from the micro-batches that it would compute."""
     alone = World(0, 1, torch.device("cpu"), None)
     found: list[str] = []
     step = 0
     while len(found) < number:
-        for batch in objective.micro_batches(step, alone)[0]:
-            found += _decoded(batch, objective, tokenizer)
+        for batch in data.micro_batches(step, alone)[0]:
+            found += _decoded(batch, data, tokenizer)
         step += 1
     return "\n\n".join(found[:number])
 
 
-def _decoded(batch: MicroBatch, objective: Objective, tokenizer) -> list[str]:
+def _decoded(batch: MicroBatch, data: StageData, tokenizer) -> list[str]:
     samples = []
     if batch.pair_ids is None:
         for n, s in enumerate(batch.source_ids.tolist()):
             context, counted = _completion(batch, n)
-            title = f"{objective.sources[s].source.name}: {len(counted)} counted tokens"
+            title = f"{data.sources[s].source.name}: {len(counted)} counted tokens"
             samples.append(f"--- {title}\n{tokenizer.decode(context)}⟦{tokenizer.decode(counted)}⟧")
         return samples
     for k, (s, i) in enumerate(zip(batch.source_ids.tolist(), batch.pair_ids.tolist(), strict=True)):
@@ -34,7 +34,7 @@ def _decoded(batch: MicroBatch, objective: Objective, tokenizer) -> list[str]:
         _, rejected = _completion(batch, int(batch.sides[2 * k + 1]))
         sizes = f"{len(prompt)} prompt, {len(chosen)} chosen, {len(rejected)} rejected tokens"
         samples.append(
-            f"--- {objective.sources[s].name}, row {objective.sources[s].rows[i]}: {sizes}\n{tokenizer.decode(prompt)}\n"
+            f"--- {data.sources[s].name}, row {data.sources[s].rows[i]}: {sizes}\n{tokenizer.decode(prompt)}\n"
             f"--- chosen\n⟦{tokenizer.decode(chosen)}⟧\n--- rejected\n⟦{tokenizer.decode(rejected)}⟧"
         )
     return samples

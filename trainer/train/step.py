@@ -1,6 +1,6 @@
-"""One optimizer step, of either stage.
+"""One optimizer step, of any stage.
 
-The training loop and ``medtrain bench train`` call the same functions, so what is timed is what trains.
+The training loop and ``medtrain bench train`` call the same function, so what is timed is what trains.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model.policy import PolicyModel
-from medtrain.trainer.train.objectives import Denominators, Objective
+from medtrain.trainer.train.stage import Denominators, StageData, StageLoss
 
 if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
     from medtrain.trainer.model.fp8 import Guard
@@ -23,18 +23,19 @@ if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
 
 @dataclass(frozen=True)
 class StepResult:
-    """``metrics``: the objective's, and ``grad_norm``; ``squared_lengths``: sum over documents of the step, all ranks;
-    ``asked``: whether any rank was told to stop."""
+    """``metrics``: the loss's, and ``grad_norm``; ``attention_pairs``: query-key pairs that attention computes, of all ranks;
+    ``stop_requested``: whether any rank was asked to stop."""
 
     metrics: dict[str, Any]
     denominators: Denominators
-    squared_lengths: float
-    asked: bool
+    attention_pairs: float
+    stop_requested: bool
 
 
 def optimizer_step(
     policy: PolicyModel,
-    objective: Objective,
+    data: StageData,
+    loss: StageLoss,
     optimizer: torch.optim.Optimizer,
     step: int,
     world: World,
@@ -42,53 +43,53 @@ def optimizer_step(
     lr: float,
     grad_clip: float,
     guard: Guard | None = None,
-    asked: Callable[[], bool] = lambda: False,
-    advice: str = "",
+    stop_requested: Callable[[], bool] = lambda: False,
+    error_hint: str = "",
 ) -> StepResult:
     """Step number ``step`` (from 0): micro-batches, their gradients, one reduction, clipping, update.
 
     Args:
         guard: of an FP8 run.
-        asked: whether this process was told to stop; looked at once the gradients are there.
-        advice: ends the message of the error.
+        stop_requested: whether this process was asked to stop; called once the gradients are there.
+        error_hint: ends the message of the error.
 
     Raises:
         RuntimeError: a loss or gradient norm that is not finite, or the guard's; nothing has been updated then.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    batches, n = objective.micro_batches(step, world)
-    sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=world.device)
-    attended = 0.0
-    checked = guard.check(step, batches[0]) if guard is not None else {}
+    batches, n = data.micro_batches(step, world)
+    sums = torch.zeros(loss.num_sums, dtype=torch.float64, device=world.device)
+    attention_pairs = 0.0
+    fp8_metrics = guard.check(step, batches[0]) if guard is not None else {}
     for i, batch in enumerate(batches):
-        if world.replicas > 1:  # copies add their gradients up once a step, not once a micro-batch
+        if world.replicas > 1:  # copies add their gradients up once per step, not once per micro-batch
             policy.set_requires_all_reduce(i == len(batches) - 1)
-        loss, stats = objective.loss(policy, batch, n)
+        value, stats = loss(policy, batch, n)
         # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.
-        (loss * world.size).backward()
+        (value * world.size).backward()
         sums += stats
-        attended += batch.attended
-    # One reduction a step carries everything: sums, attention work, and whether any rank was told to stop.
-    parts = [sums, torch.tensor([attended, float(asked())], dtype=torch.float64, device=world.device)]
+        attention_pairs += batch.attended
+    # One reduction per step carries everything: sums, attention work, and whether any rank was asked to stop.
+    parts = [sums, torch.tensor([attention_pairs, float(stop_requested())], dtype=torch.float64, device=world.device)]
     if guard is not None:
         parts.append(guard.nonfinite_gradients())
-    totals, (attended, told, *broken) = world.sum(torch.cat(parts)).tensor_split([len(sums)])
-    metrics = objective.metrics(totals, n) | checked
-    if broken:
-        metrics["fp8/nonfinite_gradients"] = float(broken[0])
+    totals, (all_pairs, stop_votes, *nonfinite_fp8_grads) = world.sum(torch.cat(parts)).tensor_split([len(sums)])
+    metrics = loss.metrics(totals, n) | fp8_metrics
+    if nonfinite_fp8_grads:
+        metrics["fp8/nonfinite_gradients"] = float(nonfinite_fp8_grads[0])
     grad_norm = _clip(policy, grad_clip)
     if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
         raise RuntimeError(
             f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}: not finite, stopped before the update"
-            + (f"; {advice}" if advice else "")
-            + (f"; {broken[0]:.0f} FP8 weights have such gradients" if broken else "")
+            + (f"; {error_hint}" if error_hint else "")
+            + (f"; {nonfinite_fp8_grads[0]:.0f} FP8 weights have such gradients" if nonfinite_fp8_grads else "")
         )
     optimizer.step()
     if guard is not None:
         guard.rescale()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(metrics | {"grad_norm": grad_norm}, n, float(attended), bool(told > 0))
+    return StepResult(metrics | {"grad_norm": grad_norm}, n, float(all_pairs), bool(stop_votes > 0))
 
 
 def _clip(policy: PolicyModel, limit: float) -> float:

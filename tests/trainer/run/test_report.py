@@ -133,10 +133,10 @@ def test_parts_that_are_missing_are_left_out(cpt_tree, tmp_path):
 def test_a_run_that_is_stopped_says_so_and_a_report_never_stops_a_run(cpt_tree, tmp_path, monkeypatch):
     steps = loop.optimizer_step
 
-    def failing(policy, objective, optimizer, step, *args, **more):
+    def failing(policy, data, loss, optimizer, step, *args, **more):
         if step == 3:
             raise RuntimeError("step 4: loss nan: not finite")
-        return steps(policy, objective, optimizer, step, *args, **more)
+        return steps(policy, data, loss, optimizer, step, *args, **more)
 
     monkeypatch.setattr(loop, "optimizer_step", failing)
     with pytest.raises(RuntimeError):

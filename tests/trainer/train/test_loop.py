@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from medtrain.trainer.data.tokenizer import read_tokenizer
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.train import loop, step
+from medtrain.trainer.train import record, step
 
 
 def tree_of(stage, request):
@@ -255,4 +255,4 @@ def test_bfloat16_compute_follows_float32(cpt_tree, tmp_path):
 def test_peak_memory_is_in_gib_on_every_system(monkeypatch, system, unit):
     monkeypatch.setattr("sys.platform", system)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    assert loop._max_memory_gib(torch.device("cpu")) == pytest.approx(peak, rel=0.2)
+    assert record._max_memory_gib(torch.device("cpu")) == pytest.approx(peak, rel=0.2)

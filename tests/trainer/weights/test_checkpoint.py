@@ -17,7 +17,7 @@ from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model.policy import build_model, load_model_config, load_tokenizer
 from medtrain.trainer.run.folder import RunFolder
-from medtrain.trainer.train.objectives import Cpt
+from medtrain.trainer.train.cpt import CptData
 from medtrain.trainer.train.optimizer import make_optimizer
 from medtrain.trainer.weights import checkpoint
 from medtrain.trainer.weights.checkpoint import Saver, complete_checkpoints, load_checkpoint
@@ -241,11 +241,11 @@ def test_an_error_of_the_training_waits_for_the_checkpoint_under_way(tree, tmp_p
     write_data, true_step = FileSystemWriter.write_data, loop.optimizer_step
     failed = threading.Event()
 
-    def failing(policy, objective, optimizer, step, *args, **options):
+    def failing(policy, data, loss, optimizer, step, *args, **options):
         if step == 2:
             failed.set()
             raise RuntimeError("planted")
-        return true_step(policy, objective, optimizer, step, *args, **options)
+        return true_step(policy, data, loss, optimizer, step, *args, **options)
 
     def writing(self, plan, planner):
         assert failed.wait(timeout=120)
@@ -261,7 +261,7 @@ def test_an_error_of_the_training_waits_for_the_checkpoint_under_way(tree, tmp_p
 def _noting_samples(stage, tree, out, samples, stop_after=None):
     """Run and note what each rank counted in each step; ask for a stop after step ``stop_after``."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    micro_batches, append = Cpt.micro_batches, RunFolder.append_metrics
+    micro_batches, append = CptData.micro_batches, RunFolder.append_metrics
 
     def noting(self, step, world):
         batches, n = micro_batches(self, step, world)
@@ -276,11 +276,11 @@ def _noting_samples(stage, tree, out, samples, stop_after=None):
         if row["step"] == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Cpt.micro_batches, RunFolder.append_metrics = noting, asking
+    CptData.micro_batches, RunFolder.append_metrics = noting, asking
     try:
         assert run(stage, tree, out).interrupted == (stop_after is not None)
     finally:
-        Cpt.micro_batches, RunFolder.append_metrics = micro_batches, append
+        CptData.micro_batches, RunFolder.append_metrics = micro_batches, append
 
 
 def samples_of(folder):
