@@ -23,7 +23,7 @@ from medtrain.trainer.data.pairs import PairSet
 from medtrain.trainer.data.tokenizer import read_tokenizer
 from medtrain.trainer.data.windows import Windows
 from medtrain.trainer.distributed import World
-from medtrain.trainer.train.stages import STAGES
+from medtrain.trainer.train.setup import STAGES
 
 SEED = 0
 SPECIAL = ("<eos>", "<pad>", "<unk>")

@@ -1,186 +1,175 @@
-"""What settings must hold beyond their types: ranges, and settings that would do nothing beside others."""
+"""What settings must hold beyond their types: ranges, and settings that contradict each other or would have no effect."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from medtrain.trainer.errors import bad_input
 
 if TYPE_CHECKING:
-    from medtrain.trainer.config.settings import Config, LoraConfig
+    from medtrain.trainer.config.settings import Config
+
+# (what a number must be, test, settings); a setting that is None has no number to test.
+_RANGES = (
+    (
+        "1 or more",
+        lambda value: value >= 1,
+        "optim.steps optim.batch_tokens optim.batch_pairs optim.micro_batch_tokens optim.decay_steps data.workers "
+        "eval.exam_questions eval.exam_max_new_tokens eval.exam_max_answer_tokens checkpoint.every checkpoint.keep "
+        "parallel.replicate",
+    ),
+    (
+        "0 or more",
+        lambda value: value >= 0,
+        "model.keep_bytes optim.warmup_steps optim.weight_decay optim.grad_clip rpo.alpha lora.rank eval.every eval.exam_every "
+        "precision.fp8_check_every parallel.prefetch",
+    ),
+    (
+        "more than 0",
+        lambda value: 0 < value < math.inf,
+        "optim.epochs optim.lr optim.eps rpo.beta lora.alpha precision.fp8_tolerance",
+    ),
+    ("0 to 1", lambda value: 0 <= value <= 1, "optim.min_lr_ratio model.activation_budget"),
+    ("0 to below 1", lambda value: 0 <= value < 1, "optim.beta1 optim.beta2"),
+    ("0 to below 0.5", lambda value: 0 <= value < 0.5, "rpo.label_smoothing"),
+    ("2 or more", lambda value: value >= 2, "data.seq_len"),
+    ("3 or more", lambda value: value >= 3, "data.max_length"),
+)
 
 
-def check_settings(config: Config, file) -> None:
+def check_settings(config: Config, file: str | Path | None) -> None:
     """Raise InputError at the first setting that cannot be meant."""
+    for expected, holds, names in _RANGES:
+        for name in names.split():
+            value = attrgetter(name)(config)
+            if value is not None and not holds(value):
+                raise bad_input("out of range", file=file, field=name, found=value, expected=expected)
+    for wrong, name, value, problem, expected in (*_required(config), *_contradictions(config), *_without_effect(config)):
+        if wrong:
+            raise bad_input(problem, file=file, field=name, found=value, expected=expected)
 
-    def require(condition: bool, name: str, found: object, expected: str) -> None:
-        if not condition:
-            raise bad_input("out of range", file=file, field=name, found=found, expected=expected)
 
-    model, data, optim, rpo = config.model, config.data, config.optim, config.rpo
-    if (model.path is None) == (model.init is None):
-        found = "neither" if model.path is None else "both"
-        raise bad_input(
-            "where the weights come from",
-            file=file,
-            field="model",
-            found=found,
-            expected="either model.path (a checkpoint folder) or model.init (sizes for random weights)",
-        )
-    if model.init is not None and "model_type" not in model.init:
-        raise bad_input("missing", file=file, field="model.init.model_type", expected="as in a HF config, e.g. qwen2")
-    if model.init is not None and model.tokenizer is None:
-        raise bad_input("missing", file=file, field="model.tokenizer", expected="a folder, since model.init has none")
-    require(model.keep_bytes is None or model.keep_bytes >= 0, "model.keep_bytes", model.keep_bytes, "0 or more")
-    rows = "data.sources" if config.stage == "cpt" else "data.pairs"
-    if not (data.sources if config.stage == "cpt" else data.pairs):
-        raise bad_input("missing", file=file, field=rows, expected=f"a list of {{path, weight, name}} for {config.stage}")
-    if config.run.out is None:
-        raise bad_input("missing", file=file, field="run.out", expected="the run folder")
-    if (optim.steps is None) == (optim.epochs is None):
-        found = "neither" if optim.steps is None else "both"
-        raise bad_input("how long to train", file=file, field="optim", found=found, expected="steps or epochs, one of them")
-    require(optim.steps is None or optim.steps >= 1, "optim.steps", optim.steps, "1 or more")
-    require(optim.epochs is None or optim.epochs > 0, "optim.epochs", optim.epochs, "more than 0")
-    for name in ("batch_tokens", "batch_pairs", "micro_batch_tokens"):
-        require(getattr(optim, name) >= 1, f"optim.{name}", getattr(optim, name), "1 or more")
-    require(0 < optim.lr < float("inf"), "optim.lr", optim.lr, "more than 0")
-    require(optim.warmup_steps >= 0, "optim.warmup_steps", optim.warmup_steps, "0 or more")
-    require(optim.decay_steps is None or optim.decay_steps >= 1, "optim.decay_steps", optim.decay_steps, "1 or more")
-    require(0 <= optim.min_lr_ratio <= 1, "optim.min_lr_ratio", optim.min_lr_ratio, "0 to 1")
-    require(0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "0 to below 1")
-    require(0 <= optim.beta2 < 1, "optim.beta2", optim.beta2, "0 to below 1")
-    require(optim.eps > 0, "optim.eps", optim.eps, "more than 0")
-    require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "0 or more")
-    require(optim.grad_clip >= 0, "optim.grad_clip", optim.grad_clip, "0 (no clipping) or more")
+Rule = tuple[bool, str, Any, str, str]  # (whether it is broken, setting, what was found, problem, what was expected)
+
+
+def _required(config: Config) -> Iterator[Rule]:
+    model, optim, data = config.model, config.optim, config.data
+    number = "neither" if model.path is None else "both"
+    weights = "model.path, a checkpoint folder, or model.init, sizes for random weights"
+    yield (model.path is None) == (model.init is None), "model", number, "set exactly one of model.path and model.init", weights
+    init = model.init or {"model_type": ""}
+    yield "model_type" not in init, "model.init.model_type", None, "missing", "as in a HF config, e.g. qwen2"
+    needs_tokenizer = model.init is not None and model.tokenizer is None
+    yield needs_tokenizer, "model.tokenizer", None, "missing", "a folder, since model.init has none"
+    name = "sources" if config.stage == "cpt" else "pairs"
+    rows = f"a list of {{path, weight, name}} for {config.stage}"
+    yield not getattr(data, name), f"data.{name}", None, "missing", rows
+    yield not config.run.out, "run.out", None, "missing", "the run folder"
+    number = "neither" if optim.steps is None else "both"
+    both = (optim.steps is None) == (optim.epochs is None)
+    yield both, "optim", number, "set exactly one of optim.steps and optim.epochs", "one of them"
     if optim.schedule == "wsd" and optim.steps is not None and optim.decay_steps is not None:
-        least = optim.warmup_steps + optim.decay_steps
-        require(least <= optim.steps, "optim.decay_steps", optim.decay_steps, "warm-up and decay within optim.steps")
-    require(data.seq_len >= 2, "data.seq_len", data.seq_len, "2 or more")
-    require(data.workers is None or data.workers >= 1, "data.workers", data.workers, "1 or more")
-    require(data.max_length >= 3, "data.max_length", data.max_length, "3 or more")
-    for i, source in enumerate([*data.sources, *data.pairs]):
-        require(source.weight is None or source.weight > 0, f"data.*.{i}.weight", source.weight, "more than 0")
-    require(rpo.beta > 0, "rpo.beta", rpo.beta, "more than 0")
-    require(rpo.alpha >= 0, "rpo.alpha", rpo.alpha, "0 or more")
-    require(0 <= rpo.label_smoothing < 0.5, "rpo.label_smoothing", rpo.label_smoothing, "0 to below 0.5")
-    if rpo.label_smoothing > 0 and rpo.loss not in ("sigmoid", "robust", "simpo"):
-        raise bad_input(
-            "has no effect with this loss",
-            file=file,
-            field="rpo.label_smoothing",
-            found=f"rpo.loss={rpo.loss}",
-            expected="rpo.loss sigmoid, robust or simpo",
-        )
-    _check_lora(config.lora, file)
-    _check_precision(config, file)
-    _check_speed(config, file)
-    require(config.eval.every >= 0, "eval.every", config.eval.every, "0 or more")
-    for name in ("exam_questions", "exam_max_new_tokens", "exam_max_answer_tokens"):
-        require(getattr(config.eval, name) >= 1, f"eval.{name}", getattr(config.eval, name), "1 or more")
-    require(config.eval.exam_every >= 0, "eval.exam_every", config.eval.exam_every, "0 or more")
-    for f in dataclasses.fields(config.eval):
-        value = getattr(config.eval, f.name)
-        if data.exam is None and f.name.startswith("exam_") and value != getattr(type(config.eval)(), f.name):
-            raise bad_input(
-                "has no effect without an exam",
-                file=file,
-                field=f"eval.{f.name}",
-                found=value,
-                expected="data.exam, a file of questions",
-            )
-    require(config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "1 or more")
-    require(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "1 or more")
+        too_long = optim.warmup_steps + optim.decay_steps > optim.steps
+        yield too_long, "optim.decay_steps", optim.decay_steps, "out of range", "warm-up and decay within optim.steps"
 
 
-def _check_lora(lora: LoraConfig, file) -> None:
-    if lora.rank < 0:
-        raise bad_input("out of range", file=file, field="lora.rank", found=lora.rank, expected="0 (off) or more")
-    if lora.alpha is not None and not 0 < lora.alpha < float("inf"):
-        raise bad_input("out of range", file=file, field="lora.alpha", found=lora.alpha, expected="more than 0")
-    changed = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora)}
-    changed = {name: value for name, value in changed.items() if value != getattr(type(lora)(), name)}
-    for name, value in changed.items():
-        if not lora.on:
-            raise bad_input(
-                "has no effect without adapters",
-                file=file,
-                field=f"lora.{name}",
-                found=value,
-                expected="lora.rank above 0, or lora.path",
-            )
-        if lora.path is not None and name in ("rank", "alpha", "target_modules"):
-            raise bad_input(
-                "has no effect with lora.path",
-                file=file,
-                field=f"lora.{name}",
-                found=value,
-                expected="nothing: the adapter brings its own",
-            )
-
-
-def _check_precision(config: Config, file) -> None:
-    precision = config.precision
-
-    def refuse(name: str, found: object, problem: str, expected: str) -> None:
-        raise bad_input(problem, file=file, field=f"precision.{name}", found=found, expected=expected)
-
-    for f in dataclasses.fields(precision):
-        value = getattr(precision, f.name)
-        if precision.fp8 == "none" and f.name.startswith("fp8_") and value != f.default:
-            refuse(f.name, value, "has no effect without FP8", "precision.fp8 tensorwise or rowwise")
-    if precision.fp8_all_gather and precision.fp8 != "tensorwise":
-        refuse(
-            "fp8_all_gather",
-            f"precision.fp8={precision.fp8}",
-            "one scale a weight is gathered with it",
-            "precision.fp8=tensorwise",
-        )
-    if precision.fp8_check_every < 0:
-        refuse("fp8_check_every", precision.fp8_check_every, "out of range", "0 (no checks) or more")
-    if not 0 < precision.fp8_tolerance < float("inf"):
-        refuse("fp8_tolerance", precision.fp8_tolerance, "out of range", "more than 0")
-    if config.lora.on and precision.fp8 != "none":
-        refuse("fp8", precision.fp8, "not supported with adapters", "precision.fp8=none, or training all weights")
-    if config.lora.on and precision.weights != "fp32":
-        refuse(
-            "weights",
-            precision.weights,
-            "has no effect with adapters: the base lies in the compute precision, and adapters are float32",
-            "precision.weights=fp32",
-        )
-    if precision.weights == "bf16" and precision.compute == "float32":
-        refuse("weights", "bf16", "weights in bfloat16 are computed with as they are", "precision.compute=bfloat16")
-
-
-def _check_speed(config: Config, file) -> None:
-    model, parallel = config.model, config.parallel
-
-    def refuse(name: str, found: object, problem: str, expected: str) -> None:
-        raise bad_input(problem, file=file, field=name, found=found, expected=expected)
-
-    if parallel.replicate < 1:
-        refuse("parallel.replicate", parallel.replicate, "out of range", "1 (no copies) or more")
-    if parallel.prefetch < 0:
-        refuse("parallel.prefetch", parallel.prefetch, "out of range", "0 (FSDP2's own order) or more")
-    if parallel.replicate > 1 and config.precision.fp8_all_gather:
-        refuse("precision.fp8_all_gather", True, "torchao has it on a mesh of one dim only", "parallel.replicate=1")
+def _contradictions(config: Config) -> Iterator[Rule]:
+    model, precision, lora, parallel = config.model, config.precision, config.lora, config.parallel
+    gather = precision.fp8_all_gather
+    yield (
+        (gather and precision.fp8 != "tensorwise"),
+        "precision.fp8_all_gather",
+        f"precision.fp8={precision.fp8}",
+        "needs one scale per weight",
+        "precision.fp8=tensorwise",
+    )
+    yield (
+        (gather and parallel.replicate > 1),
+        "precision.fp8_all_gather",
+        True,
+        "torchao supports it on a mesh of one dimension only",
+        "parallel.replicate=1",
+    )
+    yield (
+        (lora.on and precision.fp8 != "none"),
+        "precision.fp8",
+        precision.fp8,
+        "not supported with adapters",
+        "precision.fp8=none, or training all weights",
+    )
+    yield (
+        (lora.on and precision.weights != "fp32"),
+        "precision.weights",
+        precision.weights,
+        "has no effect with adapters: the base is kept in the compute precision, and adapters in float32",
+        "precision.weights=fp32",
+    )
+    yield (
+        (precision.weights == "bf16" and precision.compute == "float32"),
+        "precision.weights",
+        "bf16",
+        "weights in bfloat16 are computed with as they are",
+        "precision.compute=bfloat16",
+    )
     budget = model.activation_checkpointing == "budget"
-    if budget and not model.compile:
-        refuse("model.activation_checkpointing", "budget", "the compiler keeps the budget", "model.compile=true")
-    if budget and model.activation_budget is None:
-        refuse("model.activation_budget", None, "missing", "a number from 0 to 1")
-    if model.activation_budget is not None and not budget:
-        refuse(
-            "model.activation_budget",
-            model.activation_budget,
-            "has no effect without a budget",
-            "model.activation_checkpointing=budget",
-        )
-    if model.activation_budget is not None and not 0 <= model.activation_budget <= 1:
-        refuse("model.activation_budget", model.activation_budget, "out of range", "0 to 1")
-    if model.compile and config.lora.base == "nf4":
-        refuse("model.compile", True, "not supported with NF4", "lora.base=dense, or model.compile=false")
-    if model.kernels == "liger" and model.compile:
-        refuse("model.kernels", "liger", "compiled layers have the compiler's own", "model.kernels=auto or torch")
+    yield (
+        (budget and not model.compile),
+        "model.activation_checkpointing",
+        "budget",
+        "only the compiler can keep to a budget",
+        "model.compile=true",
+    )
+    yield budget and model.activation_budget is None, "model.activation_budget", None, "missing", "a number from 0 to 1"
+    yield (
+        (model.compile and lora.base == "nf4"),
+        "model.compile",
+        True,
+        "not supported with NF4",
+        "lora.base=dense, or model.compile=false",
+    )
+    yield (
+        (model.kernels == "liger" and model.compile),
+        "model.kernels",
+        "liger",
+        "compiled layers have the compiler's own kernels",
+        "model.kernels=auto or torch",
+    )
+
+
+def _without_effect(config: Config) -> Iterator[Rule]:
+    model, rpo, lora = config.model, config.rpo, config.lora
+    yield (
+        (rpo.label_smoothing > 0 and rpo.loss not in ("sigmoid", "robust", "simpo")),
+        "rpo.label_smoothing",
+        f"rpo.loss={rpo.loss}",
+        "has no effect with this loss",
+        "rpo.loss sigmoid, robust or simpo",
+    )
+    for name, value in _changed(lora):
+        field = f"lora.{name}"
+        yield not lora.on, field, value, "has no effect without adapters", "lora.rank above 0, or lora.path"
+        replaced = lora.path is not None and name in ("rank", "alpha", "target_modules")
+        yield replaced, field, value, "has no effect with lora.path", "nothing: the adapter brings its own"
+    for name, value in _changed(config.precision):
+        idle = config.precision.fp8 == "none" and name.startswith("fp8_")
+        yield idle, f"precision.{name}", value, "has no effect without FP8", "precision.fp8 tensorwise or rowwise"
+    for name, value in _changed(config.eval):
+        idle = config.data.exam is None and name.startswith("exam_")
+        yield idle, f"eval.{name}", value, "has no effect without an exam", "data.exam, a file of questions"
+    idle = model.activation_budget is not None and model.activation_checkpointing != "budget"
+    expected = "model.activation_checkpointing=budget"
+    yield idle, "model.activation_budget", model.activation_budget, "has no effect without a budget", expected
+
+
+def _changed(section: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the settings of a section that are not the default."""
+    default = type(section)()
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if value != getattr(default, f.name):
+            yield f.name, value

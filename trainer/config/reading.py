@@ -9,13 +9,17 @@ import math
 import re
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
+from yaml.composer import ComposerError
 
 from medtrain.trainer.config.source import Source
 from medtrain.trainer.errors import InputError, bad_input
+
+T = TypeVar("T")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -28,7 +32,7 @@ class _UniqueKeys(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
             if (key.tag, key.value) in seen:
-                raise yaml.composer.ComposerError(None, None, f"the key {key.value} a second time", key.start_mark)
+                raise ComposerError(None, None, f"the key {key.value} a second time", key.start_mark)
             seen.add((key.tag, key.value))
         return node
 
@@ -92,11 +96,20 @@ def _list_index(node: list, part: str, key: str) -> int:
     return int(part)
 
 
-def build(cls, tree, prefix, file, given, skip=frozenset(), fixed=None, known_keys=None):
+def build(
+    cls: type[T],
+    tree: dict[str, Any],
+    prefix: str,
+    file: str | Path | None,
+    given: set[str],
+    skip: Collection[str] = (),
+    fixed: dict[str, Any] | None = None,
+    known_keys: list[str] | None = None,
+) -> T:
     """A settings class from plain data; dotted names of what was set are added to ``given``."""
     known_keys = _all_keys(cls) if known_keys is None else known_keys
     hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls) if f.name not in skip}
+    known = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.name not in skip}
     values = dict(fixed or {})
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -160,7 +173,7 @@ def _unknown_key(name: str, file, keys: list[str]) -> InputError:
 
 def _convert(value: Any, hint: Any, name: str, file, given: set[str], known_keys: list[str]) -> Any:
     origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if hint is Source and isinstance(value, str):
             value = {"path": value}
         if value is None:

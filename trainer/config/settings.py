@@ -149,7 +149,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    out: str | None = None  # the run folder
+    out: str = ""  # the run folder; required
     seed: int = 0
     deterministic: bool = False  # deterministic CUDA algorithms (CPU runs always are)
 
@@ -262,7 +262,7 @@ FREE_SETTINGS = (
 )
 
 
-def load_config(stage: Stage | None, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(stage: str | None, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``KEY=VALUE`` overrides (YAML values), return a validated :class:`Config`.
 
     Relative paths inside are relative to the working directory, as for any other command line tool. A ``stage`` of None is
@@ -273,8 +273,9 @@ def load_config(stage: Stage | None, path: str | Path | None, overrides: typing.
     """
     tree = read_tree(path, overrides)
     if stage is None:
-        data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
-        stage = tree.get("stage") or ("rpo" if data.get("pairs") and not data.get("sources") else "cpt")
+        data = tree.get("data")
+        data = data if isinstance(data, dict) else {}
+        stage = str(tree.get("stage") or ("rpo" if data.get("pairs") and not data.get("sources") else "cpt"))
         if stage not in typing.get_args(Stage):
             raise bad_input("not a known choice", file=path, field="stage", found=stage, expected="cpt | rpo")
     return config_from_dict(stage, tree, file=path)
@@ -293,7 +294,7 @@ def load_pairs_config(path: str | Path, overrides: typing.Sequence[str] = ()) ->
     return config
 
 
-def config_from_dict(stage: Stage, tree: dict[str, Any], file: str | Path | None = None) -> Config:
+def config_from_dict(stage: str, tree: dict[str, Any], file: str | Path | None = None) -> Config:
     """Turn nested plain data (as read from YAML) into a validated :class:`Config`; errors as :func:`load_config`."""
     tree = dict(tree)
     if tree.pop("stage", stage) != stage:

@@ -27,13 +27,13 @@ from medtrain.trainer.files import PARTIAL, replace_folder, write_json
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.model.flops import num_parameters
 from medtrain.trainer.model.lora import export_adapters
-from medtrain.trainer.model.policy import PolicyModel, load_tokenizer
+from medtrain.trainer.model.policy import load_tokenizer
 from medtrain.trainer.run.console import Display, console_logging, count, evaluation_lines, summary
 from medtrain.trainer.run.export import export_dtype
 from medtrain.trainer.run.folder import RunFolder, commit, device_name, last_step, versions
 from medtrain.trainer.train.record import Recorder, Throughput
 from medtrain.trainer.train.schedule import lr_factor
-from medtrain.trainer.train.setup import Built, Prepared, build, compute_dtype_of, prepare
+from medtrain.trainer.train.setup import Prepared, build, compute_dtype_of, prepare
 from medtrain.trainer.train.signals import stop_on_signals
 from medtrain.trainer.train.step import optimizer_step
 from medtrain.trainer.weights.checkpoint import Saver, load_checkpoint
@@ -70,150 +70,141 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         console_logging(enabled=world.is_main and not quiet) as display,
         stop_on_signals(world.stop),
     ):
+        run = _Run(config, world, display)
         try:
-            return _run(config, prepare(config, world), world, display)
+            return run.start()
         except StopRequested:
             log.info(f"stopped by a signal before the first step; {_GOES_ON}")
-            folder = RunFolder(config.run.out)
-            return TrainResult(folder.root, folder.results(config)[-1], {}, interrupted=True)
+            return run.result({}, interrupted=True)
 
 
-def _run(config: Config, prepared: Prepared, world: World, display: Display) -> TrainResult:
-    folder, steps = RunFolder(config.run.out), prepared.steps
-    last, complete = world.from_main(lambda: _inspect(folder, config, prepared))
-    if complete:
-        log.info(summary(folder, config, 0, 0.0))
-        return TrainResult(folder.root, folder.results(config)[-1], last_step(folder.rows()))
-    if world.is_main:
-        _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
-    _check_shared(folder, world)
-    _log_start(config, prepared, world)
-    # Weights that a checkpoint does not hold come from the files at every start.
-    verify = last is None or prepared.adapters is not None
-    built = build(config, prepared, world, folder.reference, verify=verify)
-    if built.verification is not None and world.is_main:
-        folder.add_to_start({"proof": built.verification})
+class _Run:
+    """One start of a run, on one rank."""
 
-    state, done = {"tokens_total": 0, "pairs_total": 0}, 0
-    if last is not None:
-        loaded = load_checkpoint(last[1], built.policy, built.optimizer, world)
-        state, done = {key: loaded[key] for key in state}, loaded["step"]
-        log.info(f"going on from {last[1].name} of {steps:,} steps")
-    began = time.monotonic()
-    recorder = Recorder(folder, built.loss, world, done, resumed=last is not None)
-    try:
-        finished = _train_steps(config, prepared, built, world, display, folder, recorder, state, done)
-    except RuntimeError as error:
-        recorder.report.write(str(error))
-        raise
-    finally:
-        recorder.close()
-    if not finished:
-        recorder.report.write(f"by a signal; {_GOES_ON}")
-        return TrainResult(folder.root, folder.results(config)[-1], recorder.last_row, interrupted=True)
-    _export(config, prepared, built.policy, world, folder, trained=done < steps)
-    recorder.report.write()
-    if world.is_main:
-        log.info(summary(folder, config, steps - done, time.monotonic() - began))
-    return TrainResult(folder.root, folder.results(config)[-1], recorder.last_row)
+    def __init__(self, config: Config, world: World, display: Display):
+        self.config, self.world, self.display = config, world, display
+        self.folder = RunFolder(config.run.out)
 
+    def start(self) -> TrainResult:
+        config, world, folder = self.config, self.world, self.folder
+        self.prepared = prepared = prepare(config, world)
+        self.steps = prepared.steps
 
-def _train_steps(
-    config: Config,
-    prepared: Prepared,
-    built: Built,
-    world: World,
-    display: Display,
-    folder: RunFolder,
-    recorder: Recorder,
-    state: dict[str, int],
-    done: int,
-) -> bool:
-    """Steps from ``done`` to the last, with checkpoints and evaluations as they are due; False where a signal stopped them."""
-    policy, steps = built.policy, prepared.steps
-    evaluator = _Evaluator(config, prepared, built, world, folder, recorder)
-    throughput = Throughput(prepared, world)
-    saver = Saver(folder.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
-    display.start(done, steps)
+        def inspect() -> tuple[tuple[int, Path] | None, bool]:
+            folder.check(config.settings(), dict(prepared.identity.digests))
+            return folder.last_checkpoint(), folder.finished(config, self.steps)
 
-    def commit_checkpoint() -> None:
+        last, complete = world.from_main(inspect)
+        if complete:
+            if world.is_main:
+                log.info(summary(folder, config, 0, 0.0))
+            return self.result(last_step(folder.rows()))
         if world.is_main:
-            folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
-        saver.commit()
-        recorder.report.refresh()
+            _start_folder(folder, config, prepared, world, 0 if last is None else last[0])
+        _check_shared(folder, world)
+        self._log_start()
+        # Weights that a checkpoint does not hold come from the files at every start.
+        verify = last is None or prepared.adapters is not None
+        self.built = build(config, prepared, world, folder.reference, verify=verify)
+        if self.built.verification is not None and world.is_main:
+            folder.add_to_start({"proof": self.built.verification})
+        done, self.totals = 0, {"tokens_total": 0, "pairs_total": 0}
+        if last is not None:
+            loaded = load_checkpoint(last[1], self.built.policy, self.built.optimizer, world)
+            done, self.totals = loaded["step"], {key: loaded[key] for key in self.totals}
+            log.info(f"going on from {last[1].name} of {self.steps:,} steps")
+        began = time.monotonic()
+        self.recorder = Recorder(folder, self.built.loss, world, done, resumed=last is not None)
+        self.saver = Saver(folder.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
+        self.display.start(done, self.steps)
+        try:
+            finished = self._train(done)
+            self.saver.finish()
+        except RuntimeError as error:
+            self.recorder.report.write(str(error))
+            raise
+        finally:
+            self.display.stop()
+            self.saver.close()
+            self.recorder.close()
+        if finished:
+            self._export(trained=done < self.steps)
+        self.recorder.report.write("" if finished else f"by a signal; {_GOES_ON}")
+        if finished and world.is_main:
+            log.info(summary(folder, config, self.steps - done, time.monotonic() - began))
+        return self.result(self.recorder.last_row, interrupted=not finished)
 
-    try:
+    def result(self, metrics: dict[str, Any], *, interrupted: bool = False) -> TrainResult:
+        return TrainResult(self.folder.root, self.folder.results(self.config)[-1], metrics, interrupted)
+
+    def _train(self, done: int) -> bool:
+        """Steps from ``done`` to the last, with the checkpoints and evaluations due; False where a signal stopped them."""
+        optim, world, built = self.config.optim, self.world, self.built
+        throughput = Throughput(self.prepared, world)
         # Before the first step, or where a run was stopped after a checkpoint and before what was due then.
-        if recorder.evaluation_pending(done) and not evaluator.evaluate(done):
+        if self.recorder.evaluation_pending(done) and not self._evaluate(done):
             log.info(f"stopped by a signal in the evaluation at step {done}; {_GOES_ON}")
             return False
-        for step in range(done, steps):
+        for step in range(done, self.steps):
             started = time.perf_counter()
-            lr = config.optim.lr * lr_factor(config.optim, step, steps)
+            lr = optim.lr * lr_factor(optim, step, self.steps)
             result = optimizer_step(
-                policy,
-                prepared.data,
+                built.policy,
+                self.prepared.data,
                 built.loss,
                 built.optimizer,
                 step,
                 world,
                 lr=lr,
-                grad_clip=config.optim.grad_clip,
+                grad_clip=optim.grad_clip,
                 guard=built.guard,
-                stop_requested=lambda: world.stop.requested or saver.failed,
-                error_hint=f"the last checkpoint stands in {folder.checkpoints}",
+                stop_requested=lambda: world.stop.requested or self.saver.failed,
+                error_hint=f"the last checkpoint stands in {self.folder.checkpoints}",
             )
-            state["tokens_total"] += result.denominators.tokens
-            state["pairs_total"] += result.denominators.pairs
-            row = throughput.row(step + 1, result, lr, state["tokens_total"], time.perf_counter() - started)
-            is_last = step + 1 == steps
-            save_now = result.stop_requested or is_last or (step + 1) % config.checkpoint.every == 0
+            self.totals["tokens_total"] += result.denominators.tokens
+            self.totals["pairs_total"] += result.denominators.pairs
+            row = throughput.row(step + 1, result, lr, self.totals["tokens_total"], time.perf_counter() - started)
+            is_last = step + 1 == self.steps
+            save_now = result.stop_requested or is_last or (step + 1) % self.config.checkpoint.every == 0
             if save_now:
-                row["checkpoint_seconds"] = saver.begin(step + 1, policy, built.optimizer, state)
-            recorder.record(row)
-            display.step(step + 1, steps, row, throughput.seconds_left(steps - step - 1))
+                row["checkpoint_seconds"] = self.saver.begin(step + 1, built.policy, built.optimizer, self.totals)
+            self.recorder.record(row)
+            self.display.step(step + 1, self.steps, row, throughput.seconds_left(self.steps - step - 1))
             if save_now:
-                commit_checkpoint()
+                self._commit_checkpoint()
             stopping = result.stop_requested and not is_last
             # After the checkpoint, which an exam that fails must not take with it.
-            if not stopping and not evaluator.evaluate(step + 1):
+            if not stopping and not self._evaluate(step + 1):
                 stopping = True
                 if not save_now:
-                    saver.begin(step + 1, policy, built.optimizer, state)
-                    commit_checkpoint()
+                    self.saver.begin(step + 1, built.policy, built.optimizer, self.totals)
+                    self._commit_checkpoint()
             if stopping:
-                saver.finish()
                 log.info(f"stopped by a signal after step {step + 1}; {_GOES_ON}")
                 return False
-        saver.finish()
         return True
-    finally:
-        display.stop()
-        saver.close()
 
+    def _commit_checkpoint(self) -> None:
+        if self.world.is_main:
+            self.folder.sync_metrics()  # a checkpoint says that the rows up to its step are there
+        self.saver.commit()
+        self.recorder.report.refresh()
 
-class _Evaluator:
-    """Computes and records what is due at a step of the held-out numbers and the exam."""
+    def _evaluate(self, step: int) -> bool:
+        """Compute and record what is due at ``step`` of the held-out numbers and the exam; False where a signal broke it off."""
+        policy, settings, exam, row = self.built.policy, self.config.eval, self.prepared.exam, {}
 
-    def __init__(self, config: Config, prepared: Prepared, built: Built, world: World, folder: RunFolder, recorder: Recorder):
-        self.settings, self.steps, self.exam = config.eval, prepared.steps, prepared.exam
-        self.built, self.world, self.folder, self.recorder = built, world, folder, recorder
-        self.tokenizer = fix_time(prepared.tokenizer, prepared.first_start)
-        # Held-out numbers are those of the model that is exported.
-        self.full_precision = built.guard.without_fp8 if built.guard is not None else nullcontext
+        def is_due(every: int) -> bool:
+            return step in (0, self.steps) or bool(every and step % every == 0)
 
-    def is_due(self, step: int, every: int) -> bool:
-        return step in (0, self.steps) or bool(every and step % every == 0)
-
-    def evaluate(self, step: int) -> bool:
-        """False where a signal broke the evaluation off; it is pending then. All ranks must call this."""
-        policy, row = self.built.policy, {}
         try:
-            with self.full_precision():
-                if self.built.loss.validates and self.is_due(step, self.settings.every):
+            # Held-out numbers are those of the model that is exported.
+            with self.built.guard.without_fp8() if self.built.guard is not None else nullcontext():
+                if self.built.loss.validates and is_due(settings.every):
                     row |= self.built.loss.evaluate(policy, self.world)
-                if self.exam is not None and self.is_due(step, self.settings.exam_every):
-                    row |= sit_exam(policy, self.tokenizer, self.exam, self.world, self.folder.exam(step), self.folder.base)
+                if exam is not None and is_due(settings.exam_every):
+                    tokenizer = fix_time(self.prepared.tokenizer, self.prepared.first_start)
+                    row |= sit_exam(policy, tokenizer, exam, self.world, self.folder.exam(step), self.folder.base)
         except StopRequested:
             return False
         if row:
@@ -224,39 +215,30 @@ class _Evaluator:
             self.recorder.report.refresh()
         return True
 
+    def _log_start(self) -> None:
+        prepared = self.prepared
+        total, _ = num_parameters(prepared.shapes)
+        device = f"{self.world.size} x {device_name(self.world.device)}"
+        log.info(f"{self.config.stage}: {count(total)} parameters, {self.steps:,} steps, {device}")
+        log.info("paths: " + ", ".join(f"{name} {backend}" for name, backend in prepared.backends.items()))
+        if prepared.adapters is not None:
+            log.info(prepared.adapters.describe(total))
+        for part in (prepared.fp8, prepared.exam):
+            if part is not None:
+                log.info(part.describe())
 
-def _inspect(folder: RunFolder, config: Config, prepared: Prepared) -> tuple[tuple[int, Path] | None, bool]:
-    """(step and folder of the last checkpoint, whether nothing is left to do); refuses the folder of another run."""
-    folder.check(config.settings(), dict(prepared.identity.digests))
-    return folder.last_checkpoint(), folder.finished(config, prepared.steps)
-
-
-def _log_start(config: Config, prepared: Prepared, world: World) -> None:
-    total, _ = num_parameters(prepared.shapes)
-    log.info(
-        f"{config.stage}: {count(total)} parameters, {prepared.steps:,} steps, {world.size} x {device_name(world.device)}\n"
-        + "paths: "
-        + ", ".join(f"{name} {path}" for name, path in prepared.backends.items())
-    )
-    if prepared.adapters is not None:
-        log.info(prepared.adapters.describe(total))
-    if prepared.fp8 is not None:
-        log.info(prepared.fp8.describe())
-    if prepared.exam is not None:
-        log.info(prepared.exam.describe())
-
-
-def _export(config: Config, prepared: Prepared, policy: PolicyModel, world: World, folder: RunFolder, *, trained: bool) -> None:
-    """Write the run's results; where this start ``trained`` nothing, those that are missing."""
-    # Rank 0 decides for all, so that ranks do not part.
-    missing = folder.results(config) if trained else world.from_main(lambda: folder.missing_results(config))
-    if folder.adapter in missing:
-        export_adapters(policy, prepared.adapters, folder.adapter, world, base=config.model.path)
-    if folder.model in missing:
-        dtype = export_dtype(config, prepared.compute_dtype)
-        # As it was at the start, whatever its folder holds by now.
-        tokenizer = load_tokenizer(folder.kept(config.model))
-        export_model(policy, tokenizer, folder.model, world, dtype=dtype, source=folder.base, adapters=prepared.adapters)
+    def _export(self, *, trained: bool) -> None:
+        """Write the run's results; where this start ``trained`` nothing, those that are missing."""
+        config, folder, adapters, policy = self.config, self.folder, self.prepared.adapters, self.built.policy
+        # Rank 0 decides for all, so that ranks do not part.
+        missing = folder.results(config) if trained else self.world.from_main(lambda: folder.missing_results(config))
+        if adapters is not None and folder.adapter in missing:
+            export_adapters(policy, adapters, folder.adapter, self.world, base=config.model.path)
+        if folder.model in missing:
+            dtype = export_dtype(config, self.prepared.compute_dtype)
+            # As it was at the start, whatever its folder holds by now.
+            tokenizer = load_tokenizer(folder.kept(config.model))
+            export_model(policy, tokenizer, folder.model, self.world, dtype=dtype, source=folder.base, adapters=adapters)
 
 
 def _start_folder(folder: RunFolder, config: Config, prepared: Prepared, world: World, step: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -75,11 +76,11 @@ class SmallAdamW(torch.optim.Optimizer):
         self.keys = {p: _key(f"{seed}/{name}") for p, name in names.items()}
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] (torch overloads it)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(p, p.grad, group)
 
     def load_state_dict(self, state_dict) -> None:
         super().load_state_dict(state_dict)
@@ -89,7 +90,7 @@ class SmallAdamW(torch.optim.Optimizer):
                 if index in state_dict["state"]:
                     self.state[p] = dict(state_dict["state"][index])
 
-    def _update(self, p: torch.Tensor, group: dict) -> None:
+    def _update(self, p: torch.Tensor, grad: torch.Tensor, group: dict) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -105,13 +106,13 @@ class SmallAdamW(torch.optim.Optimizer):
         moments = [
             local_tensor(state[name]) for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale") if name in state
         ]
-        function = _plain_step
+        function: Callable[..., None] = _plain_step
         if len(moments) == 4:
             function = _eight_bit_step
             moments += [_levels(True, weight.device), _levels(False, weight.device)]
         if weight.device.type == "cuda":
             function = _compiled(function)
-        # Numbers that change from step to step go in as tensors, lest each be compiled for.
+        # Numbers that change from step to step go in as tensors: the compiler would make code for each value.
         numbers = torch.tensor(
             [group["lr"], group["lr"] * group["weight_decay"], 1 - beta1**step, math.sqrt(1 - beta2**step)],
             dtype=torch.float32,
@@ -119,7 +120,7 @@ class SmallAdamW(torch.optim.Optimizer):
         )
         noise_key = torch.tensor(_mixed(self.keys[p] + step), dtype=torch.int64, device=weight.device)
         function(
-            unwrapped(weight), unwrapped(local_tensor(p.grad)), *moments, numbers, noise_key, first, beta1, beta2, group["eps"]
+            unwrapped(weight), unwrapped(local_tensor(grad)), *moments, numbers, noise_key, first, beta1, beta2, group["eps"]
         )
 
     def _zeros(self, p: torch.Tensor, name: str, signed: bool) -> dict[str, torch.Tensor]:
@@ -216,6 +217,6 @@ def _code_of_zero(signed: bool) -> int:
 
 
 @lru_cache
-def _compiled(function):
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     """As one kernel or few: step by step, widened moments and codes would need many times the weight's memory."""
     return torch.compile(function, dynamic=False)

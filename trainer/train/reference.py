@@ -35,6 +35,7 @@ TOLERANCE_NATS = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
 def _micro_batch_logps(policy: PolicyModel, pairs: PairSet, indices: list[int], share: bool) -> torch.Tensor:
     """Summed completion log-probs (nats), float64 [n, 2], of one micro-batch of pairs, as a training step has them."""
     batch = pair_batch([pairs], [(0, i) for i in indices], share=share).to(policy.device)
+    assert batch.sides is not None, "a batch of pairs"
     sums = sum_by_sequence(policy(batch), batch.target_cu_seqlens).index_select(0, batch.sides)
     return sums.double().view(-1, 2).cpu()
 

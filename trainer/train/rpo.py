@@ -124,6 +124,7 @@ class PreferenceLoss:
     def _loss(self, policy, batch: MicroBatch, n: Denominators, reference) -> tuple[torch.Tensor, torch.Tensor]:
         # Lengths and ids stay on the host: reading them from a GPU would wait for it.
         moved = batch.to(policy.device)
+        assert moved.sides is not None and batch.pair_ids is not None, "a batch of pairs"
         sums = sum_by_sequence(policy(moved), batch.target_cu_seqlens).index_select(0, moved.sides)
         ids = zip(batch.source_ids.tolist(), batch.pair_ids.tolist(), strict=True)
         rows = [reference[s][i] for s, i in ids]

@@ -29,6 +29,7 @@ def _decoded(batch: MicroBatch, data: StageData, tokenizer) -> list[str]:
             title = f"{data.sources[s].source.name}: {len(counted)} counted tokens"
             samples.append(f"--- {title}\n{tokenizer.decode(context)}⟦{tokenizer.decode(counted)}⟧")
         return samples
+    assert batch.sides is not None
     for k, (s, i) in enumerate(zip(batch.source_ids.tolist(), batch.pair_ids.tolist(), strict=True)):
         prompt, chosen = _completion(batch, int(batch.sides[2 * k]))
         _, rejected = _completion(batch, int(batch.sides[2 * k + 1]))

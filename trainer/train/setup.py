@@ -35,10 +35,10 @@ from medtrain.trainer.model.verify import prove_architecture
 from medtrain.trainer.run.console import console_logging, count
 from medtrain.trainer.run.export import export_dtype
 from medtrain.trainer.run.folder import RunFolder, device_name
+from medtrain.trainer.train import cpt, rpo
 from medtrain.trainer.train.optimizer import check_state, make_optimizer
 from medtrain.trainer.train.samples import decoded_samples
 from medtrain.trainer.train.stage import RunIdentity, StageData, StageLoss
-from medtrain.trainer.train.stages import STAGES
 from medtrain.trainer.weights.load import Checkpoint, digest_of_init, init_weights, load_weights
 from medtrain.trainer.weights.small_files import rehearse
 from medtrain.trainer.weights.verify import describe, prove
@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
     from medtrain.trainer.model.fp8 import Guard
 
 log = logging.getLogger(__name__)
+
+STAGES = {"cpt": cpt, "rpo": rpo}  # each with read_data and make_loss, see stage.py
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def prepare(config: Config, world: World, *, verify: bool = False) -> Prepared:
     tokenizer = load_tokenizer(model)
     hf_config = load_model_config(model, tokenizer)
     shapes = parameter_shapes(hf_config)
-    has_files = config.model.path is not None and (model == config.model or config.model.path not in gone)
-    checkpoint = Checkpoint(config.model.path) if has_files else None
+    path = config.model.path
+    checkpoint = Checkpoint(path) if path is not None and (model == config.model or path not in gone) else None
     if checkpoint is not None:
         world.from_main(lambda: checkpoint.check(shapes, tied=hf_config.tie_word_embeddings))
     adapters = plan_adapters(config.lora, shapes)
@@ -121,7 +123,7 @@ def prepare(config: Config, world: World, *, verify: bool = False) -> Prepared:
     length = _check_positions(config, hf_config)
     architecture = None
     if config.model.proof != "none":
-        where = {"field": "model.init"} if config.model.path is None else {"file": Path(config.model.path) / "config.json"}
+        where = {"field": "model.init"} if path is None else {"file": Path(path) / "config.json"}
         architecture = world.from_main(lambda: prove_architecture(hf_config, length, where))
     first_start = world.from_main(folder.first_start)
     renderer = fix_time(tokenizer, first_start)
@@ -140,11 +142,11 @@ def prepare(config: Config, world: World, *, verify: bool = False) -> Prepared:
             found=config.optim.warmup_steps,
             expected=f"below the {steps} steps",
         )
-    if not has_files and config.model.path is not None and not world.from_main(lambda: folder.finished(config, steps)):
+    if checkpoint is None and path is not None and not world.from_main(lambda: folder.finished(config, steps)):
         raise bad_input(
             "the weights the run began with are gone",
             field="model.path",
-            found=config.model.path,
+            found=path,
             expected="where they are now" + ("" if config.lora.on else "; medtrain export does without"),
         )
     return Prepared(

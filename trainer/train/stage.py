@@ -7,7 +7,7 @@ with ``read_data`` and ``make_loss`` and one entry in :mod:`medtrain.trainer.tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,18 +54,13 @@ class Denominators:
 
 
 class StageData(Protocol):
-    """``epoch_size`` and ``step_size`` in the same unit (tokens or pairs); ``digests`` by name; ``ledger`` as in ledger.json."""
+    """Frozen. Sizes are in tokens or in pairs; ``digests`` by name; ``ledger`` as in ledger.json."""
 
-    @property
-    def sources(self) -> tuple: ...
-    @property
-    def epoch_size(self) -> int: ...
-    @property
-    def step_size(self) -> int: ...
-    @property
-    def digests(self) -> dict[str, str]: ...
-    @property
-    def ledger(self) -> dict[str, Any]: ...
+    sources: Any
+    epoch_size: Any
+    step_size: Any
+    digests: Any
+    ledger: Any
 
     def micro_batches(self, step: int, world: World) -> tuple[list[MicroBatch], Denominators]:
         """This rank's batches of step ``step`` (from 0), on the host and as many on every rank, and the step's denominators."""
@@ -73,12 +68,12 @@ class StageData(Protocol):
 
 
 class StageLoss(Protocol):
-    """``num_sums``: length of the sums; ``validates``: whether there is held-out data to evaluate."""
+    """``num_sums``: length of the sums; ``validates``: whether there is held-out data; ``watch``: takes each row of
+    metrics.jsonl in turn, and returns a warning where it shows one."""
 
-    @property
-    def num_sums(self) -> int: ...
-    @property
-    def validates(self) -> bool: ...
+    num_sums: int
+    validates: bool
+    watch: Callable[[dict[str, Any]], str | None]
 
     def __call__(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
         """(this batch's part of the step's loss, 0-d and differentiable; its sums, float64 [num_sums], on the device)."""
@@ -89,11 +84,7 @@ class StageLoss(Protocol):
         ...
 
     def evaluate(self, policy: PolicyModel, world: World) -> dict[str, float | None]:
-        """The held-out numbers, ``heldout/...``; all ranks must call this."""
-        ...
-
-    def watch(self, row: dict[str, Any]) -> str | None:
-        """Take the next row of metrics.jsonl; returns a warning where it shows one."""
+        """The held-out numbers, ``heldout/...``; collective."""
         ...
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from medtrain.trainer.distributed import World
@@ -63,7 +64,8 @@ def optimizer_step(
     attention_pairs = 0.0
     fp8_metrics = guard.check(step, batches[0]) if guard is not None else {}
     for i, batch in enumerate(batches):
-        if world.replicas > 1:  # copies add their gradients up once per step, not once per micro-batch
+        # Copies add their gradients up once per step, not once per micro-batch.
+        if world.replicas > 1 and isinstance(policy, FSDPModule):
             policy.set_requires_all_reduce(i == len(batches) - 1)
         value, stats = loss(policy, batch, n)
         # FSDP averages gradients over ranks; the loss is already divided by the whole step's denominator.

@@ -230,14 +230,14 @@ def test_a_run_from_sizes_does_without_its_tokenizer_s_folder(tokenizer_dir, cpt
 
 
 def test_the_export_has_the_tokenizer_of_the_start_whatever_became_of_its_folder(base, cpt_tree, tmp_path, monkeypatch):
-    start = loop.start
+    build = loop.build
 
-    def start_and_change(*args, **kwargs):
+    def build_and_change(*args, **kwargs):
         change(base / "tokenizer_config.json", chat_template="another")
         (base / "tokenizer.json").unlink()
-        return start(*args, **kwargs)
+        return build(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "start", start_and_change)
+    monkeypatch.setattr(loop, "build", build_and_change)
     cpt_tree["model"] = {"path": str(base)}
     result = run("cpt", cpt_tree, tmp_path / "run")
     for name in ("tokenizer.json", "tokenizer_config.json"):
