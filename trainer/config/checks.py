@@ -9,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medtrain.kernels.losses import LOSSES
 from medtrain.trainer.errors import bad_input
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ def check_settings(config: Config, file: str | Path | None) -> None:
             value = attrgetter(name)(config)
             if value is not None and not holds(value):
                 raise bad_input("out of range", file=file, field=name, found=value, expected=expected)
-    for wrong, name, value, problem, expected in (*_required(config), *_contradictions(config), *_without_effect(config)):
-        if wrong:
-            raise bad_input(problem, file=file, field=name, found=value, expected=expected)
+    for rules in (_required, _contradictions, _without_effect):
+        for broken, name, value, problem, expected in rules(config):
+            if broken:
+                raise bad_input(problem, file=file, field=name, found=value, expected=expected)
 
 
 Rule = tuple[bool, str, Any, str, str]  # (whether it is broken, setting, what was found, problem, what was expected)
@@ -66,6 +68,7 @@ def _required(config: Config) -> Iterator[Rule]:
     yield "model_type" not in init, "model.init.model_type", None, "missing", "as in a HF config, e.g. qwen2"
     needs_tokenizer = model.init is not None and model.tokenizer is None
     yield needs_tokenizer, "model.tokenizer", None, "missing", "a folder, since model.init has none"
+    yield config.rpo.loss not in LOSSES, "rpo.loss", config.rpo.loss, "not a known choice", " | ".join(LOSSES)
     name = "sources" if config.stage == "cpt" else "pairs"
     rows = f"a list of {{path, weight, name}} for {config.stage}"
     yield not getattr(data, name), f"data.{name}", None, "missing", rows
@@ -144,11 +147,11 @@ def _contradictions(config: Config) -> Iterator[Rule]:
 def _without_effect(config: Config) -> Iterator[Rule]:
     model, rpo, lora = config.model, config.rpo, config.lora
     yield (
-        (rpo.label_smoothing > 0 and rpo.loss not in ("sigmoid", "robust", "simpo")),
+        (rpo.label_smoothing > 0 and LOSSES[rpo.loss].smoothing_limit == 0),
         "rpo.label_smoothing",
         f"rpo.loss={rpo.loss}",
         "has no effect with this loss",
-        "rpo.loss sigmoid, robust or simpo",
+        "rpo.loss=" + " | ".join(name for name, row in LOSSES.items() if row.smoothing_limit),
     )
     for name, value in _changed(lora):
         field = f"lora.{name}"

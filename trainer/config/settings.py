@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from medtrain.kernels.losses import LOSSES
 from medtrain.trainer.config.checks import check_settings
 from medtrain.trainer.config.reading import build, read_tree
 from medtrain.trainer.config.source import Source
@@ -84,9 +85,9 @@ class RpoConfig:
 
     beta: float = 0.1
     alpha: float = 1.0  # weight of the NLL of the chosen side; 0 is plain DPO
-    loss: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "sft"] = "sigmoid"  # sft: the NLL term alone
+    loss: str = "sigmoid"  # one of medtrain.kernels.losses; sft: the NLL term alone
     nll_norm: Literal["sequence", "token"] = "sequence"
-    label_smoothing: float = 0.0  # sigmoid, robust, simpo
+    label_smoothing: float = 0.0  # of sigmoid, robust and simpo; below 0.5
     simpo_gamma: float = 0.5  # simpo: target margin, nats a token times beta
 
 
@@ -196,7 +197,7 @@ class Config:
             names.add("optim.decay_steps")
         if self.optim.schedule == "constant" and "optim.min_lr_ratio" in self.given:
             names.add("optim.min_lr_ratio")
-        if self.stage == "rpo" and self.rpo.loss == "sft":
+        if self.stage == "rpo" and LOSSES[self.rpo.loss].likelihood_only:
             names |= self.given & {"rpo.alpha", "rpo.label_smoothing"}
         if self.rpo.loss != "simpo":
             names |= self.given & {"rpo.simpo_gamma"}

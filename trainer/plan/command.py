@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medtrain.kernels.losses import LOSSES
 from medtrain.trainer.config.settings import Config, ModelConfig
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.model.flops import PEAK_FLOPS, FlopsPerToken, num_parameters
@@ -121,7 +122,7 @@ class Plan:
 
 def make_plan(config: Config, model: Model, machine: Machine) -> Plan:
     found = moments(config, model, machine, planned_step(config, machine.world_size))
-    if config.stage == "cpt" or config.rpo.loss == "simpo":
+    if config.stage == "cpt" or not LOSSES[config.rpo.loss].needs_reference:
         found = [moment for moment in found if moment.name != "reference pass"]
     return Plan(config, model, machine, found)
 

@@ -18,6 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from medtrain.kernels.losses import LOSSES
 from medtrain.trainer.config.settings import Config
 from medtrain.trainer.data.ledger import describe
 from medtrain.trainer.errors import InputError, bad_input, user_path
@@ -246,7 +247,7 @@ def _warnings(run: Run) -> list[str]:
     found = []
     if run.manifest["stage"] == "rpo" and run.ledger:
         rpo = run.manifest["settings"]["rpo"]
-        alarm = LikelihoodAlarm(list(run.ledger["sources"]), rpo["beta"], has_reference=rpo["loss"] != "simpo")
+        alarm = LikelihoodAlarm(list(run.ledger["sources"]), rpo["beta"], has_reference=LOSSES[rpo["loss"]].needs_reference)
     elif run.ledger:
         alarm = ForgettingAlarm(list(run.ledger.get("heldout", {})))
     else:

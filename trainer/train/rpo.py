@@ -1,5 +1,5 @@
 """Reasoning preference optimization on pairs: DPO + alpha * NLL of the chosen side, and the other losses of
-:mod:`medtrain.kernels.preference`."""
+:mod:`medtrain.kernels.losses`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from medtrain.kernels.losses import LOSSES
 from medtrain.kernels.preference import preference_loss, sum_by_sequence
 from medtrain.trainer.config.settings import Config, RpoConfig
 from medtrain.trainer.data.batch import MicroBatch, pair_batch
@@ -100,7 +101,7 @@ class PreferenceLoss:
         self.num_sums = num_sums(len(data.sources))
         self.validates = bool(data.heldout)
         names = [pairs.name for pairs in data.sources]
-        self.watch = LikelihoodAlarm(names, settings.beta, has_reference=settings.loss != "simpo").watch
+        self.watch = LikelihoodAlarm(names, settings.beta, has_reference=LOSSES[settings.loss].needs_reference).watch
 
     def __call__(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
         return self._loss(policy, batch, n, self.reference)
@@ -130,28 +131,20 @@ class PreferenceLoss:
         rows = [reference[s][i] for s, i in ids]
         reference_logps = torch.stack(rows).view(-1) if rows else torch.zeros(0, dtype=torch.float64)
         lengths = batch.target_cu_seqlens.diff()[batch.sides]
-        settings = {
-            "beta": self.settings.beta,
-            "num_pairs": n.pairs,
-            "num_chosen_tokens": n.chosen_tokens,
-            "nll_norm": self.settings.nll_norm,
-        }
-        if self.settings.loss == "sft":
-            _, stats = preference_loss(sums.detach(), lengths, reference_logps.to(sums.device), alpha=0.0, **settings)
-            token = self.settings.nll_norm == "token"
-            nll = -(sums[0::2] if token else sums[0::2] / lengths[0::2].to(sums.device)).sum()
-            loss = nll / (n.chosen_tokens if token else n.pairs)
-        else:
-            loss, stats = preference_loss(
-                sums,
-                lengths,
-                reference_logps.to(sums.device),
-                alpha=self.settings.alpha,
-                loss=self.settings.loss,
-                label_smoothing=self.settings.label_smoothing,
-                simpo_gamma=self.settings.simpo_gamma,
-                **settings,
-            )
+        settings = self.settings
+        loss, stats = preference_loss(
+            sums,
+            lengths,
+            reference_logps.to(sums.device),
+            beta=settings.beta,
+            alpha=settings.alpha,
+            loss=settings.loss,
+            label_smoothing=settings.label_smoothing,
+            nll_norm=settings.nll_norm,
+            num_pairs=n.pairs,
+            num_chosen_tokens=n.chosen_tokens,
+            simpo_gamma=settings.simpo_gamma,
+        )
         return loss, pair_sums(loss, stats, lengths, batch.source_ids, len(reference))
 
     def _metrics(self, sums: torch.Tensor, n: Denominators, sources: Sequence[PairSet]) -> dict[str, Any]:
@@ -199,8 +192,8 @@ def make_loss(
         RuntimeError: policy and reference differ before the first step.
     """
     settings = config.rpo
-    if settings.loss == "simpo":
-        log.info("reference: none, simpo does without")
+    if not LOSSES[settings.loss].needs_reference:
+        log.info(f"reference: none, {settings.loss} does without")
         reference = [torch.zeros(pairs.num_pairs, 2, dtype=torch.float64) for pairs in (*data.sources, *data.heldout)]
         return PreferenceLoss(settings, data, reference[: len(data.sources)], reference[len(data.sources) :])
 
