@@ -19,7 +19,7 @@ from pathlib import Path
 
 import fsspec
 
-from medtrain.trainer.data.sources import file_kind, is_url, open_bytes, remote_errors
+from medtrain.trainer.data.sources import file_kind, is_url, open_bytes, reading
 from medtrain.trainer.files import replacing
 
 _SETTLED_NS = 2_000_000_000
@@ -54,7 +54,7 @@ def _digest(file: str, known: list | None) -> list:
     stamp, now = _stamp(file), time.time_ns()
     if known is not None and stamp is not None and known[0] == stamp:
         return known
-    with remote_errors(file), open_bytes(file) as handle:
+    with reading(file), open_bytes(file) as handle:
         digest = hashlib.sha256()
         while chunk := handle.read(2**20):
             digest.update(chunk)
@@ -66,7 +66,7 @@ def _stamp(file: str) -> list | None:
     if not is_url(file):
         found = os.stat(file)
         return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
-    with remote_errors(file):
+    with reading(file):
         files, path = fsspec.core.url_to_fs(file)
         found = files.info(path)
     return next(([found["size"], found[tag]] for tag in _TAGS if found.get(tag)), None)

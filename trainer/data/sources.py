@@ -1,9 +1,8 @@
 """Data sources: rows of JSON Lines, JSON, CSV, parquet and HF ``save_to_disk`` folders, with the place of every mistake.
 
-A source is one file or one folder, on this machine or at a URL that fsspec can read (``s3://``, ``hf://datasets/...``). A
-folder is one that ``datasets`` saved (``state.json`` next to ``.arrow`` files), or holds files of the other kinds, read in
-the order of their names. Rows stream, but those of ``.json``. They count from 1 within their file; in JSON Lines and CSV a
-row's number is its (first) line.
+A source is one file or one folder, on this machine or at a URL that fsspec reads (``s3://``, ``hf://datasets/...``). A folder
+is one that ``datasets`` saved (``state.json`` next to ``.arrow`` files), or holds files that are read in the order of their
+names. Rows stream, but those of ``.json``. They count from 1 in their file; in JSON Lines and CSV a row's number is its line.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from typing import Any, BinaryIO, NamedTuple
 import fsspec
 
 from medtrain.trainer.config.source import Source
-from medtrain.trainer.errors import InputError, bad_input, user_path
+from medtrain.trainer.errors import InputError, bad_input
 
-_CODECS = {".gz": "gzip", ".zst": "zstd"}
-_KINDS = (".jsonl", ".json", ".csv", ".parquet")
+_CODECS = {"": None, ".gz": "gzip", ".zst": "zstd"}
+_TEXT_KINDS = (".jsonl", ".json", ".csv")
 _EXPECTED = ".jsonl, .json, .csv (each also with .gz or .zst) or .parquet"
 _ROWS_PER_READ = 1024
 _NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
@@ -38,15 +37,12 @@ class Row(NamedTuple):
 
     file: str
     number: int
-    fields: dict[str, object]
+    fields: dict[str, Any]
 
 
 def name_sources(sources: Sequence[Source]) -> list[Source]:
-    """Return the sources with every name filled in and unique.
-
-    A missing name becomes the file's stem, with ``-2``, ``-3``, ... where that is taken. Raises InputError if two
-    sources were given the same name.
-    """
+    """Return the sources, each with a name of its own. A missing name is the file's stem, with ``-2``, ``-3``, ... where that
+    is taken. Raises InputError if two sources were given the same name."""
     taken: set[str] = set()
     for source in sources:
         if source.name is not None and source.name in taken:
@@ -63,13 +59,13 @@ def name_sources(sources: Sequence[Source]) -> list[Source]:
 
 
 def source_name(source: Source) -> str:
-    """The source's name, or its file's without the endings."""
+    """The source's name, by default its file's without the endings."""
     path = Path(os.path.realpath(source.path))
     return source.name or Path(path.stem if path.suffix in _CODECS else path.name).stem
 
 
 def file_kind(file: str) -> tuple[str, str]:
-    """How a file is written and compressed: ``(".jsonl", ".gz")``, ``(".parquet", "")``."""
+    """How a file is written and how compressed: ``(".jsonl", ".gz")``, ``(".parquet", "")``."""
     path = PurePath(file)
     return (PurePath(path.stem).suffix, path.suffix) if path.suffix in _CODECS else (path.suffix, "")
 
@@ -81,12 +77,72 @@ def is_url(path: str) -> bool:
 def source_files(path: str | Path) -> list[str]:
     """Return the data files of a source in reading order. Raises InputError if there are none or of no known kind."""
     path = str(path)
-    with user_path(path), remote_errors(path):
+    with reading(path):
         files = _files_of(path)
-        for file in files:
-            with _open(file):
-                pass
+    for file in files:
+        with reading(file):
+            open_bytes(file).close()
     return files
+
+
+def _files_of(path: str) -> list[str]:
+    files, root = fsspec.core.url_to_fs(path)
+    try:
+        kind = files.info(root)["type"]
+    except (FileNotFoundError, NotADirectoryError):
+        kind = None
+    if kind == "file":
+        if not _is_data(path):
+            raise bad_input("unknown kind of file", file=path, found=PurePath(path).name, expected=_EXPECTED)
+        return [path]
+    if kind != "directory":
+        raise bad_input("no such file or folder", file=path)
+    folder = path.rstrip("/")
+    kinds = {PurePath(entry["name"]).name: entry["type"] for entry in files.ls(root, detail=True)}
+    if "dataset_dict.json" in kinds:
+        splits = ", ".join(sorted(name for name, kind in kinds.items() if kind == "directory"))
+        raise bad_input("holds several splits", file=path, found=splits, expected="the path of one of them")
+    if "state.json" in kinds:
+        try:
+            names = [entry["filename"] for entry in json.loads(files.cat_file(f"{root}/state.json"))["_data_files"]]
+        except (ValueError, KeyError, TypeError):
+            raise bad_input("not a data set saved by datasets", file=f"{folder}/state.json", field="_data_files") from None
+        for name in names:
+            if name not in kinds:
+                raise bad_input("no such file, but state.json lists it", file=f"{folder}/{name}")
+    else:
+        # Next to .jsonl and .parquet files, those of other kinds tell about the data.
+        data = sorted(name for name in kinds if _is_data(name) and not name.startswith("."))
+        names = [name for name in data if name.endswith((".jsonl", ".parquet"))] or data
+    if not names:
+        raise bad_input("the folder holds no data files", file=path, expected=f"{_EXPECTED} files")
+    return [f"{folder}/{name}" for name in names]
+
+
+def _is_data(file: str) -> bool:
+    return file_kind(file)[0] in _TEXT_KINDS or file_kind(file) == (".parquet", "")
+
+
+def open_bytes(file: str) -> Any:
+    """A local file or a URL, its bytes as they are."""
+    files, path = fsspec.core.url_to_fs(file)
+    return files.open(path, "rb") if is_url(file) else open(file, "rb")
+
+
+@contextmanager
+def reading(file: str, problem: str = "cannot be read") -> Iterator[None]:
+    """Errors of a local file and of its format inside are the user's mistake; at a URL, all that its file system raises."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not (isinstance(error, (OSError, pa.ArrowException)) or is_url(file)):
+            raise
+        found = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise bad_input(problem, file=file, found=found) from error
 
 
 def read_rows(path: str | Path, fields: Sequence[str], if_there: Sequence[str] = ()) -> Iterator[Row]:
@@ -97,21 +153,15 @@ def read_rows(path: str | Path, fields: Sequence[str], if_there: Sequence[str] =
     """
     empty = True
     for file in source_files(path):
-        kind = file_kind(file)[0]
-        with remote_errors(file), _readable(file), _open(file) as handle:
-            if kind in (".parquet", ".arrow"):
-                rows = _read_columns(handle, file, kind, fields, if_there)
-            else:
-                rows = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[kind](handle, file)
-            for number, values in rows:
-                empty = False
-                if not isinstance(values, dict):
-                    raise bad_input("wrong row", file=file, row=number, found=kind_of(values), expected="a JSON object")
-                for field in fields:
-                    if field not in values:
-                        found = ", ".join(sorted(values)) or "no fields"
-                        raise bad_input("missing", file=file, row=number, field=field, found=found)
-                yield Row(file, number, values)
+        for number, values in _read_file(file, fields, if_there):
+            empty = False
+            if not isinstance(values, dict):
+                raise bad_input("wrong row", file=file, row=number, found=kind_of(values), expected="a JSON object")
+            for field in fields:
+                if field not in values:
+                    found = ", ".join(sorted(values)) or "no fields"
+                    raise bad_input("missing", file=file, row=number, field=field, found=found)
+            yield Row(file, number, values)
     if empty:
         raise bad_input("no rows", file=path)
 
@@ -138,85 +188,22 @@ def kind_of(value: object) -> str:
     return _NAMES.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
-def _files_of(path: str) -> list[str]:
-    files, root = fsspec.core.url_to_fs(path)
-    try:
-        type_ = files.info(root)["type"]
-    except (FileNotFoundError, NotADirectoryError):
-        type_ = None
-    if type_ == "file":
-        if not _is_data(path):
-            raise bad_input("unknown kind of file", file=path, found=PurePath(path).name, expected=_EXPECTED)
-        return [path]
-    if type_ != "directory":
-        raise bad_input("no such file or folder", file=path)
-    prefix = path.rstrip("/") + "/"
-    types = {PurePath(entry["name"]).name: entry["type"] for entry in files.ls(root, detail=True)}
-    if "dataset_dict.json" in types:
-        splits = ", ".join(sorted(name for name, type_ in types.items() if type_ == "directory"))
-        raise bad_input("holds several splits", file=path, found=splits, expected="the path of one of them")
-    if "state.json" in types:
-        try:
-            names = [entry["filename"] for entry in json.loads(files.cat_file(f"{root}/state.json"))["_data_files"]]
-        except (ValueError, KeyError, TypeError):
-            raise bad_input("not a data set saved by datasets", file=f"{prefix}state.json", field="_data_files") from None
-        for name in names:
-            if name not in types:
-                raise bad_input("no such file, but state.json lists it", file=prefix + name)
-    else:
-        # Next to .jsonl and .parquet files, those of other kinds tell about the data.
-        data = sorted(name for name in types if _is_data(name) and not name.startswith("."))
-        names = [name for name in data if name.endswith((".jsonl", ".parquet"))] or data
-    if not names:
-        raise bad_input("the folder holds no data files", file=path, expected=f"{_EXPECTED} files")
-    return [prefix + name for name in names]
-
-
-def _is_data(file: str) -> bool:
-    kind, codec = file_kind(file)
-    return kind in _KINDS and not (codec and kind == ".parquet")
-
-
-def open_bytes(file: str) -> Any:
-    """A local file or a URL, its bytes as they are."""
-    return fsspec.open(file, "rb").open() if is_url(file) else open(file, "rb")
-
-
-@contextmanager
-def _open(file: str) -> Iterator[BinaryIO]:
-    """A local file or a URL, decompressed."""
+def _read_file(file: str, fields: Sequence[str], if_there: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Yield numbers and values of the rows of a file; of a table only the columns ``fields`` and ``if_there``."""
     import pyarrow as pa
 
-    codec = _CODECS.get(file_kind(file)[1])
-    with open_bytes(file) as handle:
-        yield io.BufferedReader(pa.CompressedInputStream(handle, codec), 2**20) if codec else handle
-
-
-@contextmanager
-def _readable(file: str) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise bad_input(f"not a readable {PurePath(file).suffix[1:]} file: {error}", file=file) from None
-
-
-@contextmanager
-def remote_errors(path: str) -> Iterator[None]:
-    """Whatever a file system that is not this machine's raises is told in one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if not is_url(path):
-            raise
-        raise bad_input(f"cannot be read: {str(error) or type(error).__name__}", file=path) from error
+    kind, compression = file_kind(file)
+    with reading(file, f"not a readable {PurePath(file).suffix[1:]} file"), open_bytes(file) as handle:
+        if codec := _CODECS[compression]:
+            handle = io.BufferedReader(pa.CompressedInputStream(handle, codec), 2**20)
+        if kind in _TEXT_KINDS:
+            yield from {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[kind](handle, file)
+        else:
+            yield from _read_table(handle, file, fields, if_there)
 
 
 def _lines(handle: BinaryIO, file: str) -> Iterator[tuple[int, str]]:
-    """Numbers from 1 and text of the lines, without a byte order mark."""
+    """Yield numbers from 1 and text of the lines, without a byte order mark."""
     for number, line in enumerate(handle, start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -251,55 +238,51 @@ def _read_csv(handle: BinaryIO, file: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(sys.maxsize)  # 128 KiB is less than a long document
     reader = csv.reader((line for _, line in _lines(handle, file)), strict=True)
     header: list[str] = []
-    while True:
-        number = reader.line_num + 1
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise bad_input(f"not valid CSV: {error}", file=file, row=number) from None
-        if values is None:
-            return
-        if not header:
-            header = values
-        elif values and len(values) != len(header):
-            expected = f"{len(header)}, as in the first line"
-            raise bad_input("wrong number of columns", file=file, row=number, found=len(values), expected=expected)
-        elif values:
-            yield number, dict(zip(header, values, strict=True))
+    number = 1  # of the line where the row begins
+    try:
+        for values in reader:
+            if not header:
+                header = values
+            elif values and len(values) != len(header):
+                expected = f"{len(header)}, as in the first line"
+                raise bad_input("wrong number of columns", file=file, row=number, found=len(values), expected=expected)
+            elif values:
+                yield number, dict(zip(header, values, strict=True))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise bad_input(f"not valid CSV: {error}", file=file, row=number) from None
 
 
-def _read_columns(
-    handle: BinaryIO, file: str, kind: str, fields: Sequence[str], if_there: Sequence[str]
+def _read_table(
+    handle: BinaryIO, file: str, fields: Sequence[str], if_there: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, object]]]:
-    """The columns ``fields``, and those of ``if_there`` that exist, of a parquet file or of an Arrow stream."""
+    """Yield the rows of a parquet file, or of an Arrow stream as ``datasets`` writes it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    parquet = pq.ParquetFile(handle) if kind == ".parquet" else None
-    stream = None if parquet else pa.ipc.open_stream(handle)
-    names = (parquet.schema_arrow if parquet else stream.schema).names
+    reader = pq.ParquetFile(handle) if file.endswith(".parquet") else pa.ipc.open_stream(handle)
+    names = (reader.schema_arrow if isinstance(reader, pq.ParquetFile) else reader.schema).names
     for field in fields:
         if field not in names:
             raise bad_input("missing", file=file, row=1, field=field, found=", ".join(names))
     columns = [*fields, *(name for name in if_there if name in names)]
+    batches = reader.iter_batches(_ROWS_PER_READ, columns=columns) if isinstance(reader, pq.ParquetFile) else reader
     number = 0
-    for batch in parquet.iter_batches(_ROWS_PER_READ, columns=columns) if parquet else stream:
-        batch = batch.select(columns)
+    for batch in batches:
         for start in range(0, batch.num_rows, _ROWS_PER_READ):
-            for values in _to_rows(batch.slice(start, _ROWS_PER_READ), file, number):
+            for values in _to_rows(batch.select(columns).slice(start, _ROWS_PER_READ), file, number):
                 number += 1
                 yield number, values
 
 
-def _to_rows(batch, file: str, before: int) -> list[dict[str, object]]:
+def _to_rows(batch: Any, file: str, before: int) -> list[dict[str, object]]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
-        for k in range(batch.num_rows):
-            for field in batch.schema.names:
-                try:
-                    batch.slice(k, 1).column(field).to_pylist()
-                except UnicodeDecodeError as error:
-                    found = f"byte 0x{error.object[error.start]:02x}"
-                    raise bad_input("invalid UTF-8", file=file, row=before + k + 1, field=field, found=found) from None
+        for number, field in ((k, name) for k in range(batch.num_rows) for name in batch.schema.names):
+            try:
+                batch.column(field)[number].as_py()
+            except UnicodeDecodeError as error:
+                found = f"byte 0x{error.object[error.start]:02x}"
+                raise bad_input("invalid UTF-8", file=file, row=before + number + 1, field=field, found=found) from None
         raise

@@ -29,11 +29,11 @@ def write_part(path: Path, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> 
     num_tokens, tables = 0, []
     with replacing(path) as out:
         for tokens, documents in batches:
-            out.write(tokens)
+            out.write(tokens.data)
             num_tokens += len(tokens)
             tables.append(documents)
         table = np.concatenate(tables)
-        out.write(table)
+        out.write(table.data)
     return {"num_tokens": num_tokens, "num_docs": len(table), "mtime_ns": path.stat().st_mtime_ns, "sha256": file_sha256(path)}
 
 

@@ -226,7 +226,6 @@ def test_overlong_pairs_are_an_error_with_the_first_row_the_count_and_what_helps
     for way in ("data.max_length", "data.overlong", "drop", "cut_completion", "cut_prompt"):
         assert way in text
     assert load(tmp_path, LONG, max_length=12).num_pairs == 3
-    assert "data.overlong" in message(lambda: load(tmp_path, LONG, overlong="cut"))
 
 
 def test_dropped_pairs_are_in_the_ledger(tmp_path):

@@ -117,7 +117,7 @@ def test_compressed_files_name_their_rows_and_are_refused_when_cut_or_damaged(tm
     checked = [bytes(damaged)] if ending == ".gz" else []  # zstd need not have a checksum
     for content in (whole[:-9], whole[:30], b"plain", *checked):
         file.write_bytes(content)
-        assert message(lambda: read_texts(file)).startswith(f"{file}: not a readable {ending[1:]} file: ")
+        assert message(lambda: read_texts(file)).startswith(f"{file}: not a readable {ending[1:]} file (found ")
     file.write_bytes(whole + whole)
     assert len(read_texts(file)) == 2 * 999, "of several members, all"
 
@@ -178,8 +178,8 @@ def test_what_is_at_a_url_is_remembered_by_its_tag_alone(tmp_path, remote, monke
 def test_urls_that_cannot_be_read_are_told_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     text = message(lambda: source_files("s3://bucket/a.jsonl"))
-    assert text.startswith("s3://bucket/a.jsonl: cannot be read: Install s3fs")
-    assert message(lambda: source_files("nothing://a.jsonl")).startswith("nothing://a.jsonl: cannot be read: Protocol not known")
+    assert text.startswith("s3://bucket/a.jsonl: cannot be read (found Install s3fs")
+    assert message(lambda: source_files("nothing://a.jsonl")).startswith("nothing://a.jsonl: cannot be read (found Protocol not known")
 
 
 def test_a_folder_is_read_in_the_order_of_its_names_without_other_files(tmp_path):
