@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from medtrain.trainer.config.source import Source
-from medtrain.trainer.data.chats import render_chat, why_no_prefix
+from medtrain.trainer.data.chat import render_chat, why_no_prefix
 from medtrain.trainer.data.encode import continuations, eos_id, opening, tokenize_starts, tokenize_texts
 from medtrain.trainer.data.sources import Row, check_text, kind_of, read_rows, source_name
 from medtrain.trainer.data.tokenizer import check_ids, first_texts

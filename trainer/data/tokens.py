@@ -1,10 +1,9 @@
 """Tokens of CPT documents: each source is tokenised once, into a cache that later starts find again.
 
-A document's tokens are ``tokenizer(text, add_special_tokens=False) + [eos]``, after the BOS where the tokenizer puts one
-before every text. The cache of a source is a folder (``token_cache.py``) named by the sha256 of everything that decides the
-tokens: the bytes of its files, the tokenizer, the field, the format. This process reads the rows in order, deals them to
-worker processes and writes what comes back, so neither the number of workers nor a kill changes a bit: rows of parts that
-are there are passed over, and a part that was damaged is made anew.
+A document's tokens are those of its text, after the BOS where the tokenizer puts one before every text, and eos. The cache
+of a source is a folder (``token_cache.py``) named by the sha256 of everything that decides the tokens: the bytes of its
+files, the tokenizer, the field, the format. One process reads the rows in order, deals them to workers and writes what comes
+back, so neither the number of workers nor a kill changes a bit. Rows of parts that are there are passed over.
 """
 
 from __future__ import annotations
@@ -82,19 +81,11 @@ class TokenizedSource:
     def num_tokens(self) -> int:
         return int(self.offsets[-1])
 
-    def document(self, i: int) -> np.ndarray:
-        """Return the tokens of document ``i``, uint32 [n], the last one eos."""
-        return self.tokens(int(self.offsets[i]), int(self.offsets[i + 1]))
-
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens ``start`` to ``stop``, uint32, which must lie within one document."""
         k = int(np.searchsorted(self._starts, start, side="right")) - 1
         before = int(self._starts[k])
         return self.parts[k][start - before : stop - before]
-
-    def head(self, n: int) -> np.ndarray:
-        """Return the first tokens, uint32, at most ``n`` and those of one part: a sample."""
-        return self.parts[0][:n]
 
 
 def default_workers(local_ranks: int = 1) -> int:
@@ -110,17 +101,16 @@ def tokenize_source(
     *,
     field: str = "text",
     key: str | None = None,
-    workers: int | None = None,
+    workers: int = 1,
     verify: bool = False,
 ) -> TokenizedSource:
     """Return the tokenised documents of ``source``, from the cache in ``cache_dir`` where it holds them.
 
     Any number of processes may call this at once. ``key`` is the ``digest`` that another process has just got for the
-    same source: where its cache is here too, the source is not read. ``workers``: processes that tokenise, by default
-    :func:`default_workers`; a small source, or 1, is tokenised in this process, by the tokenizer's own threads. ``verify``:
-    read the source and the whole cache, and trust no file for its size and times. Progress is logged. Raises InputError
-    for bad rows (see ``sources.py``), and where the tokenizer's ids are not those of its tokenizer.json; then no cache is
-    left.
+    same source: where its cache is here too, the source is not read. ``workers``: processes that tokenise; a small source,
+    or 1, is tokenised in this process, by the tokenizer's own threads. ``verify``: read the source and the whole cache, and
+    trust no file for its size and times. Logs progress. Raises InputError for bad rows (see ``sources.py``), and where the
+    tokenizer's ids are not those of its tokenizer.json; then no cache is left.
     """
     cache_dir = Path(cache_dir)
     if key is not None:
@@ -148,7 +138,7 @@ def tokenize_source(
                 parts = index["parts"] if index.get("part_bytes") == PART_BYTES else []
                 index = {**settings, "eos_id": eos_id(tokenizer), "part_bytes": PART_BYTES, "complete": False, "parts": parts}
                 try:
-                    _make(folder, index, source, tokenizer, workers or default_workers())
+                    _make(folder, index, source, tokenizer, workers)
                 except InputError:
                     shutil.rmtree(folder)
                     raise

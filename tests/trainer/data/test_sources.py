@@ -179,7 +179,9 @@ def test_urls_that_cannot_be_read_are_told_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     text = message(lambda: source_files("s3://bucket/a.jsonl"))
     assert text.startswith("s3://bucket/a.jsonl: cannot be read (found Install s3fs")
-    assert message(lambda: source_files("nothing://a.jsonl")).startswith("nothing://a.jsonl: cannot be read (found Protocol not known")
+    assert message(lambda: source_files("nothing://a.jsonl")).startswith(
+        "nothing://a.jsonl: cannot be read (found Protocol not known"
+    )
 
 
 def test_a_folder_is_read_in_the_order_of_its_names_without_other_files(tmp_path):

@@ -87,7 +87,7 @@ def cache_files(cache):
 
 def decoded(source):
     ids = {i: word for i, word in enumerate(["<unk>", "<eos>", *WORDS])}
-    return [" ".join(ids[token] for token in source.document(i)) for i in range(source.num_docs)]
+    return [" ".join(ids[token] for token in source.tokens(*source.offsets[i : i + 2])) for i in range(source.num_docs)]
 
 
 def test_parts_hold_about_so_many_bytes_of_text_and_follow_the_rows(tmp_path, small_parts):
@@ -294,7 +294,7 @@ def test_places_beyond_32_bits_are_found():
     parts = [Positions(int(offsets[a]), int(offsets[b] - offsets[a])) for a, b in zip(edges, edges[1:], strict=False)]
     source = TokenizedSource("huge", None, "huge", parts, offsets, lengths, "")
     assert source.num_tokens == offsets[-1]
-    assert source.document(6).tolist() == list(range(offsets[6], offsets[7]))
+    assert source.tokens(*offsets[6:8]).tolist() == list(range(offsets[6], offsets[7]))
     windows = make_windows(source, 2**20)
     ends = offsets[1:] - 1
     assert windows.lengths.sum(dtype=np.int64) == int(offsets[-1]) - len(lengths)

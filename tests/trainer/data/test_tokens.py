@@ -73,7 +73,10 @@ def test_a_document_is_its_tokens_and_eos_with_the_bytes_of_its_text(tmp_path):
     tokenized = tokenize_source(write(tmp_path / "a.jsonl", texts), tokenizer, tmp_path / "cache")
     assert tokenized.num_docs == 3 and tokenized.name == "a"
     for i, text in enumerate(texts):
-        assert tokenized.document(i).tolist() == [*tokenizer(text, add_special_tokens=False)["input_ids"], 1]
+        assert tokenized.tokens(*tokenized.offsets[i : i + 2]).tolist() == [
+            *tokenizer(text, add_special_tokens=False)["input_ids"],
+            1,
+        ]
     assert tokenized.num_bytes.tolist() == [len(text.encode()) for text in texts]
     assert tokenized.offsets.dtype == np.int64 and tokenized.parts[0].dtype == np.uint32
 
