@@ -15,7 +15,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -116,54 +116,55 @@ def load_pairs(
     """
     check_ids(tokenizer, first_texts(_texts(read_rows(source.path, _FIELDS))))
     tokenize = _PairTokenizer(tokenizer)
-    kept: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
     rows: list[int] = []
     cut: dict[str, tuple[int, int]] = {}
     refused: dict[str, tuple[int, int]] = {}
     noted: dict[str, int] = {}
     too_long: list[tuple[Row, int]] = []
-    first_unusable: InputError | None = None
+    first_problem: InputError | None = None
     remaining = read_rows(source.path, _FIELDS, _UNREAD)
     while batch := list(itertools.islice(remaining, _ROWS_PER_CALL)):
-        for row, (pair, problem, notes) in zip(batch, tokenize(batch), strict=True):
-            num_tokens, length = sum(map(len, pair)), len(pair[0]) + max(map(len, pair[1:]))
-            if problem is not None:
-                first_unusable = first_unusable or problem.error
-                _count(refused, problem.reason, num_tokens)
+        for pair in tokenize(batch):
+            tokens = pair.tokens
+            num_tokens, length = sum(map(len, tokens)), len(tokens[0]) + max(map(len, tokens[1:]))
+            if pair.problems:
+                reason, error = pair.problems[0]
+                first_problem = first_problem or error
+                _count(refused, reason, num_tokens)
+                continue
+            if length > max_length and overlong == "error":
+                too_long.append((pair.row, length))
                 continue
             if length > max_length:
-                if overlong == "error":
-                    too_long.append((row, length))
-                    continue
-                shortened, reason = _shorten(pair, max_length, overlong, tokenize)
-                if shortened is None:
+                tokens, reason = _shorten(tokens, max_length, overlong, tokenize)
+                if tokens is None:
                     _count(refused, reason, num_tokens)
                     continue
-                pair = shortened
-                _count(cut, reason, num_tokens - sum(map(len, pair)))
-            for note in notes:
+                _count(cut, reason, num_tokens - sum(map(len, tokens)))
+            for note in dict.fromkeys(pair.notes):
                 noted[note] = noted.get(note, 0) + 1
-            kept += (np.array(segment, dtype=np.int32) for segment in pair)
-            rows.append(row.number)
-    if first_unusable is not None and unusable == "error":
+            segments += (np.array(segment, dtype=np.int32) for segment in tokens)
+            rows.append(pair.row.number)
+    if first_problem is not None and unusable == "error":
         counts = ", ".join(f"{refused[reason][0]} {reason}" for reason in UNUSABLE if reason in refused)
-        raise InputError(f"{first_unusable} (unusable rows: {counts}; data.unusable: drop leaves them out)")
+        raise InputError(f"{first_problem} (unusable rows: {counts}; data.unusable: drop leaves them out)")
     if too_long:
-        (row, length), several = too_long[0], f"{len(too_long)} rows are, this is the first"
+        row, length = too_long[0]
         raise bad_input(
-            f"overlong pair ({several}; data.max_length or data.overlong: drop | cut_completion | cut_prompt help)",
+            f"overlong pair ({len(too_long)} rows are, this is the first; "
+            "data.max_length or data.overlong: drop | cut_completion | cut_prompt help)",
             file=row.file,
             row=row.number,
             found=f"{length} tokens",
             expected=f"at most {max_length}, data.max_length",
         )
-    if not kept:
+    if not rows:
         raise bad_input("no pair is left", file=source.path, found=f"{sum(r for r, _ in refused.values())} refused")
-    tokens = np.concatenate(kept)
-    offsets = np.cumsum([0, *map(len, kept)])
-    digest = hashlib.sha256(tokens.astype("<i4").tobytes() + offsets.astype("<i8").tobytes()).hexdigest()
+    flat, offsets = np.concatenate(segments), np.cumsum([0, *map(len, segments)])
+    digest = hashlib.sha256(flat.astype("<i4").tobytes() + offsets.astype("<i8").tobytes()).hexdigest()
     name, path = source_name(source), str(source.path)
-    return PairSet(name, source.weight, path, tokens, offsets, np.array(rows), digest, cut, refused, noted)
+    return PairSet(name, source.weight, path, flat, offsets, np.array(rows), digest, cut, refused, noted)
 
 
 def _count(counts: dict[str, tuple[int, int]], reason: str, tokens: int) -> None:
@@ -171,9 +172,9 @@ def _count(counts: dict[str, tuple[int, int]], reason: str, tokens: int) -> None
     counts[reason] = (rows + 1, before + tokens)
 
 
-def _shorten(pair: _Pair, max_length: int, overlong: Overlong, tokenize: _PairTokenizer) -> tuple[_Pair | None, str]:
+def _shorten(tokens: _Tokens, max_length: int, overlong: Overlong, tokenize: _PairTokenizer) -> tuple[_Tokens | None, str]:
     """The pair cut to ``max_length``, or None; and why."""
-    prompt, *sides = pair
+    prompt, *sides = tokens
     if overlong == "drop":
         return None, "overlong"
     if overlong == "cut_completion":
@@ -196,49 +197,102 @@ def _texts(rows: Iterable[Row]) -> Iterator[object]:
             yield from (message.get("content") for message in messages if isinstance(message, dict))
 
 
-_Pair = tuple[list[int], ...]  # prompt, chosen, rejected; completions with eos
+_Tokens = tuple[list[int], ...]  # prompt, chosen, rejected; completions with eos
 
 
-class _Unusable(NamedTuple):
-    reason: str
-    error: InputError
+class _Pair:
+    """A row on its way to a pair: its tokens, the reasons why it cannot teach (the first counts), and what is noted."""
+
+    def __init__(self, row: Row):
+        """Raises InputError for a row of the wrong form."""
+        self.row, self.tokens = row, ()
+        self.problems: list[tuple[str, InputError]] = []
+        self.notes = [COLUMN_UNREAD.format(name) for name in _UNREAD if row.fields.get(name)]
+        self.where = {"file": row.file, "row": row.number}
+        prompt = row.fields["prompt"]
+        self.is_chat = isinstance(prompt, list)
+        for name in _FIELDS:
+            value = row.fields[name]
+            wrong = {**self.where, "field": name, "found": kind_of(value)}
+            if not isinstance(value, (str, list)):
+                raise bad_input("wrong type", **wrong, expected="a string or a list of messages")
+            if type(value) is not type(prompt):
+                raise bad_input("types are mixed in one row", **wrong, expected=f"{kind_of(prompt)} as 'prompt' is")
+            if self.is_chat:
+                self._check_messages(name, value)
+            else:
+                self._check_text(name, value)
+        if row.fields["chosen"] == row.fields["rejected"]:
+            self.refuse("identical", "identical to 'chosen'", "rejected", row.fields["rejected"])
+
+    def refuse(self, reason: str, problem: str, field: str, found: object = None) -> None:
+        self.problems.append((reason, bad_input(problem, **self.where, field=field, found=found)))
+
+    def _check_text(self, field: str, text: object) -> None:
+        if isinstance(text, str) and not text.strip():
+            self.refuse("empty", "empty text", field, text)
+        else:
+            check_text(text, self.row, field)
+
+    def _check_messages(self, name: str, messages: list) -> None:
+        if not messages:
+            raise bad_input("empty list of messages", **self.where, field=name)
+        for k, message in enumerate(messages):
+            place = {**self.where, "field": f"{name}[{k}]"}
+            if not isinstance(message, dict):
+                raise bad_input("wrong type", **place, found=kind_of(message), expected="a message")
+            for key in ("role", "content"):
+                self._check_text(f"{name}[{k}].{key}", message.get(key))
+            # Completion tokens are all learned, so they must all be the model's own; and it must be its turn to speak.
+            place["field"] += ".role"
+            if name != "prompt" and message["role"] != "assistant":
+                raise bad_input("wrong role", **place, found=message["role"], expected="assistant")
+            if name == "prompt" and message is messages[-1] and message["role"] == "assistant":
+                raise bad_input("the prompt ends with the assistant's turn", **place, expected="user")
+
+    def check_tokens(self, bos: int | None, eos: int) -> None:
+        prompt, *sides = self.tokens
+        for name, segment, least in zip(_FIELDS, self.tokens, (1, 2, 2), strict=True):
+            if len(segment) < least:
+                self.refuse("empty", "the tokenizer makes no tokens of it", name, self.row.fields[name])
+        if sides[0] == sides[1]:
+            self.refuse("identical", "the same tokens as 'chosen'", "rejected", self.row.fields["rejected"])
+        if bos not in (None, eos) and any([*prompt, *side].count(bos) > 1 for side in sides):
+            self.notes.append(BOS_DOUBLED)
+        if any(side[-2:] == [eos, eos] for side in sides):
+            self.notes.append(EOS_DOUBLED)
 
 
 class _PairTokenizer:
-    """Makes of rows their pairs, what makes each unusable (or None), and what is to be noted. Raises InputError for a row
-    of the wrong form."""
-
     def __init__(self, tokenizer):
         self.tokenizer, self.eos, self.start = tokenizer, eos_id(tokenizer), opening(tokenizer)[1]
         self.go_on = continuations(tokenizer)
 
-    def __call__(self, rows: Sequence[Row]) -> list[tuple[_Pair, _Unusable | None, list[str]]]:
-        checked = [_check(row) for row in rows]
-        strings = [row.fields for row in rows if isinstance(row.fields["prompt"], str)]
-        prompts = iter(tokenize_starts(self.tokenizer, [fields["prompt"] for fields in strings]))
-        sides = iter(self.go_on([fields[name] for fields in strings for name in _FIELDS[1:]]))
-        chats = [render_chat(row, self.tokenizer) for row in rows if isinstance(row.fields["prompt"], list)]
-        wholes = iter(tokenize_texts(self.tokenizer, [text for texts, *_ in chats for text in texts]))
-        rendered = iter(chats)
-        made = []
-        for row, problem in zip(rows, checked, strict=True):
-            notes = [COLUMN_UNREAD.format(name) for name in _UNREAD if row.fields.get(name)]
-            if isinstance(row.fields["prompt"], str):
-                pair = next(prompts), *([*side, self.eos] for side in itertools.islice(sides, 2))
-                if all(row.fields[name].startswith(row.fields["prompt"]) for name in _FIELDS[1:]):
-                    notes.append(PROMPT_REPEATED)
-            else:
-                texts, left_out, chat_notes = next(rendered)
-                pair, no_prefix, more = self._chat(row, texts, list(itertools.islice(wholes, 3)))
-                problem = problem or no_prefix or (_Unusable(LEFT_OUT, left_out[0]) if left_out else None)
-                notes = [*chat_notes, *notes, *more]
-            made.append((pair, problem or _same_or_empty(row, pair), list(dict.fromkeys(notes + self._doubled(pair)))))
-        return made
+    def __call__(self, rows: Sequence[Row]) -> list[_Pair]:
+        """Make pairs of rows, with few calls of the tokenizer."""
+        pairs = [_Pair(row) for row in rows]
+        strings, chats = [pair for pair in pairs if not pair.is_chat], [pair for pair in pairs if pair.is_chat]
+        prompts = tokenize_starts(self.tokenizer, [pair.row.fields["prompt"] for pair in strings])
+        sides = self.go_on([pair.row.fields[name] for pair in strings for name in _FIELDS[1:]])
+        for k, pair in enumerate(strings):
+            pair.tokens = prompts[k], [*sides[2 * k], self.eos], [*sides[2 * k + 1], self.eos]
+            if all(pair.row.fields[name].startswith(pair.row.fields["prompt"]) for name in _FIELDS[1:]):
+                pair.notes.append(PROMPT_REPEATED)
+        rendered = [render_chat(pair.row, self.tokenizer) for pair in chats]
+        ids = tokenize_texts(self.tokenizer, [text for texts, *_ in rendered for text in texts])
+        for k, (pair, (texts, left_out, notes)) in enumerate(zip(chats, rendered, strict=True)):
+            pair.notes = [*notes, *pair.notes]
+            self._divide(pair, texts, ids[3 * k : 3 * k + 3])
+            pair.problems += [(LEFT_OUT, error) for error in left_out]
+        for pair in pairs:
+            pair.check_tokens(self.tokenizer.bos_token_id, self.eos)
+        return pairs
 
-    def _chat(self, row: Row, texts: list[str], ids: list[list[int]]) -> tuple[_Pair, _Unusable | None, list[str]]:
-        """The pair of texts that a chat template made: of the prompt, and of prompt and each completion."""
+    def _divide(self, pair: _Pair, texts: list[str], ids: list[list[int]]) -> None:
+        """Give a pair the tokens of what a chat template made: of the prompt, and of prompt and each completion."""
         prompt, *sides = ids
-        problem, notes = None, [] if prompt[: len(self.start)] == self.start else [BOS_MISSING]
+        if prompt[: len(self.start)] != self.start:
+            pair.notes.append(BOS_MISSING)
         for k, (whole, text) in enumerate(zip(sides, texts[1:], strict=True)):
             if whole[: len(prompt)] == prompt:
                 completion = whole[len(prompt) :]
@@ -247,85 +301,12 @@ class _PairTokenizer:
                 # from the prompt's own tokens, so that is where its text is divided.
                 (completion,) = self.go_on([text[len(texts[0]) :]])
             else:
-                completion, why = whole, why_no_prefix(texts[0], text)
-                error = bad_input(why, file=row.file, row=row.number, field=_FIELDS[1 + k])
-                problem = problem or _Unusable(NO_PREFIX, error)
-            if self.eos not in completion:
-                notes.append(EOS_MISSING)
-            sides[k] = self._until_eos(completion)
-        return (prompt, *sides), problem, notes
-
-    def _until_eos(self, completion: list[int]) -> list[int]:
-        """The completion ending in eos: without the blanks a template adds after it, with eos where it adds none."""
-        if self.eos in completion:
-            end = len(completion) - completion[::-1].index(self.eos)
-            if not self.tokenizer.decode(completion[end:]).strip():
-                return completion[:end]
-        return [*completion, self.eos]
-
-    def _doubled(self, pair: _Pair) -> list[str]:
-        prompt, *sides = pair
-        bos, notes = self.tokenizer.bos_token_id, []
-        if bos not in (None, self.eos) and any([*prompt, *side].count(bos) > 1 for side in sides):
-            notes.append(BOS_DOUBLED)
-        if any(side[-2:] == [self.eos, self.eos] for side in sides):
-            notes.append(EOS_DOUBLED)
-        return notes
-
-
-def _same_or_empty(row: Row, pair: _Pair) -> _Unusable | None:
-    where = {"file": row.file, "row": row.number}
-    for name, segment, least in zip(_FIELDS, pair, (1, 2, 2), strict=True):
-        if len(segment) < least:
-            error = bad_input("the tokenizer makes no tokens of it", **where, field=name, found=row.fields[name])
-            return _Unusable("empty", error)
-    if pair[1] == pair[2]:
-        error = bad_input("the same tokens as 'chosen'", **where, field="rejected", found=row.fields["rejected"])
-        return _Unusable("identical", error)
-    return None
-
-
-def _check(row: Row) -> _Unusable | None:
-    """Check the form of a row's fields; return what makes the row unusable."""
-    where = {"file": row.file, "row": row.number}
-    prompt, chosen, rejected = values = [row.fields[name] for name in _FIELDS]
-    empty: list[InputError] = []
-    for name, value in zip(_FIELDS, values, strict=True):
-        if not isinstance(value, (str, list)):
-            raise bad_input("wrong type", **where, field=name, found=kind_of(value), expected="a string or a list of messages")
-        if type(value) is not type(prompt):
-            expected = f"{kind_of(prompt)} as 'prompt' is"
-            raise bad_input("types are mixed in one row", **where, field=name, found=kind_of(value), expected=expected)
-        if isinstance(value, str):
-            _check_text(value, row, name, empty)
-        else:
-            _check_messages(value, row, name, empty)
-    if empty:
-        return _Unusable("empty", empty[0])
-    if chosen == rejected:
-        return _Unusable("identical", bad_input("identical to 'chosen'", **where, field="rejected", found=rejected))
-    return None
-
-
-def _check_text(value: object, row: Row, name: str, empty: list[InputError]) -> None:
-    if isinstance(value, str) and not value.strip():
-        empty.append(bad_input("empty text", file=row.file, row=row.number, field=name, found=value))
-    else:
-        check_text(value, row, name)
-
-
-def _check_messages(messages: list, row: Row, field: str, empty: list[InputError]) -> None:
-    where = {"file": row.file, "row": row.number}
-    if not messages:
-        raise bad_input("empty list of messages", **where, field=field)
-    for k, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise bad_input("wrong type", **where, field=f"{field}[{k}]", found=kind_of(message), expected="a message")
-        for key in ("role", "content"):
-            _check_text(message.get(key), row, f"{field}[{k}].{key}", empty)
-        # Completion tokens are all learned, so they must all be the model's own; and it must be its turn to speak.
-        if field != "prompt" and message["role"] != "assistant":
-            raise bad_input("wrong role", **where, field=f"{field}[{k}].role", found=message["role"], expected="assistant")
-    if field == "prompt" and messages[-1]["role"] == "assistant":
-        last = f"prompt[{len(messages) - 1}].role"
-        raise bad_input("the prompt ends with the assistant's turn", **where, field=last, expected="user")
+                completion = whole
+                pair.refuse(NO_PREFIX, why_no_prefix(texts[0], text), _FIELDS[1 + k])
+            # Completions end in eos: without the blanks a template adds after it, with eos where it adds none.
+            end = len(completion) - completion[::-1].index(self.eos) if self.eos in completion else 0
+            if not end:
+                pair.notes.append(EOS_MISSING)
+            blank_after = end and not self.tokenizer.decode(completion[end:]).strip()
+            sides[k] = completion[:end] if blank_after else [*completion, self.eos]
+        pair.tokens = prompt, *sides
