@@ -111,10 +111,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=50)
     parser.add_argument("--out", default="benchmarks/results")
     args = parser.parse_args()
-    about, rows = (
-        {"what": " ".join(str(__doc__).split("\n\n")[2].split()), "cpus": os.cpu_count(), "load": os.getloadavg()[0]},
-        [],
-    )
+    result = header("data-scale", torch.device("cpu")) | {"what": " ".join(str(__doc__).split("\n\n")[2].split())}
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         for seed, (name, (share, _)) in enumerate(SOURCES.items()):
             write_cache(Path(folder), name, int(share * args.tokens), seed)
@@ -125,7 +123,7 @@ def main() -> None:
             for workers in (1, 2):
                 rows.append(in_clean_process(measure_tokenising, str(text), folder, args.tokenizer, workers))
     path = free_path(args.out, "data-scale", torch.device("cpu"))
-    path.write_text(json.dumps(header("data-scale", torch.device("cpu")) | about | {"rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(result | {"cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n")
     print(path)
 
 
