@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -51,21 +52,22 @@ def files_digest(files: Sequence[str], memory: Path | None = None, *, trust: boo
 
 def _digest(file: str, known: list | None) -> list:
     """[what was seen of the file, None where that may stay the same while the file changes; sha256 of its bytes]"""
-    stamp, now = _stamp(file), time.time_ns()
+    stamp, began = _stamp(file), time.time_ns()
     if known is not None and stamp is not None and known[0] == stamp:
         return known
     with reading(file), open_bytes(file) as handle:
         digest = hashlib.sha256()
         while chunk := handle.read(2**20):
             digest.update(chunk)
-    is_settled = is_url(file) or max(stamp[2:]) < now - _SETTLED_NS
-    return [stamp if is_settled and _stamp(file) == stamp else None, digest.hexdigest()]
+    return [stamp if _stamp(file, before=began - _SETTLED_NS) == stamp else None, digest.hexdigest()]
 
 
-def _stamp(file: str) -> list | None:
+def _stamp(file: str, before: float = math.inf) -> list | None:
+    """What changes with a local file, if it last changed ``before`` (ns), or with a file at a URL, if it has a tag."""
     if not is_url(file):
         found = os.stat(file)
-        return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+        settled = max(found.st_mtime_ns, found.st_ctime_ns) < before
+        return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns] if settled else None
     with reading(file):
         files, path = fsspec.core.url_to_fs(file)
         found = files.info(path)

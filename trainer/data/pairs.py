@@ -205,7 +205,8 @@ class _Pair:
 
     def __init__(self, row: Row):
         """Raises InputError for a row of the wrong form."""
-        self.row, self.tokens = row, ()
+        self.row = row
+        self.tokens: _Tokens = ()
         self.problems: list[tuple[str, InputError]] = []
         self.notes = [COLUMN_UNREAD.format(name) for name in _UNREAD if row.fields.get(name)]
         self.where = {"file": row.file, "row": row.number}
@@ -218,7 +219,7 @@ class _Pair:
                 raise bad_input("wrong type", **wrong, expected="a string or a list of messages")
             if type(value) is not type(prompt):
                 raise bad_input("types are mixed in one row", **wrong, expected=f"{kind_of(prompt)} as 'prompt' is")
-            if self.is_chat:
+            if isinstance(value, list):
                 self._check_messages(name, value)
             else:
                 self._check_text(name, value)

@@ -70,7 +70,7 @@ def plan_pairs(
     pairs = [_pair(sources[s], i) for s, i in items]
     separate: list[_Pair] = []
     for k, (s, i) in enumerate(items):
-        sides = {"chosen": len(sources[s].chosen(i)) - 1, "rejected": len(sources[s].rejected(i)) - 1}
+        sides: dict[object, int] = {"chosen": len(sources[s].chosen(i)) - 1, "rejected": len(sources[s].rejected(i)) - 1}
         separate.append((k, 2 * len(sources[s].prompt(i)), sides))
     wholes = _units(range(len(pairs)), pairs)
     needed = sum(whole.cost for whole in wholes)

@@ -34,7 +34,7 @@ import numpy as np
 from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.digests import files_digest
 from medtrain.trainer.data.encode import eos_id, tokenize_starts, tokenizer_digest
-from medtrain.trainer.data.sources import check_text, read_rows, source_files, source_name
+from medtrain.trainer.data.sources import check_text, is_url, read_rows, source_files, source_name
 from medtrain.trainer.data.token_cache import Index, open_parts, part_path, read_index, write_index, write_part
 from medtrain.trainer.data.tokenizer import check_ids, first_texts
 from medtrain.trainer.errors import InputError, user_path
@@ -140,7 +140,8 @@ def tokenize_source(
                 try:
                     _make(folder, index, source, tokenizer, workers)
                 except InputError:
-                    shutil.rmtree(folder)
+                    if not is_url(str(source.path)):  # a network may fail, and the parts be good
+                        shutil.rmtree(folder)
                     raise
     return _open(folder, index, source, key)
 
@@ -184,7 +185,8 @@ def _make(folder: Path, index: Index, source: Source, tokenizer, workers: int) -
     texts = (check_text(row.fields[field], row, field) for row in read_rows(source.path, [field]))
     batches = (batch for batch in _batches(texts, source_name(source)) if batch[0] not in there)
     for number, made in itertools.groupby(_tokenized(batches, tokenizer, workers), key=lambda batch: batch[0]):
-        parts[number : number + 1] = [write_part(part_path(folder, number), (arrays for _, *arrays in made))]
+        entry = write_part(part_path(folder, number), ((tokens, documents) for _, tokens, documents in made))
+        parts[number : number + 1] = [entry]
         write_index(folder, index)
     index["complete"] = True
     write_index(folder, index)
@@ -240,8 +242,7 @@ def _tokenize(tokenizer, number: int, texts: Sequence[str]) -> tuple[int, np.nda
     ids, eos = tokenize_starts(tokenizer, texts), eos_id(tokenizer)
     for document in ids:
         document.append(eos)
-    sizes = [(len(document), len(text.encode("utf-8"))) for document, text in zip(ids, texts, strict=True)]
-    documents = np.array(sizes, "<u4")
+    documents = np.array([(len(row), len(text.encode("utf-8"))) for row, text in zip(ids, texts, strict=True)], "<u4")
     tokens = np.fromiter(itertools.chain.from_iterable(ids), "<u4", int(documents[:, 0].sum()))
     return number, tokens, documents
 
