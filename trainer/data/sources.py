@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import fsspec
 
 from medtrain.trainer.config.source import Source
-from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.errors import InputError, StopRequested, bad_input
 
 _CODECS = {"": None, ".gz": "gzip", ".zst": "zstd"}
 _TEXT_KINDS = (".jsonl", ".json", ".csv")
@@ -136,7 +136,7 @@ def reading(file: str, problem: str = "cannot be read") -> Iterator[None]:
 
     try:
         yield
-    except InputError:
+    except (InputError, StopRequested):
         raise
     except Exception as error:
         if not (isinstance(error, (OSError, pa.ArrowException)) or is_url(file)):

@@ -13,8 +13,8 @@ import pytest
 
 from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.digests import files_digest
-from medtrain.trainer.data.sources import check_text, name_sources, read_rows, source_files
-from medtrain.trainer.errors import InputError
+from medtrain.trainer.data.sources import check_text, name_sources, read_rows, reading, source_files
+from medtrain.trainer.errors import InputError, StopRequested
 
 TEXTS = ["rash of the left arm", "発熱と咳", "a\nb"]
 
@@ -173,6 +173,12 @@ def test_what_is_at_a_url_is_remembered_by_its_tag_alone(tmp_path, remote, monke
     assert files_digest([url], memory, trust=False) != changed
     tag = "2"
     assert files_digest([url], memory) != changed
+
+
+def test_a_stop_while_a_url_is_read_is_no_mistake(remote):
+    remote.pipe("/bucket/a.jsonl", b'{"text": "a"}\n')
+    with pytest.raises(StopRequested), reading("memory://bucket/a.jsonl"):
+        raise StopRequested
 
 
 def test_urls_that_cannot_be_read_are_told_in_one_line(monkeypatch):
