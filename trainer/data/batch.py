@@ -57,10 +57,6 @@ class MicroBatch:
         return self.targets.numel()
 
     @property
-    def num_pairs(self) -> int:
-        return 0 if self.pair_ids is None else self.pair_ids.numel()
-
-    @property
     def attended(self) -> int:
         """Twice the query-key products that causal attention needs, up to the diagonal: n * n for a plain document."""
         keys = self.key_cu_seqlens.diff().long()

@@ -55,7 +55,7 @@ def source_shares(weights: Sequence[float | None], totals: Sequence[int]) -> lis
 
 
 class GlobalOrder:
-    """The order over sources with item ``lengths`` (one int array [num_items] a source, all at least 1).
+    """The order over sources with item ``lengths`` (an int array [num_items] per source, all at least 1).
 
     ``shares`` sum to 1; ``step_size`` in the unit of the lengths; ``setting`` is its name in messages. Raises InputError if
     a step could be empty: some source's share of a step must be at least its longest item.

@@ -1,12 +1,12 @@
-"""Preference pairs: makes tokens of ``prompt``, ``chosen``, ``rejected`` rows, and cuts or refuses only as told.
+"""Preference pairs: makes tokens of ``prompt``, ``chosen``, ``rejected`` rows, and cuts or refuses as configured.
 
 Fields are strings: a prompt's tokens are those of a text that begins a sequence, a completion's those of one that goes on
 (``encode.py``), and eos. Or they are chat lists ``[{"role": ..., "content": ...}, ...]``: prompt tokens are the chat
 template's with the generation prompt, completion tokens what it adds to them for prompt + completion, up to and with eos.
 
 A row of the wrong form (a missing field, a wrong role) is always an error; one of the right form that cannot teach
-(``UNUSABLE``) is refused, by an error or, if told, by leaving it out; what is kept but looks wrong is noted. All are counted
-by reason.
+(``UNUSABLE``) is an error or, with ``unusable: drop``, is left out; what is kept but looks wrong is noted. All are counted by
+reason.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class PairSet:
 
 
 def token_key(tokens: np.ndarray) -> bytes:
-    """What stands for these tokens where equal prompts and completions are looked for."""
+    """A key that equal prompts and equal completions share."""
     return hashlib.sha256(tokens.tobytes()).digest()
 
 

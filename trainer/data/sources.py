@@ -145,15 +145,15 @@ def reading(file: str, problem: str = "cannot be read") -> Iterator[None]:
         raise bad_input(problem, file=file, found=found) from error
 
 
-def read_rows(path: str | Path, fields: Sequence[str], if_there: Sequence[str] = ()) -> Iterator[Row]:
-    """Yield the rows of a source, each with at least ``fields``, and with those of ``if_there`` that it has.
+def read_rows(path: str | Path, fields: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield the rows of a source, each with at least ``fields``, and with those of ``optional`` that it has.
 
     Raises InputError naming file and row: unreadable files, broken JSON, a row that is no object, invalid UTF-8, a
     missing field, no rows at all.
     """
     empty = True
     for file in source_files(path):
-        for number, values in _read_file(file, fields, if_there):
+        for number, values in _read_file(file, fields, optional):
             empty = False
             if not isinstance(values, dict):
                 raise bad_input("wrong row", file=file, row=number, found=kind_of(values), expected="a JSON object")
@@ -188,8 +188,8 @@ def kind_of(value: object) -> str:
     return _NAMES.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
-def _read_file(file: str, fields: Sequence[str], if_there: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    """Yield numbers and values of the rows of a file; of a table only the columns ``fields`` and ``if_there``."""
+def _read_file(file: str, fields: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Yield numbers and values of the rows of a file; of a table only the columns ``fields`` and ``optional``."""
     import pyarrow as pa
 
     kind, compression = file_kind(file)
@@ -199,7 +199,7 @@ def _read_file(file: str, fields: Sequence[str], if_there: Sequence[str]) -> Ite
         if kind in _TEXT_KINDS:
             yield from {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[kind](handle, file)
         else:
-            yield from _read_table(handle, file, fields, if_there)
+            yield from _read_table(handle, file, fields, optional)
 
 
 def _lines(handle: BinaryIO, file: str) -> Iterator[tuple[int, str]]:
@@ -254,7 +254,7 @@ def _read_csv(handle: BinaryIO, file: str) -> Iterator[tuple[int, Any]]:
 
 
 def _read_table(
-    handle: BinaryIO, file: str, fields: Sequence[str], if_there: Sequence[str]
+    handle: BinaryIO, file: str, fields: Sequence[str], optional: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield the rows of a parquet file, or of an Arrow stream as ``datasets`` writes it."""
     import pyarrow as pa
@@ -265,7 +265,7 @@ def _read_table(
     for field in fields:
         if field not in names:
             raise bad_input("missing", file=file, row=1, field=field, found=", ".join(names))
-    columns = [*fields, *(name for name in if_there if name in names)]
+    columns = [*fields, *(name for name in optional if name in names)]
     batches = reader.iter_batches(_ROWS_PER_READ, columns=columns) if isinstance(reader, pq.ParquetFile) else reader
     number = 0
     for batch in batches:

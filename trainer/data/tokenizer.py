@@ -115,7 +115,7 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, folde
 
 def first_texts(texts: Iterable[object]) -> list[str]:
     """Of the data's ``texts``, those that :func:`check_ids` compares at start: a few, each cut short. What is no text is
-    passed over: whoever reads the row says so."""
+    passed over: the reader of the row reports it."""
     good = (text[:_NUM_CHARS] for text in texts if isinstance(text, str) and text and not _HALF_PAIR.search(text))
     return list(itertools.islice(good, _NUM_TEXTS))
 

@@ -129,9 +129,9 @@ def tokenize_source(
     folder = cache_folder(cache_dir, key)
     index = read_index(folder, verify=verify)
     if not index["complete"]:
-        with _alone(folder) as alone:
+        with _locked(folder) as exclusive:
             index = read_index(folder, verify=verify)
-            if alone:
+            if exclusive:
                 for left in folder.glob("*" + PARTIAL):  # by processes that were killed
                     left.unlink(missing_ok=True)
             if not index["complete"]:
@@ -160,10 +160,10 @@ def _open(folder: Path, index: Index, source: Source, key: str) -> TokenizedSour
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Make the folder and let one process of this machine in at a time; whether that could be had.
+def _locked(folder: Path) -> Iterator[bool]:
+    """Make the folder and let one process of this machine in at a time; yields whether the file system has locks.
 
-    It only spares work: where locks do not reach (another machine), each makes its own parts, and they are the same.
+    The lock only saves work: where it does not reach (another machine), each makes its own parts, and they are the same.
     """
     with user_path(folder.parent, "cannot be written", field="data.cache"):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,11 +171,11 @@ def _alone(folder: Path) -> Iterator[bool]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            alone = True
+            exclusive = True
         except OSError:
-            alone = False
+            exclusive = False
         folder.mkdir(exist_ok=True)
-        yield alone
+        yield exclusive
 
 
 def _make(folder: Path, index: Index, source: Source, tokenizer, workers: int) -> None:
