@@ -120,8 +120,7 @@ def main() -> None:
         if args.text:
             content, text = Path(args.text).read_bytes(), Path(folder) / "text.jsonl"
             text.write_bytes(content * -(-int(args.megabytes * 1e6) // len(content)))
-            for workers in (1, 2):
-                rows.append(in_clean_process(measure_tokenising, str(text), folder, args.tokenizer, workers))
+            rows += [in_clean_process(measure_tokenising, str(text), folder, args.tokenizer, workers) for workers in (1, 2)]
     path = free_path(args.out, "data-scale", torch.device("cpu"))
     path.write_text(json.dumps(result | {"cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n")
     print(path)
