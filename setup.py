@@ -28,6 +28,7 @@ setup(
         "safetensors>=0.8,<0.9",
         "numpy>=2.0,<2.6",
         "pyarrow>=16,<27",
+        "fsspec>=2024.2,<2027",
         "click>=8.4.2,<8.6",
         "pyyaml>=6.0.1,<6.1",
         "rich>=13,<15.1",

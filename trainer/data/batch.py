@@ -1,10 +1,10 @@
 """Micro-batches: packs windows or pairs one after the other into the tensors that the model and the losses take.
 
-Both are laid out as groups: a prompt and the completions that go on from it, prompt first, computed once. A window is a
-group of one completion (all after its first token). With ``share`` off a pair is two groups of one completion each.
-Positions restart after the prompt for every completion, and a completion sees the prompt and itself, nothing else.
-Logits are wanted only at ``counted``; ``targets`` are the tokens to find there. A completion's first token is found at
-the last token of the prompt, which so counts once for each completion; its last token is a target and no input.
+Both are laid out as groups: a prompt, computed once, and the completions that go on from it. A window is a group of one
+completion (all after its first token). With ``share`` off a pair is two groups of one completion each. Positions restart
+after the prompt for every completion, and a completion sees the prompt and itself, nothing else. Logits are wanted only at
+``counted``; ``targets`` are the tokens to find there. A completion's first token is found at the last token of the prompt,
+which so counts once per completion; its last token is a target and no input.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +25,14 @@ from medtrain.trainer.data.windows import Windows
 class MicroBatch:
     """One packed micro-batch of T input tokens in S segments, C completions, N counted tokens and, in RPO, P pairs.
 
-    ``input_ids``, ``position_ids`` int64 [T].
-    ``cu_seqlens`` int32 [S+1]: segment s is the tokens cu_seqlens[s]:cu_seqlens[s+1], a prompt and its first completion
-    or a further completion. It attends to ``key_index[key_cu_seqlens[s]:key_cu_seqlens[s+1]]`` (int64 [K], int32 [S+1]),
-    the last of which are its own tokens; ``key_index`` is None where every segment attends to itself alone.
-    ``max_seqlen``, ``max_key_seqlen``: the longest of each.
+    ``input_ids``, ``position_ids`` int64 [T]. ``cu_seqlens`` int32 [S+1]: segment s is the tokens
+    cu_seqlens[s]:cu_seqlens[s+1], a prompt and its first completion or a further completion. It attends to
+    ``key_index[key_cu_seqlens[s]:key_cu_seqlens[s+1]]`` (int64 [K], int32 [S+1]), the last of which are its own tokens;
+    ``key_index`` is None where every segment attends to itself alone. ``max_seqlen``, ``max_key_seqlen``: the longest.
     ``counted`` int64 [N]: positions in ``input_ids`` whose next token counts; ``targets`` int64 [N]: that token.
-    ``target_cu_seqlens`` int64 [C+1]: the N by completion. ``sides`` int64 [2P]: the completion of chosen_0, rejected_0,
-    chosen_1, ...; None in CPT.
-    ``source_ids`` int64: the source of each window [C] or pair [P]. ``pair_ids`` int64 [P]: index of each pair in its
-    source; None in CPT.
+    ``target_cu_seqlens`` int64 [C+1]: the N by completion. ``source_ids`` int64: the source of each window [C] or pair [P].
+    RPO, None in CPT: ``sides`` int64 [2P]: the completion of chosen_0, rejected_0, chosen_1, ...; ``pair_ids`` int64 [P]:
+    index of each pair in its source.
 
     A micro-batch without items is one segment of one token (id 0) of which nothing counts: N = 0, P = 0, and
     ``target_cu_seqlens`` is [0, 0] in CPT and [0] in RPO.
@@ -58,10 +57,6 @@ class MicroBatch:
         return self.targets.numel()
 
     @property
-    def num_pairs(self) -> int:
-        return 0 if self.pair_ids is None else self.pair_ids.numel()
-
-    @property
     def attended(self) -> int:
         """Twice the query-key products that causal attention needs, up to the diagonal: n * n for a plain document."""
         keys = self.key_cu_seqlens.diff().long()
@@ -70,15 +65,12 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch on ``device``; to a GPU through pinned memory, without waiting."""
         device = torch.device(device)
-
-        def move(value):
-            if not isinstance(value, torch.Tensor):
-                return value
-            if device.type == "cuda" and value.device.type == "cpu":
-                return value.pin_memory().to(device, non_blocking=True)
-            return value.to(device)
-
-        return MicroBatch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                pinned = device.type == "cuda" and value.device.type == "cpu"
+                moved[name] = value.pin_memory().to(device, non_blocking=True) if pinned else value.to(device)
+        return dataclasses.replace(self, **moved)
 
 
 def windows_batch(windows: Sequence[np.ndarray], source_ids: Sequence[int] | None = None) -> MicroBatch:
@@ -109,10 +101,8 @@ def pair_batch(sources: Sequence[PairSet], items: Iterable[tuple[int, int]], *, 
             group, name = token_key(prompt) if share else (k, side), token_key(completion)
             groups.setdefault(group, (prompt, {}))[1].setdefault(name, completion)
             sides.append((group, name))
-    number = {}
-    for group, (_, completions) in groups.items():
-        for name in completions:
-            number[group, name] = len(number)
+    names = [(group, name) for group, (_, completions) in groups.items() for name in completions]
+    number = {name: k for k, name in enumerate(names)}
     return _pack(
         [(prompt, list(completions.values())) for prompt, completions in groups.values()],
         source_ids=[s for s, _ in items],

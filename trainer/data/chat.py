@@ -1,15 +1,28 @@
-"""Chat templates: what a template leaves out of a conversation, and text that is the same at every start.
+"""Chat templates: text that is the same at every start, rendered preference pairs, and what a template leaves out.
 
-A template is a program: it may drop the reasoning of an assistant's turn or the system message, and write the date.
+A template is a program: it may drop the reasoning of an assistant's turn or the system message, and write the date. What is
+learned, and what system, user and tools say, must stand in the text whole but for white space. What else is left out is
+noted: the reasoning of earlier turns, as many templates do by design, and keys that they do not know.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import re
 from bisect import bisect_left
 from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
+from medtrain.trainer.errors import InputError, bad_input
+
+if TYPE_CHECKING:
+    from medtrain.trainer.data.sources import Row
+
+HISTORY_SHORTENED = "the chat template leaves out or changes part of earlier assistant turns"
+KEY_LEFT_OUT = "the chat template leaves out the messages' '{}'"
+_FIELDS = ("prompt", "chosen", "rejected")
+_TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
 _DATE = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
 # What would still change from start to start: a date in another form, jinja's random filter and its random text.
 _CHANGING = re.compile(r"\bstrftime_now\b(?!\s+is\b)|\|\s*random\b|\blipsum\b")
@@ -22,20 +35,16 @@ def now() -> datetime:
 
 
 def fix_time(tokenizer, time: datetime):
-    """The tokenizer with a chat template that has ``time`` for now, whenever it is rendered; itself where its template
-    does not look at the clock. The tokenizer given, which may be exported, keeps its template.
-
-    A template that would change for other reasons fails when it is rendered.
-    """
+    """A copy of the tokenizer whose chat template has ``time`` for now; itself where its template does not read the clock.
+    A template that would change for other reasons fails when it is rendered."""
     templates = getattr(tokenizer, "chat_template", None) or {}
-    one = isinstance(templates, str)
-    named = {"": templates} if one else templates
+    named = {"": templates} if isinstance(templates, str) else templates
     fixed = {name: _DATE.sub(lambda call: f"{call[1]}{time.strftime(call[2])}{call[1]}", text) for name, text in named.items()}
     fixed = {name: _REFUSAL if _CHANGING.search(text) else text for name, text in fixed.items()}
     if fixed == named:
         return tokenizer
     tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = fixed[""] if one else fixed
+    tokenizer.chat_template = fixed[""] if isinstance(templates, str) else fixed
     return tokenizer
 
 
@@ -51,3 +60,68 @@ def left_out(text: str, rendered: str, start: int = 0) -> str | None:
         return None
     first = bisect_left(range(len(words)), True, key=lambda n: rendered.find("".join(words[: n + 1]), start) < 0)
     return " ".join(words[first:])
+
+
+def render_chat(row: Row, tokenizer) -> tuple[list[str], list[InputError], list[str]]:
+    """Return the texts of prompt, prompt + chosen and prompt + rejected, what they lack, and what is to be noted.
+
+    Raises InputError for a tokenizer without a chat template, and where the template fails.
+    """
+    where: dict[str, Any] = {"file": row.file, "row": row.number}
+    if not tokenizer.chat_template:
+        expected = "strings, or a tokenizer with a chat template"
+        raise bad_input("the tokenizer has no chat template", **where, field="prompt", found="a list", expected=expected)
+    # Parquet fills keys that other rows have with null.
+    chats = {
+        name: [{key: value for key, value in message.items() if value is not None} for message in row.fields[name]]
+        for name in _FIELDS
+    }
+
+    def render(name: str, without: str | None = None) -> str:
+        chat = [{key: value for key, value in message.items() if key != without} for message in chats[name]]
+        if name == "prompt":
+            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(chats["prompt"] + chat, tokenize=False)
+
+    try:
+        texts = {name: render(name) for name in _FIELDS}
+    except Exception as error:  # a template raises what it likes
+        raise bad_input(f"the chat template fails: {error}", **where) from error
+    lost: list[InputError] = []
+    noted: list[str] = []
+    # Not where the prompt's text ends: a template may open the completion there, with <think>.
+    last = squeeze(chats["prompt"][-1]["content"])
+    after_prompt = squeeze(texts["prompt"]).rfind(last) + len(last)
+    for name, text in texts.items():
+        rendered, start = squeeze(text), 0 if name == "prompt" else after_prompt
+        for k, message in enumerate(chats[name]):
+            for key in _TEXTS:
+                missing = left_out(message[key], rendered, start) if isinstance(message.get(key), str) else None
+                if missing is not None and name == "prompt" and message["role"] == "assistant":
+                    noted.append(HISTORY_SHORTENED)
+                elif missing is not None:
+                    problem = f"the chat template leaves out or changes part of it, from {missing[:60]!r} on"
+                    lost.append(bad_input(problem, **where, field=f"{name}[{k}].{key}"))
+        given = {key for message in chats[name] for key, value in message.items() if value not in ("", [], {})}
+        for key in sorted(given - {"role", *_TEXTS}):
+            try:
+                if render(name, without=key) != text:
+                    continue
+            except Exception:  # it cannot do without
+                continue
+            if key == "tool_calls" and name != "prompt":
+                lost.append(bad_input("the chat template leaves it out", **where, field=f"{name}.{key}"))
+            else:
+                noted.append(KEY_LEFT_OUT.format(key))
+    return list(texts.values()), lost, noted
+
+
+def why_no_prefix(prompt: str, whole: str) -> str:
+    """Tell where the text of prompt and completion parts from that of the prompt."""
+    same = len(os.path.commonprefix([prompt, whole]))
+    rest, other = (text[same : same + 40] for text in (prompt, whole))
+    place = "the template's generation prompt ends with" if len(prompt) - same <= 40 else "its text goes on with"
+    return (
+        f"the prompt is not a prefix of prompt and completion in the chat template: {place} {rest!r}, "
+        f"where prompt and completion have {other!r}"
+    )

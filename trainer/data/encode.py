@@ -32,26 +32,24 @@ def eos_id(tokenizer) -> int:
 def tokenizer_digest(tokenizer) -> str:
     """Return the sha256 (hex) of what decides a fast tokenizer's ids, its eos, and what it puts before every text.
 
-    Left out are padding and truncation, which the tokenizer's calls set and reset, and how bytes are told as offsets and
-    decoded. Raises InputError for one without
-    the fast backend: there is nothing to take the digest of.
+    Left out are padding and truncation, which calls set and reset, and what decides offsets and decoded text. Raises
+    InputError for a tokenizer without the fast backend: there is nothing to take the digest of.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         found, expected = type(tokenizer).__name__, "a fast one (tokenizer.json)"
         raise bad_input("wrong kind of tokenizer", file=getattr(tokenizer, "name_or_path", None), found=found, expected=expected)
-    state = backend.to_str()
     # Before "added_tokens" stand the format's version, truncation and padding. Parsing megabytes to drop them is slow.
-    state = state[state.index('"added_tokens"') :]
-    # Offsets and the way back to text decide no ids. They stand here as transformers' Qwen2Tokenizer sets them, by which
-    # such tokenizers used to be read: what was tokenised then is still good.
-    before, after = state.split('"post_processor":', 1)
+    state = backend.to_str()
+    before, after = state[state.index('"added_tokens"') :].split('"post_processor":', 1)
+    # Offsets and decoding stand here as transformers' Qwen2Tokenizer sets them, by which such tokenizers used to be read:
+    # what was tokenised then is still good.
     before = before.replace('"trim_offsets":false', '"trim_offsets":true')
-    state = f'{before}"post_processor":{re.sub(_BYTES_BACK, _BYTES_BACK_OF_QWEN2, after, count=1)}'
+    after = re.sub(_BYTES_BACK, _BYTES_BACK_OF_QWEN2, after, count=1)
     rest = f"{eos_id(tokenizer)} {bool(getattr(tokenizer, 'split_special_tokens', False))} "
     if bos := opening(tokenizer)[1]:
         rest += f"{bos} "
-    return hashlib.sha256((rest + state).encode()).hexdigest()
+    return hashlib.sha256(f'{rest}{before}"post_processor":{after}'.encode()).hexdigest()
 
 
 def tokenize_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -86,9 +84,8 @@ def tokenize_starts(tokenizer, texts: Sequence[str], *, as_written: bool = False
     if not ids:
         return tokenize_texts(tokenizer, texts)
     rows = tokenize_texts(tokenizer, [one.removeprefix(text) for one in texts])
-    return [
-        [*ids, *row] if row and (one.startswith(text) or not as_written) else row for one, row in zip(texts, rows, strict=True)
-    ]
+    opened = [one.startswith(text) or not as_written for one in texts]
+    return [[*ids, *row] if row and is_opened else row for row, is_opened in zip(rows, opened, strict=True)]
 
 
 def continuations(tokenizer) -> Callable[[Sequence[str]], list[list[int]]]:
@@ -97,7 +94,7 @@ def continuations(tokenizer) -> Callable[[Sequence[str]], list[list[int]]]:
     So the ids of prompt and completion, one after the other, decode to prompt + completion as they stand.
     """
     parts = _parts(tokenizer.backend_tokenizer)
-    bare = {name: _without_blank(part) for name, part in parts.items()}
+    bare = _without_blank(parts)
     if bare == parts:
         return functools.partial(tokenize_texts, tokenizer)
     backend = Tokenizer.from_str(json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | bare))
@@ -109,7 +106,8 @@ def continuations(tokenizer) -> Callable[[Sequence[str]], list[list[int]]]:
 
 def puts_blank(tokenizer) -> bool:
     """Whether the tokenizer puts a blank before every text."""
-    return any(_without_blank(part) != part for part in _parts(tokenizer.backend_tokenizer).values())
+    parts = _parts(tokenizer.backend_tokenizer)
+    return _without_blank(parts) != parts
 
 
 def _parts(backend: Tokenizer) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """The ledger: what became of every row and token of every source, as a dict to be written as ``ledger.json``.
 
 For each source: ``rows`` and ``tokens`` read, ``kept``, ``cut`` and ``refused`` by reason, and for CPT ``split``: the
-documents longer than the window. Always rows = kept + refused, and tokens = kept + cut + refused (a cut row is kept;
-its lost tokens are cut). Tokens of a pair are prompt + chosen + rejected; of a document BOS (if any), text, eos. For pairs also
+documents longer than the window. Always rows = kept + refused, and tokens = kept + cut + refused (a cut row is kept; its
+lost tokens are cut). Tokens of a pair are prompt + chosen + rejected; of a document BOS (if any), text, eos. For pairs also
 ``noted``: rows that are kept but look wrong, by reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -26,9 +26,9 @@ def pair_ledger(sources: Sequence[PairSet]) -> dict:
     """Return the ledger of preference pairs.
 
     ``completion_tokens`` are the targets of an epoch, both sides. ``inputs``: tokens that an epoch computes with each
-    side after its own prompt (``separate``), with a prompt for each pair (``by_pair``), and with each distinct prompt
-    and completion once (``distinct``); with data.share_prompts a run lies between the last two, as pairs of one prompt
-    meet in a micro-batch.
+    side after its own prompt (``separate``), with a prompt per pair (``by_pair``), and with each distinct prompt and
+    completion once (``distinct``); with data.share_prompts a run lies between the last two, as pairs of one prompt meet in
+    a micro-batch.
     """
     return _ledger("pairs", {pairs.name: _pairs(pairs) for pairs in sources})
 
@@ -46,18 +46,19 @@ def describe(ledger: dict) -> list[str]:
 
 
 def _ledger(kind: str, sources: dict[str, dict]) -> dict:
-    total = {key: sum(source[key] for source in sources.values()) for key in ("rows", "tokens")}
-    total["kept"] = _total([source["kept"] for source in sources.values()])
+    entries = sources.values()
+    total = _total(entries) | {"kept": _total(source["kept"] for source in entries)}
     for outcome in ("cut", "refused"):
-        total[outcome] = _total([counts for source in sources.values() for counts in source[outcome].values()])
+        total[outcome] = _total(counts for source in entries for counts in source[outcome].values())
     return {"kind": kind, "sources": sources, "total": total}
 
 
-def _total(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+def _total(counts: Iterable[dict]) -> dict:
+    counts = list(counts)
     return _counts(sum(c["rows"] for c in counts), sum(c["tokens"] for c in counts))
 
 
-def _counts(rows, tokens) -> dict[str, int]:
+def _counts(rows, tokens) -> dict:
     return {"rows": int(rows), "tokens": int(tokens)}
 
 
@@ -66,13 +67,12 @@ def _documents(windows: Windows) -> dict:
     num_windows = np.diff(windows.first)
     alone = int(np.sum(num_windows == 0))
     split = num_windows > 1
-    num_tokens = source.num_tokens
     return {
         "path": source.path,
         "rows": source.num_docs,
-        "tokens": num_tokens,
+        "tokens": source.num_tokens,
         "bytes": int(source.num_bytes.sum()),
-        "kept": _counts(source.num_docs - alone, num_tokens - alone),
+        "kept": _counts(source.num_docs - alone, source.num_tokens - alone),
         "counted": int(windows.lengths.sum(dtype=np.int64)),
         "windows": len(windows),
         "split": {"rows": int(split.sum()), "windows": int(num_windows[split].sum())},
@@ -88,8 +88,8 @@ def _pairs(pairs: PairSet) -> dict:
     prompts, distinct = distinct_tokens(pairs)
     return {
         "path": pairs.path,
-        "rows": kept["rows"] + _total(list(refused.values()))["rows"],
-        "tokens": kept["tokens"] + _total([*cut.values(), *refused.values()])["tokens"],
+        "rows": _total([kept, *refused.values()])["rows"],
+        "tokens": _total([kept, *cut.values(), *refused.values()])["tokens"],
         "kept": kept,
         "completion_tokens": int(pairs.completion_lengths.sum()),
         "distinct_prompts": prompts,

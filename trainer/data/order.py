@@ -55,11 +55,10 @@ def source_shares(weights: Sequence[float | None], totals: Sequence[int]) -> lis
 
 
 class GlobalOrder:
-    """The order over sources with item ``lengths`` (one int array [num_items] a source, all at least 1).
+    """The order over sources with item ``lengths`` (an int array [num_items] per source, all at least 1).
 
-    ``shares`` sum to 1; ``step_size`` in the unit of the lengths; ``seed`` at least 0. ``setting`` is the name of the
-    step size in messages. Raises InputError if a step could be empty: some source's share of a step must be at least
-    its longest item.
+    ``shares`` sum to 1; ``step_size`` in the unit of the lengths; ``setting`` is its name in messages. Raises InputError if
+    a step could be empty: some source's share of a step must be at least its longest item.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class GlobalOrder:
         step_size: int,
         seed: int,
         *,
-        setting: str = "optim.batch_tokens",
+        setting="optim.batch_tokens",
     ) -> None:
         self.lengths = [np.asarray(source_lengths) for source_lengths in lengths]
         self.shares = [Fraction(share) for share in shares]
@@ -97,10 +96,6 @@ class GlobalOrder:
             lengths.append(self.lengths[i][items].astype(np.int64))
         return StepItems(*(np.concatenate(parts) for parts in (source_ids, item_ids, lengths)))
 
-    def epochs(self, step: int) -> list[float]:
-        """Return for each source how many times it has been passed through before step ``step``."""
-        return [self._position(i, step) / total for i, total in enumerate(self.totals)]
-
     def _position(self, i: int, step: int) -> int:
         return math.floor(step * self.step_size * self.shares[i])
 
@@ -124,8 +119,7 @@ class GlobalOrder:
         return block * _BLOCK + int(np.searchsorted(starts, position))
 
     def _make_epoch(self, i: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the permutation of an epoch and where each ``_BLOCK`` of its items starts: with the starts of all items
-        it would be three times as large."""
+        """Return the permutation of an epoch and where each ``_BLOCK`` of its items starts: all starts would be large."""
         keys = np.random.PCG64(np.random.SeedSequence([self.seed, i, epoch])).random_raw(len(self.lengths[i]))
         permutation = sorting_permutation(keys)
         sums = np.add.reduceat(self.lengths[i][permutation], np.arange(0, len(keys), _BLOCK), dtype=np.int64)
@@ -135,10 +129,9 @@ class GlobalOrder:
 def sorting_permutation(keys: np.ndarray) -> np.ndarray:
     """Return ``argsort(keys, kind="stable")`` of uint64 keys, int32 where that suffices, in a fifth of the time.
 
-    Sorted raw draws are the permutation of an epoch: numpy keeps the raw stream of a bit generator the same in every
-    version, but not what Generator.permutation makes of it, and a resumed run must find its order again. Numbers sort
-    faster than they argsort, so each key's low bits give way to its index; the few keys that are then equal are put in
-    order by themselves.
+    Sorted raw draws are an epoch's permutation: numpy keeps the raw stream of a bit generator the same in every version,
+    but not what Generator.permutation makes of it. Numbers sort faster than they argsort, so each key's low bits give way
+    to its index; the few keys that are then equal are put in order by themselves.
     """
     bits = np.uint64(max(len(keys) - 1, 1).bit_length())
     low = (np.uint64(1) << bits) - np.uint64(1)

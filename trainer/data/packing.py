@@ -29,16 +29,16 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, world_size: int) ->
     """Return ``plan[micro_batch][rank]``: the indices into ``lengths`` of the items that rank takes there.
 
     Every item is in exactly one, no one holds more than ``capacity`` tokens, and all ranks have the same number of
-    micro-batches; a rank may have nothing in the last. Neighbours in load stand beside each other, so the ranks are
-    balanced within each micro-batch. A function of its arguments alone.
+    micro-batches; a rank may have nothing in the last. Bins of similar load share a micro-batch, so the ranks are balanced in
+    each. A function of its arguments alone.
     """
-    lengths = np.asarray(lengths).tolist()
-    assert lengths and world_size > 0 and max(lengths) <= capacity
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    bins = _best_fit(lengths, longest_first, capacity)
+    sizes: list[int] = np.asarray(lengths).tolist()
+    assert sizes and world_size > 0 and max(sizes) <= capacity
+    longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    bins = _best_fit(sizes, longest_first, capacity)
     num_bins = -(-len(bins) // world_size) * world_size
-    bins = _spread(lengths, longest_first, capacity, num_bins) or bins + [[] for _ in range(num_bins - len(bins))]
-    loads = [sum(lengths[i] for i in items) for items in bins]
+    bins = _spread(sizes, longest_first, capacity, num_bins) or bins + [[] for _ in range(num_bins - len(bins))]
+    loads = [sum(sizes[i] for i in items) for items in bins]
     by_load = [bins[b] for b in sorted(range(num_bins), key=lambda b: -loads[b])]
     plan = [by_load[j : j + world_size] for j in range(0, num_bins, world_size)]
     # Back and forth, so that the fullest of a micro-batch is not always rank 0's.

@@ -1,14 +1,12 @@
-"""Preference pairs: makes tokens of ``prompt``, ``chosen``, ``rejected`` rows, and cuts or refuses only as told.
+"""Preference pairs: makes tokens of ``prompt``, ``chosen``, ``rejected`` rows, and cuts or refuses as configured.
 
-Fields are strings: prompt tokens are ``tokenizer(prompt, add_special_tokens=False)``, after the BOS where the tokenizer
-puts one before every text; completion tokens the same without BOS, without the blank that a tokenizer may put before a
-text (see ``encode.py``), and with eos. Or they are chat lists ``[{"role": ..., "content": ...}, ...]``: prompt tokens are
-the chat template's with the generation prompt, completion tokens what the template adds to them for prompt + completion,
-up to and with the eos.
+Fields are strings: a prompt's tokens are those of a text that begins a sequence, a completion's those of one that goes on
+(``encode.py``), and eos. Or they are chat lists ``[{"role": ..., "content": ...}, ...]``: prompt tokens are the chat
+template's with the generation prompt, completion tokens what it adds to them for prompt + completion, up to and with eos.
 
-Three kinds of trouble: a row of the wrong form (a missing field, a wrong role) is always an error; a row of the right
-form that cannot teach (``UNUSABLE``) is refused, by an error or, if told, by leaving it out; and what is kept but looks
-wrong is noted (``NOTED``). All are counted by reason.
+A row of the wrong form (a missing field, a wrong role) is always an error; one of the right form that cannot teach
+(``UNUSABLE``) is an error or, with ``unusable: drop``, is left out; what is kept but looks wrong is noted. All are counted by
+reason.
 """
 
 from __future__ import annotations
@@ -17,26 +15,27 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from medtrain.trainer.config.source import Source
-from medtrain.trainer.data.chats import HISTORY_SHORTENED, KEY_LEFT_OUT, render_chat, why_no_prefix
+from medtrain.trainer.data.chat import render_chat, why_no_prefix
 from medtrain.trainer.data.encode import continuations, eos_id, opening, tokenize_starts, tokenize_texts
-from medtrain.trainer.data.sources import Row, check_text, kind_of, read_rows
+from medtrain.trainer.data.sources import Row, check_text, kind_of, read_rows, source_name
 from medtrain.trainer.data.tokenizer import check_ids, first_texts
 from medtrain.trainer.errors import InputError, bad_input
 
-OVERLONG = ("error", "drop", "cut_completion", "cut_prompt")
-UNUSABLE = ("empty", "identical", "prompt not a prefix", "left out by the chat template")
+Overlong = Literal["error", "drop", "cut_completion", "cut_prompt"]
+NO_PREFIX = "prompt not a prefix"
+LEFT_OUT = "left out by the chat template"
+UNUSABLE = ("empty", "identical", NO_PREFIX, LEFT_OUT)
 BOS_DOUBLED = "BOS more than once"
 BOS_MISSING = "no BOS from the chat template, the tokenizer puts one before every text"
 EOS_DOUBLED = "EOS twice at the end: the text has its own"
 EOS_MISSING = "no EOS from the chat template, one was added"
 PROMPT_REPEATED = "both completions begin with the prompt's text"
 COLUMN_UNREAD = "the row's own '{}' is not read"
-NOTED = (BOS_DOUBLED, BOS_MISSING, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED, HISTORY_SHORTENED, KEY_LEFT_OUT, COLUMN_UNREAD)
 # Columns that other trainers put into the prompt.
 _UNREAD = ("system", "tools", "images", "chat_template_kwargs")
 _FIELDS = ("prompt", "chosen", "rejected")
@@ -99,98 +98,73 @@ class PairSet:
 
 
 def token_key(tokens: np.ndarray) -> bytes:
-    """What stands for these tokens where equal prompts and completions are looked for."""
-    return hashlib.sha256(np.ascontiguousarray(tokens)).digest()
+    """A key that equal prompts and equal completions share."""
+    return hashlib.sha256(tokens.tobytes()).digest()
 
 
-def load_pairs(source: Source, tokenizer, *, max_length: int, overlong: str = "error", unusable: str = "error") -> PairSet:
+def load_pairs(
+    source: Source, tokenizer, *, max_length: int, overlong: Overlong = "error", unusable: Literal["error", "drop"] = "error"
+) -> PairSet:
     """Read and tokenise the pairs of ``source``.
 
-    A pair is overlong if prompt and longer completion (with eos) have more than ``max_length`` tokens. ``overlong``:
-    ``error`` raises; ``drop`` refuses the pair; ``cut_completion`` keeps of both sides what fits after the prompt, eos
-    last; ``cut_prompt`` cuts the prompt, which both share, from the left, but for its BOS. Where cutting leaves no room for
-    the other part, or makes both sides equal, the pair is refused. ``unusable``: ``error`` raises, ``drop`` refuses a pair
-    that is empty, identical, whose prompt the chat template does not keep as the beginning, or of whose completions,
-    system or user messages it leaves something out. Raises InputError naming file, row, field and counts by reason, if no
-    pair is left, and where the tokenizer's ids are not its tokenizer.json's.
+    ``overlong``: what becomes of pairs whose prompt and longer completion have more than ``max_length`` tokens: ``error``;
+    ``drop``; ``cut_completion`` keeps of both sides what fits after the prompt, eos last; ``cut_prompt`` cuts the prompt
+    from the left, but for its BOS. A pair that cutting leaves no room, or makes both sides of equal, is refused.
+    ``unusable``: ``error`` or ``drop``, of pairs that are empty or identical, whose prompt the chat template does not keep
+    as the beginning, or of whose text it leaves something out. Raises InputError naming file, row, field and counts by
+    reason, if no pair is left, and where the tokenizer's ids are not its tokenizer.json's.
     """
-    if overlong not in OVERLONG:
-        raise bad_input("wrong setting", field="data.overlong", found=overlong, expected=" | ".join(OVERLONG))
-    eos, start = eos_id(tokenizer), opening(tokenizer)[1]
     check_ids(tokenizer, first_texts(_texts(read_rows(source.path, _FIELDS))))
-    behind = continuations(tokenizer)
-    kept: list[tuple[np.ndarray, ...]] = []
+    tokenize = _PairTokenizer(tokenizer)
+    segments: list[np.ndarray] = []
     rows: list[int] = []
     cut: dict[str, tuple[int, int]] = {}
     refused: dict[str, tuple[int, int]] = {}
     noted: dict[str, int] = {}
     too_long: list[tuple[Row, int]] = []
-    first_unusable: _Unusable | None = None
-    for batch in _batches(read_rows(source.path, _FIELDS, _UNREAD)):
-        for row, tokenized in zip(batch, _tokenize(batch, tokenizer, behind, start, eos), strict=True):
-            pair = tokenized.pair
-            before = sum(map(len, pair))
-            if tokenized.unusable is not None:
-                first_unusable = first_unusable or tokenized.unusable
-                _count(refused, tokenized.unusable.reason, before)
+    first_problem: InputError | None = None
+    remaining = read_rows(source.path, _FIELDS, _UNREAD)
+    while batch := list(itertools.islice(remaining, _ROWS_PER_CALL)):
+        for pair in tokenize(batch):
+            tokens = pair.tokens
+            num_tokens, length = sum(map(len, tokens)), len(tokens[0]) + max(map(len, tokens[1:]))
+            if pair.problems:
+                reason, error = pair.problems[0]
+                first_problem = first_problem or error
+                _count(refused, reason, num_tokens)
                 continue
-            length = len(pair[0]) + max(len(pair[1]), len(pair[2]))
+            if length > max_length and overlong == "error":
+                too_long.append((pair.row, length))
+                continue
             if length > max_length:
-                if overlong == "error":
-                    too_long.append((row, length))
+                tokens, reason = _shorten(tokens, max_length, overlong, tokenize)
+                if tokens is None:
+                    _count(refused, reason, num_tokens)
                     continue
-                if overlong == "drop":
-                    _count(refused, "overlong", before)
-                    continue
-                pair = _cut_prompt(pair, max_length, start) if overlong == "cut_prompt" else _cut(pair, max_length, eos)
-                if pair is None:
-                    _count(refused, f"{overlong} leaves no room", before)
-                    continue
-                if pair[1] == pair[2]:
-                    _count(refused, "identical after cutting", before)
-                    continue
-                _count(cut, overlong, before - sum(map(len, pair)))
-            for reason in tokenized.noted:
-                noted[reason] = noted.get(reason, 0) + 1
-            kept.append(tuple(np.array(segment, dtype=np.int32) for segment in pair))
-            rows.append(row.number)
-    if first_unusable is not None and unusable == "error":
+                _count(cut, reason, num_tokens - sum(map(len, tokens)))
+            for note in dict.fromkeys(pair.notes):
+                noted[note] = noted.get(note, 0) + 1
+            segments += (np.array(segment, dtype=np.int32) for segment in tokens)
+            rows.append(pair.row.number)
+    if first_problem is not None and unusable == "error":
         counts = ", ".join(f"{refused[reason][0]} {reason}" for reason in UNUSABLE if reason in refused)
-        raise InputError(f"{first_unusable.error} (unusable rows: {counts}; data.unusable: drop leaves them out)")
+        raise InputError(f"{first_problem} (unusable rows: {counts}; data.unusable: drop leaves them out)")
     if too_long:
-        (row, length), several = too_long[0], f"{len(too_long)} rows are, this is the first"
+        row, length = too_long[0]
         raise bad_input(
-            f"overlong pair ({several}; data.max_length or data.overlong: drop | cut_completion | cut_prompt help)",
+            f"overlong pair ({len(too_long)} rows are, this is the first; "
+            "data.max_length or data.overlong: drop | cut_completion | cut_prompt help)",
             file=row.file,
             row=row.number,
             found=f"{length} tokens",
-            expected=_limit(max_length),
+            expected=f"at most {max_length}, data.max_length",
         )
-    if not kept:
+    if not rows:
         raise bad_input("no pair is left", file=source.path, found=f"{sum(r for r, _ in refused.values())} refused")
-    segments = [segment for pair in kept for segment in pair]
-    tokens = np.concatenate(segments)
-    offsets = np.concatenate([[0], np.cumsum([len(segment) for segment in segments])])
-    digest = hashlib.sha256(tokens.astype("<i4").tobytes() + offsets.astype("<i8").tobytes()).hexdigest()
-    name = source.name or Path(source.path).resolve().stem
-    return PairSet(name, source.weight, str(source.path), tokens, offsets, np.array(rows), digest, cut, refused, noted)
-
-
-@dataclass(frozen=True)
-class _Unusable:
-    reason: str
-    error: InputError
-
-
-@dataclass(frozen=True)
-class _Tokenized:
-    pair: tuple[list[int], ...]  # prompt, chosen, rejected; completions with eos
-    unusable: _Unusable | None
-    noted: list[str]
-
-
-def _limit(max_length: int) -> str:
-    return f"at most {max_length}, data.max_length"
+    flat, offsets = np.concatenate(segments), np.cumsum([0, *map(len, segments)])
+    digest = hashlib.sha256(flat.astype("<i4").tobytes() + offsets.astype("<i8").tobytes()).hexdigest()
+    name, path = source_name(source), str(source.path)
+    return PairSet(name, source.weight, path, flat, offsets, np.array(rows), digest, cut, refused, noted)
 
 
 def _count(counts: dict[str, tuple[int, int]], reason: str, tokens: int) -> None:
@@ -198,28 +172,21 @@ def _count(counts: dict[str, tuple[int, int]], reason: str, tokens: int) -> None
     counts[reason] = (rows + 1, before + tokens)
 
 
-def _cut(pair: Sequence[list[int]], max_length: int, eos: int) -> tuple[list[int], ...] | None:
-    room = max_length - len(pair[0])
-    if room < 2:  # a token and eos
-        return None
-    return pair[0], *(side if len(side) <= room else [*side[: room - 1], eos] for side in pair[1:])
-
-
-def _cut_prompt(pair: Sequence[list[int]], max_length: int, start: list[int]) -> tuple[list[int], ...] | None:
-    start = start if pair[0][: len(start)] == start else []
-    room = max_length - max(len(pair[1]), len(pair[2])) - len(start)
-    return None if room < 1 else (start + pair[0][len(start) :][-room:], *pair[1:])
-
-
-def _batches(rows):
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == _ROWS_PER_CALL:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _shorten(tokens: _Tokens, max_length: int, overlong: Overlong, tokenize: _PairTokenizer) -> tuple[_Tokens | None, str]:
+    """The pair cut to ``max_length``, or None; and why."""
+    prompt, *sides = tokens
+    if overlong == "drop":
+        return None, "overlong"
+    if overlong == "cut_completion":
+        room, least = max_length - len(prompt), 2  # a token and eos
+        sides = [side if len(side) <= room else [*side[: room - 1], tokenize.eos] for side in sides]
+    else:
+        start = tokenize.start if prompt[: len(tokenize.start)] == tokenize.start else []
+        room, least = max_length - max(map(len, sides)) - len(start), 1
+        prompt = start + prompt[len(start) :][-room:]
+    if room < least:
+        return None, f"{overlong} leaves no room"
+    return (None, "identical after cutting") if sides[0] == sides[1] else ((prompt, *sides), overlong)
 
 
 def _texts(rows: Iterable[Row]) -> Iterator[object]:
@@ -230,119 +197,117 @@ def _texts(rows: Iterable[Row]) -> Iterator[object]:
             yield from (message.get("content") for message in messages if isinstance(message, dict))
 
 
-def _tokenize(batch: Sequence[Row], tokenizer, behind, start: list[int], eos: int) -> list[_Tokenized]:
-    checked = [_check(row) for row in batch]
-    texts: list[list[str]] = []
-    lost: list[tuple[list[InputError], list[str]]] = []
-    for row, (chat, _) in zip(batch, checked, strict=True):
-        of_row, *more = render_chat(row, tokenizer) if chat else ([row.fields[field] for field in _FIELDS], [], [])
-        texts.append(of_row)
-        lost.append(more)
-    strings = [of_row for of_row, (chat, _) in zip(texts, checked, strict=True) if not chat]
-    rendered = [text for of_row, (chat, _) in zip(texts, checked, strict=True) if chat for text in of_row]
-    whole_ids = iter(tokenize_texts(tokenizer, rendered))
-    prompt_ids = iter(tokenize_starts(tokenizer, [prompt for prompt, *_ in strings]))
-    side_ids = iter(behind([side for _, *sides in strings for side in sides]))
-    found = []
-    for row, (prompt_text, *side_texts), (chat, unusable), (left_out, noted) in zip(batch, texts, checked, lost, strict=True):
-        where = {"file": row.file, "row": row.number}
-        noted += [COLUMN_UNREAD.format(name) for name in _UNREAD if row.fields.get(name)]
-        if chat:
-            prompt, *sides = itertools.islice(whole_ids, 3)
-            if prompt[: len(start)] != start:
-                noted.append(BOS_MISSING)
-            for side, (whole, text) in enumerate(zip(sides, side_texts, strict=True)):
-                if whole[: len(prompt)] == prompt:
-                    completion = whole[len(prompt) :]
-                elif text.startswith(prompt_text):
-                    # A completion that begins with a line break may melt into the prompt's last token. The model goes
-                    # on from the prompt's own tokens, so that is where its text is divided.
-                    (completion,) = behind([text[len(prompt_text) :]])
-                else:
-                    error = bad_input(why_no_prefix(prompt_text, text), **where, field=_FIELDS[1 + side])
-                    unusable = unusable or _Unusable("prompt not a prefix", error)
-                    completion = whole
-                sides[side] = _until_eos(completion, tokenizer, eos)
-                if eos not in completion:
-                    noted.append(EOS_MISSING)
-            if left_out:
-                unusable = unusable or _Unusable("left out by the chat template", left_out[0])
+_Tokens = tuple[list[int], ...]  # prompt, chosen, rejected; completions with eos
+
+
+class _Pair:
+    """A row on its way to a pair: its tokens, the reasons why it cannot teach (the first counts), and what is noted."""
+
+    def __init__(self, row: Row):
+        """Raises InputError for a row of the wrong form."""
+        self.row = row
+        self.tokens: _Tokens = ()
+        self.problems: list[tuple[str, InputError]] = []
+        self.notes = [COLUMN_UNREAD.format(name) for name in _UNREAD if row.fields.get(name)]
+        self.where = {"file": row.file, "row": row.number}
+        prompt = row.fields["prompt"]
+        self.is_chat = isinstance(prompt, list)
+        for name in _FIELDS:
+            value = row.fields[name]
+            wrong = {**self.where, "field": name, "found": kind_of(value)}
+            if not isinstance(value, (str, list)):
+                raise bad_input("wrong type", **wrong, expected="a string or a list of messages")
+            if type(value) is not type(prompt):
+                raise bad_input("types are mixed in one row", **wrong, expected=f"{kind_of(prompt)} as 'prompt' is")
+            if isinstance(value, list):
+                self._check_messages(name, value)
+            else:
+                self._check_text(name, value)
+        if row.fields["chosen"] == row.fields["rejected"]:
+            self.refuse("identical", "identical to 'chosen'", "rejected", row.fields["rejected"])
+
+    def refuse(self, reason: str, problem: str, field: str, found: object = None) -> None:
+        self.problems.append((reason, bad_input(problem, **self.where, field=field, found=found)))
+
+    def _check_text(self, field: str, text: object) -> None:
+        if isinstance(text, str) and not text.strip():
+            self.refuse("empty", "empty text", field, text)
         else:
-            prompt, *sides = next(prompt_ids), *itertools.islice(side_ids, 2)
-            if all(text.startswith(prompt_text) for text in side_texts):
-                noted.append(PROMPT_REPEATED)
-            sides = [[*side, eos] for side in sides]
-        for field_, segment, least in zip(_FIELDS, (prompt, *sides), (1, 2, 2), strict=True):
+            check_text(text, self.row, field)
+
+    def _check_messages(self, name: str, messages: list) -> None:
+        if not messages:
+            raise bad_input("empty list of messages", **self.where, field=name)
+        for k, message in enumerate(messages):
+            place = {**self.where, "field": f"{name}[{k}]"}
+            if not isinstance(message, dict):
+                raise bad_input("wrong type", **place, found=kind_of(message), expected="a message")
+            for key in ("role", "content"):
+                self._check_text(f"{name}[{k}].{key}", message.get(key))
+            # Completion tokens are all learned, so they must all be the model's own; and it must be its turn to speak.
+            place["field"] += ".role"
+            if name != "prompt" and message["role"] != "assistant":
+                raise bad_input("wrong role", **place, found=message["role"], expected="assistant")
+            if name == "prompt" and message is messages[-1] and message["role"] == "assistant":
+                raise bad_input("the prompt ends with the assistant's turn", **place, expected="user")
+
+    def check_tokens(self, bos: int | None, eos: int) -> None:
+        prompt, *sides = self.tokens
+        for name, segment, least in zip(_FIELDS, self.tokens, (1, 2, 2), strict=True):
             if len(segment) < least:
-                problem = "the tokenizer makes no tokens of it"
-                error = bad_input(problem, **where, field=field_, found=row.fields[field_])
-                unusable = unusable or _Unusable("empty", error)
+                self.refuse("empty", "the tokenizer makes no tokens of it", name, self.row.fields[name])
         if sides[0] == sides[1]:
-            error = bad_input("the same tokens as 'chosen'", **where, field="rejected", found=row.fields["rejected"])
-            unusable = unusable or _Unusable("identical", error)
-        bos = tokenizer.bos_token_id
+            self.refuse("identical", "the same tokens as 'chosen'", "rejected", self.row.fields["rejected"])
         if bos not in (None, eos) and any([*prompt, *side].count(bos) > 1 for side in sides):
-            noted.append(BOS_DOUBLED)
+            self.notes.append(BOS_DOUBLED)
         if any(side[-2:] == [eos, eos] for side in sides):
-            noted.append(EOS_DOUBLED)
-        found.append(_Tokenized((prompt, *sides), unusable, list(dict.fromkeys(noted))))
-    return found
+            self.notes.append(EOS_DOUBLED)
 
 
-def _until_eos(completion: list[int], tokenizer, eos: int) -> list[int]:
-    """Return the completion ending in eos: without the blanks a template adds after it, with eos where it adds none."""
-    if eos in completion:
-        end = len(completion) - completion[::-1].index(eos)
-        if not tokenizer.decode(completion[end:]).strip():
-            return completion[:end]
-    return [*completion, eos]
+class _PairTokenizer:
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos, self.start = tokenizer, eos_id(tokenizer), opening(tokenizer)[1]
+        self.go_on = continuations(tokenizer)
 
+    def __call__(self, rows: Sequence[Row]) -> list[_Pair]:
+        """Make pairs of rows, with few calls of the tokenizer."""
+        pairs = [_Pair(row) for row in rows]
+        strings, chats = [pair for pair in pairs if not pair.is_chat], [pair for pair in pairs if pair.is_chat]
+        prompts = tokenize_starts(self.tokenizer, [pair.row.fields["prompt"] for pair in strings])
+        sides = self.go_on([pair.row.fields[name] for pair in strings for name in _FIELDS[1:]])
+        for k, pair in enumerate(strings):
+            pair.tokens = prompts[k], [*sides[2 * k], self.eos], [*sides[2 * k + 1], self.eos]
+            if all(pair.row.fields[name].startswith(pair.row.fields["prompt"]) for name in _FIELDS[1:]):
+                pair.notes.append(PROMPT_REPEATED)
+        rendered = [render_chat(pair.row, self.tokenizer) for pair in chats]
+        ids = tokenize_texts(self.tokenizer, [text for texts, *_ in rendered for text in texts])
+        for k, (pair, (texts, left_out, notes)) in enumerate(zip(chats, rendered, strict=True)):
+            pair.notes = [*notes, *pair.notes]
+            self._divide(pair, texts, ids[3 * k : 3 * k + 3])
+            pair.problems += [(LEFT_OUT, error) for error in left_out]
+        for pair in pairs:
+            pair.check_tokens(self.tokenizer.bos_token_id, self.eos)
+        return pairs
 
-def _check(row: Row) -> tuple[bool, _Unusable | None]:
-    """Check a row's fields; return whether they are chat lists, and what makes the row unusable."""
-    values = [row.fields[field] for field in _FIELDS]
-    where = {"file": row.file, "row": row.number}
-    empty: list[InputError] = []
-    for name, value in zip(_FIELDS, values, strict=True):
-        if not isinstance(value, (str, list)):
-            expected = "a string or a list of messages"
-            raise bad_input("wrong type", **where, field=name, found=kind_of(value), expected=expected)
-        if type(value) is not type(values[0]):
-            expected = f"{kind_of(values[0])} as 'prompt' is"
-            raise bad_input("types are mixed in one row", **where, field=name, found=kind_of(value), expected=expected)
-        if isinstance(value, str):
-            _check_text(value, row, name, empty)
-        else:
-            _check_messages(value, row, name, empty)
-    chat = isinstance(values[0], list)
-    if empty:
-        return chat, _Unusable("empty", empty[0])
-    if values[1] == values[2]:
-        error = bad_input("identical to 'chosen'", **where, field="rejected", found=row.fields["rejected"])
-        return chat, _Unusable("identical", error)
-    return chat, None
-
-
-def _check_text(value: object, row: Row, name: str, empty: list[InputError]) -> None:
-    if isinstance(value, str) and not value.strip():
-        empty.append(bad_input("empty text", file=row.file, row=row.number, field=name, found=value))
-    else:
-        check_text(value, row, name)
-
-
-def _check_messages(messages: list, row: Row, field: str, empty: list[InputError]) -> None:
-    where = {"file": row.file, "row": row.number}
-    if not messages:
-        raise bad_input("empty list of messages", **where, field=field)
-    for k, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise bad_input("wrong type", **where, field=f"{field}[{k}]", found=kind_of(message), expected="a message")
-        for key in ("role", "content"):
-            _check_text(message.get(key), row, f"{field}[{k}].{key}", empty)
-        # Completion tokens are all learned, so they must all be the model's own; and it must be its turn to speak.
-        if field != "prompt" and message["role"] != "assistant":
-            raise bad_input("wrong role", **where, field=f"{field}[{k}].role", found=message["role"], expected="assistant")
-    if field == "prompt" and messages[-1]["role"] == "assistant":
-        raise bad_input(
-            "the prompt ends with the assistant's turn", **where, field=f"prompt[{len(messages) - 1}].role", expected="user"
-        )
+    def _divide(self, pair: _Pair, texts: list[str], ids: list[list[int]]) -> None:
+        """Give a pair the tokens of what a chat template made: of the prompt, and of prompt and each completion."""
+        prompt, *sides = ids
+        if prompt[: len(self.start)] != self.start:
+            pair.notes.append(BOS_MISSING)
+        for k, (whole, text) in enumerate(zip(sides, texts[1:], strict=True)):
+            if whole[: len(prompt)] == prompt:
+                completion = whole[len(prompt) :]
+            elif text.startswith(texts[0]):
+                # A completion that begins with a line break may melt into the prompt's last token. The model goes on
+                # from the prompt's own tokens, so that is where its text is divided.
+                (completion,) = self.go_on([text[len(texts[0]) :]])
+            else:
+                completion = whole
+                pair.refuse(NO_PREFIX, why_no_prefix(texts[0], text), _FIELDS[1 + k])
+            # Completions end in eos: without the blanks a template adds after it, with eos where it adds none.
+            end = len(completion) - completion[::-1].index(self.eos) if self.eos in completion else 0
+            if not end:
+                pair.notes.append(EOS_MISSING)
+            blank_after = end and not self.tokenizer.decode(completion[end:]).strip()
+            sides[k] = completion[:end] if blank_after else [*completion, self.eos]
+        pair.tokens = prompt, *sides

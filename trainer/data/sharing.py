@@ -67,12 +67,11 @@ def plan_pairs(
     Returns ``plan[micro_batch][rank]``, indices into ``items``, and what the plan computes. ``share`` as in
     ``batch.pair_batch``. No pair may cost more than ``capacity``.
     """
-    pairs: list[_Pair] = []
+    pairs = [_pair(sources[s], i) for s, i in items]
     separate: list[_Pair] = []
     for k, (s, i) in enumerate(items):
-        prompt, sides = sources[s].prompt(i), (sources[s].chosen(i), sources[s].rejected(i))
-        pairs.append((token_key(prompt), len(prompt), {token_key(side): len(side) - 1 for side in sides}))
-        separate.append((k, 2 * len(prompt), {which: len(side) - 1 for which, side in enumerate(sides)}))
+        sides: dict[object, int] = {"chosen": len(sources[s].chosen(i)) - 1, "rejected": len(sources[s].rejected(i)) - 1}
+        separate.append((k, 2 * len(sources[s].prompt(i)), sides))
     wholes = _units(range(len(pairs)), pairs)
     needed = sum(whole.cost for whole in wholes)
     if share:
@@ -88,20 +87,23 @@ def plan_pairs(
         completion=sum(unit.cost - unit.prompt for unit in computed),
         padding=sum(not mine for by_rank in plan for mine in by_rank),
         needed=needed,
-        separate=sum(prompt + sum(completions.values()) for _, prompt, completions in separate),
+        separate=sum(unit.cost for unit in _units(range(len(separate)), separate)),
     )
 
 
 def distinct_tokens(pairs: PairSet) -> tuple[int, int]:
     """(distinct prompts, input tokens where every distinct prompt and completion of ``pairs`` is computed once)."""
-    items = [(0, i) for i in range(pairs.num_pairs)]
-    _, counts = plan_pairs([pairs], items, share=True, capacity=2**62, world_size=1)
-    prompts = {token_key(pairs.prompt(i)) for _, i in items}
-    return len(prompts), counts.needed
+    units = _units(range(pairs.num_pairs), [_pair(pairs, i) for i in range(pairs.num_pairs)])
+    return len(units), sum(unit.cost for unit in units)
+
+
+def _pair(source: PairSet, i: int) -> _Pair:
+    prompt, sides = source.prompt(i), (source.chosen(i), source.rejected(i))
+    return token_key(prompt), len(prompt), {token_key(side): len(side) - 1 for side in sides}
 
 
 def _units(indices: Iterable[int], pairs: Sequence[_Pair]) -> list[_Unit]:
-    """One unit a prompt, in the order in which they first come."""
+    """One unit per prompt, in the order in which they first come."""
     units: dict[object, _Unit] = {}
     for k in indices:
         name, prompt, completions = pairs[k]
@@ -113,8 +115,6 @@ def _units(indices: Iterable[int], pairs: Sequence[_Pair]) -> list[_Unit]:
 
 def _split(whole: _Unit, pairs: Sequence[_Pair], limit: int) -> list[_Unit]:
     """Cut a unit between pairs into parts of at most ``limit``; a single pair may cost more."""
-    if whole.cost <= limit:
-        return [whole]
     parts: list[_Unit] = []
     for k in whole.pairs:
         completions = pairs[k][2]

@@ -1,9 +1,9 @@
 """Reading a tokenizer folder: its tokenizer.json as it stands, and the proof that the ids in use are that file's.
 
-``AutoTokenizer`` of transformers 5 builds a tokenizer anew by the class that tokenizer_config.json names, or by the model
-type in a config.json beside it, and keeps of tokenizer.json the vocabulary alone. Published folders name classes that do not
-fit their file (DeepSeek-R1-Distill-Llama: a byte-level one under ``LlamaTokenizerFast``, which loses every blank), and what
-is built differs between versions. Models were trained on what transformers 4 made of these files, so that decides here:
+``AutoTokenizer`` of transformers 5 builds a tokenizer anew by the class that tokenizer_config.json or config.json names, and
+keeps of tokenizer.json the vocabulary alone. Published folders name classes that do not fit their file
+(DeepSeek-R1-Distill-Llama: a byte-level one under ``LlamaTokenizerFast``, which loses every blank). Models were trained on
+what transformers 4 made of these files, so that decides here:
 
 - tokenizer.json decides the ids of a text;
 - tokenizer_config.json decides which tokens are BOS, EOS and padding, further added tokens, the chat templates;
@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,15 +40,15 @@ PROBES = (
     "naïve café cafe\u0301 Größe ĐÊM 한국어 العربية",
     "🙂 👩🏽‍⚕️ → ≥ ½ ﬁ",
 )
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _NUM_TEXTS, _NUM_CHARS = 64, 4096  # of the data, compared at start
 
 
 def read_tokenizer(folder: str | Path, *, field: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``folder``, without network and without remote code.
+    """The tokenizer of ``folder``, without network and without remote code. ``field`` names the setting in messages.
 
-    Raises:
-        InputError: no such folder; no tokenizer.json in it, or none that can be used; ids that are not its own;
-            ``add_prefix_space`` in tokenizer_config.json against it. ``field`` names the setting in the message.
+    Raises InputError: no such folder; no tokenizer.json in it, or none that can be used; ids that are not its own;
+    ``add_prefix_space`` in tokenizer_config.json against it.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -90,8 +91,8 @@ def read_tokenizer(folder: str | Path, *, field: str | None = None) -> PreTraine
 def check_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, folder: str | Path | None = None) -> None:
     """Compare the ids of ``texts`` with those that tokenizer.json itself gives, by the library that defines the format.
 
-    ``folder`` holds that file, by default the one the tokenizer was read from; of one that was made in memory, there is
-    nothing to compare with. Raises InputError at the first text whose ids differ.
+    ``folder`` holds that file, by default the one the tokenizer was read from; a tokenizer made in memory has none. Raises
+    InputError at the first text whose ids differ.
     """
     folder = Path(folder or tokenizer.name_or_path or "no folder")
     if not (folder / "tokenizer.json").is_file():
@@ -114,15 +115,9 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, folde
 
 def first_texts(texts: Iterable[object]) -> list[str]:
     """Of the data's ``texts``, those that :func:`check_ids` compares at start: a few, each cut short. What is no text is
-    passed over: whoever reads the row says so."""
-    return list(itertools.islice((text[:_NUM_CHARS] for text in texts if _is_text(text)), _NUM_TEXTS))
-
-
-def _is_text(text: object) -> bool:
-    try:
-        return isinstance(text, str) and bool(text.encode())
-    except UnicodeEncodeError:  # half a surrogate pair
-        return False
+    passed over: the reader of the row reports it."""
+    good = (text[:_NUM_CHARS] for text in texts if isinstance(text, str) and text and not _HALF_PAIR.search(text))
+    return list(itertools.islice(good, _NUM_TEXTS))
 
 
 def _settings(folder: Path) -> dict:

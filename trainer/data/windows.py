@@ -7,15 +7,12 @@ no target, the eos is a target, no window holds two documents, and a window's le
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from medtrain.trainer.data.tokens import TokenizedSource
 from medtrain.trainer.errors import bad_input
-
-_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -45,22 +42,12 @@ def make_windows(source: TokenizedSource, seq_len: int) -> Windows:
     """Cut the documents of ``source`` into windows of at most ``seq_len`` inputs. Raises InputError if none remains."""
     if seq_len < 1:
         raise bad_input("wrong setting", field="data.seq_len", found=seq_len, expected="at least 1")
+    predictions = np.diff(source.offsets) - 1
     first = np.zeros(source.num_docs + 1, dtype=np.int64)
-    for docs, predictions in _predictions(source):
-        first[docs.start + 1 : docs.stop + 1] = -(-predictions // seq_len)
-    np.cumsum(first, out=first)
+    np.cumsum(-(-predictions // seq_len), out=first[1:])
     if first[-1] == 0:
         raise bad_input("no document has a token to predict", file=source.path)
     lengths = np.full(first[-1], seq_len, dtype=np.int32)
-    for docs, predictions in _predictions(source):
-        last = first[docs.start + 1 : docs.stop + 1] - 1
-        kept = predictions > 0
-        lengths[last[kept]] = (predictions[kept] - 1) % seq_len + 1
+    kept = predictions > 0
+    lengths[first[1:][kept] - 1] = (predictions[kept] - 1) % seq_len + 1
     return Windows(source, seq_len, first, lengths)
-
-
-def _predictions(source: TokenizedSource) -> Iterator[tuple[slice, np.ndarray]]:
-    """Documents and how many tokens each has after its first, int64; in blocks, for the memory's sake."""
-    for start in range(0, source.num_docs, _BLOCK):
-        docs = slice(start, min(start + _BLOCK, source.num_docs))
-        yield docs, np.diff(source.offsets[docs.start : docs.stop + 1]) - 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import check_capacity, pack
 from medtrain.trainer.data.sharing import TokenCounts
 from medtrain.trainer.data.sources import name_sources
-from medtrain.trainer.data.tokens import tokenize_source
+from medtrain.trainer.data.tokens import default_workers, tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
-from medtrain.trainer.data.workers import Progress, default_workers
 from medtrain.trainer.distributed import World, local_size
 from medtrain.trainer.model.policy import PolicyModel
 from medtrain.trainer.run.alarms import ForgettingAlarm
@@ -118,27 +115,13 @@ def make_loss(config: Config, data: CptData, policy: PolicyModel, world: World, 
 def _read_source(source, what: str, config: Config, tokenizer, world: World, verify: bool) -> Windows:
     cache = Path(config.data.cache or os.environ.get("MEDTRAIN_CACHE") or Path.home() / ".cache" / "medtrain") / "tokens"
     workers = config.data.workers or default_workers(local_size())
-    options = {"workers": workers, "progress": _throttle(lambda progress: log.info(f"{source.name}: {progress}"))}
-    key = world.from_main(lambda: tokenize_source(source, tokenizer, cache, verify=verify, **options).digest)
-    tokenized = tokenize_source(source, tokenizer, cache, key=key, **options)
+    key = world.from_main(lambda: tokenize_source(source, tokenizer, cache, workers=workers, verify=verify).digest)
+    tokenized = tokenize_source(source, tokenizer, cache, key=key, workers=workers)
     windows = make_windows(tokenized, config.data.seq_len)
     log.info(f"{what}{source.name}: {tokenized.num_docs:,} documents, {tokenized.num_tokens:,} tokens")
-    warn_unknown_tokens(tokenized.head(10_000_000), tokenizer, source.name)
+    warn_unknown_tokens(tokenized.parts[0], tokenizer, source.name)
     return windows
 
 
 def _num_tokens(windows: Windows) -> int:
     return int(windows.lengths.sum(dtype=np.int64))
-
-
-def _throttle(report: Callable[[Progress], None], seconds: float = 10.0) -> Callable[[Progress], None]:
-    """``report``, but not within ``seconds`` of the start or of the last time."""
-    last = time.monotonic()
-
-    def maybe(progress: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            report(progress)
-
-    return maybe

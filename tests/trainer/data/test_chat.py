@@ -17,8 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from medtrain.trainer.config.source import Source
-from medtrain.trainer.data.chat import fix_time, left_out
-from medtrain.trainer.data.chats import HISTORY_SHORTENED, KEY_LEFT_OUT
+from medtrain.trainer.data.chat import HISTORY_SHORTENED, KEY_LEFT_OUT, fix_time, left_out
 from medtrain.trainer.data.ledger import describe, pair_ledger
 from medtrain.trainer.data.pairs import COLUMN_UNREAD, load_pairs
 from medtrain.trainer.data.tokenizer import read_tokenizer

@@ -115,7 +115,6 @@ def test_pairs_and_natural_shares_use_all_sources_up_together():
     order = GlobalOrder(lengths, source_shares([None] * 3, [30, 60, 10]), 10, 0, setting="optim.batch_pairs")
     counts = np.array([np.bincount(order.step(s).source_ids, minlength=3) for s in range(10)])
     assert (counts == [3, 6, 1]).all()
-    assert order.epochs(10) == [1.0, 1.0, 1.0] and order.epochs(5) == [0.5, 0.5, 0.5]
 
 
 def test_weights_are_shares_and_exact():
@@ -138,7 +137,6 @@ def test_a_tiny_source_passed_many_times_in_a_step_is_taken_whole_each_time():
     order = GlobalOrder([np.array([1, 2]), np.full(100, 5)], [Fraction(1, 2)] * 2, 600, 0)
     step = order.step(1)
     assert np.bincount(step.item_ids[step.source_ids == 0]).tolist() == [100, 100]
-    assert order.epochs(2) == [200.0, 1.2]
 
 
 def test_negative_seed_is_refused():

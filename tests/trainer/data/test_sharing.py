@@ -141,7 +141,7 @@ def test_a_plan_holds_every_pair_once_within_the_budget_and_counts_what_batches_
     batches = [pair_batch([pairs], [items[k] for k in mine], share=share) for by_rank in plan for mine in by_rank]
     assert max(len(batch.input_ids) for batch in batches) <= capacity
     assert sum(len(batch.input_ids) for batch in batches) == counts.computed
-    assert counts.padding == sum(batch.num_pairs == 0 for batch in batches)
+    assert counts.padding == sum(len(batch.pair_ids) == 0 for batch in batches)
     assert counts.needed <= counts.prompt + counts.completion <= counts.separate
     assert share or counts.prompt + counts.completion == counts.separate
     assert 0 < counts.metrics()["useful_token_share"] <= 1

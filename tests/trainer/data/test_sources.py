@@ -1,15 +1,20 @@
-"""Reading rows: formats, folders, names, and the text of every error."""
+"""Reading rows: formats, compression, folders, URLs, names, and the text of every error."""
 
+import csv
+import gzip
 import json
+import sys
+from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.digests import files_digest
-from medtrain.trainer.data.sources import check_text, name_sources, read_rows, source_files
-from medtrain.trainer.errors import InputError
+from medtrain.trainer.data.sources import check_text, name_sources, read_rows, reading, source_files
+from medtrain.trainer.errors import InputError, StopRequested
 
 TEXTS = ["rash of the left arm", "発熱と咳", "a\nb"]
 
@@ -47,6 +52,142 @@ def test_every_format_gives_the_same_rows(tmp_path):
     pq.write_table(pa.table({"other": [1, 2, 3], "text": TEXTS}), tmp_path / "a.parquet")
     assert read_texts(jsonl) == read_texts(tmp_path / "a.parquet") == TEXTS
     assert read_texts(save_to_disk(tmp_path / "saved", TEXTS)) == [TEXTS[0], TEXTS[2], TEXTS[1]]
+
+
+def zstd(content):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as out:
+        out.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_json_and_csv_give_the_same_rows_and_all_text_may_be_compressed(tmp_path, ending):
+    long = "長い" * 100_000
+    texts = [*TEXTS, long, 'a "quoted", text\r\n']
+    rows = [{"id": str(k), "text": text} for k, text in enumerate(texts)]
+    with open(tmp_path / "plain.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["id", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    contents = {
+        ".csv": (tmp_path / "plain.csv").read_bytes(),
+        ".json": json.dumps(rows, indent=1).encode(),
+        ".jsonl": write_jsonl(tmp_path / "plain.jsonl", rows).read_bytes(),
+    }
+    for kind, content in contents.items():
+        file = tmp_path / f"data{kind}{ending}"
+        file.write_bytes(COMPRESS[ending](content))
+        assert [row.fields for row in read_rows(file, ["text"])] == rows, kind
+    numbers = [row.number for row in read_rows(tmp_path / f"data.csv{ending}", ["text"])]
+    assert numbers == [2, 3, 4, 6, 7], "the line where a row begins"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"id,text\n1,a\n2\n", "row 3: wrong number of columns (found 1; expected 2, as in the first line)"),
+        ("a.csv", b'id,text\n1,"a\nb"\n2,"c"d\n', "row 4: not valid CSV: "),
+        ("a.csv", b"id,text\n1,a\n\n2,\xff\n", "row 4: invalid UTF-8 (found byte 0xff at byte 3 of the line)"),
+        ("a.csv", b"id,text\n1,a\n2,\n", "row 3: field 'text': empty text"),
+        ("a.csv", b"id,body\n1,a\n", "row 2: field 'text': missing (found body, id)"),
+        ("a.csv", b"id,text\n", "no rows"),
+        ("a.json", b'[{"text": "a"}, {"text": 3}]', "row 2: field 'text': wrong type (found a number"),
+        ("a.json", b'[{"text": "a"}, 3]', "row 2: wrong row (found a number; expected a JSON object)"),
+        ("a.json", b'{"text": "a"}', "wrong file (found an object; expected a list of rows; .jsonl has a row per line)"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', "not valid JSON: Extra data"),
+    ],
+)
+def test_bad_csv_and_json_are_named_by_line_or_place(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    assert message(lambda: read_texts(tmp_path / name)).startswith(f"{tmp_path / name}: {words}")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_compressed_files_name_their_rows_and_are_refused_when_cut_or_damaged(tmp_path, ending):
+    file = tmp_path / f"a.jsonl{ending}"
+    file.write_bytes(COMPRESS[ending](b'{"text": "a"}\n\n{"text": " "}\n'))
+    assert message(lambda: read_texts(file)).startswith(f"{file}: row 3: field 'text': empty text")
+    whole = COMPRESS[ending]("".join(f'{{"text": "{k}"}}\n' for k in range(999)).encode())
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 8
+    checked = [bytes(damaged)] if ending == ".gz" else []  # zstd need not have a checksum
+    for content in (whole[:-9], whole[:30], b"plain", *checked):
+        file.write_bytes(content)
+        assert message(lambda: read_texts(file)).startswith(f"{file}: not a readable {ending[1:]} file (found ")
+    file.write_bytes(whole + whole)
+    assert len(read_texts(file)) == 2 * 999, "of several members, all"
+
+
+def test_next_to_jsonl_and_parquet_a_folder_may_hold_other_files(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nfrom csv\n")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "from gz"}'))
+    assert read_texts(tmp_path) == ["from csv", "from gz"]
+    write_jsonl(tmp_path / "c.jsonl", [{"text": "from jsonl"}])
+    (tmp_path / "about.json").write_text('{"rows": 1}')
+    assert read_texts(tmp_path) == ["from jsonl"]
+
+
+@pytest.fixture
+def remote():
+    """A file system that is reached by URL; its files have no tag that tells a change."""
+    files = fsspec.filesystem("memory")
+    yield files
+    files.rm("/bucket", recursive=True)
+
+
+def test_a_url_is_read_as_a_path_is(tmp_path, remote):
+    local = tmp_path / "bucket"
+    local.mkdir()
+    write_jsonl(local / "a.jsonl", [{"text": text} for text in TEXTS])
+    pq.write_table(pa.table({"text": TEXTS}), local / "b.parquet")
+    save_to_disk(local / "saved", TEXTS)
+    remote.put(str(local), "/bucket", recursive=True)
+    for name in ("a.jsonl", "b.parquet", "saved", ""):
+        url = f"memory://bucket/{name}"
+        assert read_texts(url) == read_texts(local / name), name
+        assert files_digest(source_files(url)) == files_digest(source_files(local / name))
+    remote.pipe("/bucket/a.jsonl", b'{"text": "a"}\n{"text": 3}\n')
+    assert message(lambda: read_texts("memory://bucket/a.jsonl")).startswith(
+        "memory://bucket/a.jsonl: row 2: field 'text': wrong"
+    )
+    assert "memory://bucket/gone: no such file or folder" in message(lambda: source_files("memory://bucket/gone"))
+    assert name_sources([Source("memory://bucket/a.jsonl.gz")])[0].name == "a"
+
+
+def test_what_is_at_a_url_is_remembered_by_its_tag_alone(tmp_path, remote, monkeypatch):
+    url, memory = "memory://bucket/a.jsonl", tmp_path / "raw-files.json"
+    remote.pipe("/bucket/a.jsonl", b'{"text": "a"}\n')
+    before = files_digest([url], memory)
+    remote.pipe("/bucket/a.jsonl", b'{"text": "b"}\n')
+    changed = files_digest([url], memory)
+    assert changed != before and not memory.exists()
+    info, tag = type(remote).info, "1"
+    monkeypatch.setattr(type(remote), "info", lambda self, path, **more: info(self, path, **more) | {"ETag": tag})
+    assert files_digest([url], memory) == changed and memory.exists()
+    remote.pipe("/bucket/a.jsonl", b'{"text": "c"}\n')
+    assert files_digest([url], memory) == changed, "size and tag are the same"
+    assert files_digest([url], memory, trust=False) != changed
+    tag = "2"
+    assert files_digest([url], memory) != changed
+
+
+def test_a_stop_while_a_url_is_read_is_no_mistake(remote):
+    remote.pipe("/bucket/a.jsonl", b'{"text": "a"}\n')
+    with pytest.raises(StopRequested), reading("memory://bucket/a.jsonl"):
+        raise StopRequested
+
+
+def test_urls_that_cannot_be_read_are_told_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    text = message(lambda: source_files("s3://bucket/a.jsonl"))
+    assert text.startswith("s3://bucket/a.jsonl: cannot be read (found Install s3fs")
+    assert message(lambda: source_files("nothing://a.jsonl")).startswith(
+        "nothing://a.jsonl: cannot be read (found Protocol not known"
+    )
 
 
 def test_a_folder_is_read_in_the_order_of_its_names_without_other_files(tmp_path):
@@ -114,8 +255,10 @@ def test_a_broken_binary_file_is_named(tmp_path, name):
 def test_paths_without_data_are_named(tmp_path):
     assert "no such file or folder" in message(lambda: source_files(tmp_path / "gone.jsonl"))
     assert "the folder holds no data files" in message(lambda: source_files(tmp_path))
-    (tmp_path / "a.csv").write_text("text\n")
-    assert "expected .jsonl or .parquet" in message(lambda: source_files(tmp_path / "a.csv"))
+    for name in ("a.txt", "a.parquet.gz", "a.gz"):
+        (tmp_path / name).write_text("text\n")
+        assert f"(found {name}; expected .jsonl, .json, .csv (each" in message(lambda name=name: source_files(tmp_path / name))
+    assert "the folder holds no data files" in message(lambda: source_files(tmp_path))
     for content in ("", "\n\n"):
         (tmp_path / "empty.jsonl").write_text(content)
         assert f"{tmp_path / 'empty.jsonl'}: no rows" in message(lambda: read_texts(tmp_path / "empty.jsonl"))
@@ -144,8 +287,9 @@ def test_a_weight_must_be_a_number_above_zero(weight):
 def test_digest_follows_bytes_not_names(tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     b = write_jsonl(tmp_path / "b.jsonl", [{"text": "x"}])
+    a, b = str(a), str(b)
     before = files_digest([a])
     assert files_digest([b]) == before
-    write_jsonl(a, [{"text": "y"}])
+    write_jsonl(Path(a), [{"text": "y"}])
     assert files_digest([a]) != before
     assert files_digest([a, b]) != files_digest([b, a])

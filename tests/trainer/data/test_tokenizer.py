@@ -135,7 +135,7 @@ def test_documents_begin_with_bos_where_the_tokenizer_puts_one(tmp_path, with_bo
     for name, tokenizer in with_bos.items():
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         tokenized = tokenize_source(Source(str(path)), tokenizer, tmp_path / "cache")
-        found = [tokenized.document(i).tolist() for i in range(len(texts))]
+        found = [tokenized.tokens(*tokenized.offsets[i : i + 2]).tolist() for i in range(len(texts))]
         assert found[0] == [*tokenizer(texts[0]).input_ids, eos] and found[0][0] == bos, name
         assert found[1] == [*tokenizer("The patient").input_ids, eos], "not two"
         assert found[2][:2] == [bos, bos], "the text's own second one stays"
