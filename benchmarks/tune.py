@@ -23,7 +23,7 @@ from medtrain.kernels.logps_launch import ExpGemm, Launch, choose_launch
 log = logging.getLogger(__name__)
 
 MIB = 2**20
-# Of the blocks only those that compile for Hopper without spills (medtrain.benchmarks.kernel_resources).
+# Of the blocks only those that compile for Hopper without spills (tests/kernels/hopper.py).
 BLOCKS = tuple(
     ExpGemm(m, n, k, group_m, stages, warps, flatten)
     for m, n, k, stages, warps in ((128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (256, 128, 64, 3, 8))
