@@ -352,24 +352,21 @@ def test_goals_follow_the_rows():
 
     assert len(goals()) == 11 and all(goal.startswith("met: ") for goal in goals())
     for key, change, goal in [
-        ("trl frozen", {"ms_median": 134.0}, "frozen head: at least 1.35 x as fast as trl (measured: 1.34)"),
-        ("trl trained", {"ms_median": 129.0}, "trained head: at least 1.3 x as fast as trl (measured: 1.29)"),
-        ("liger trained", {"ms_median": 189.0}, "trained head: at least 1.9 x as fast as liger (measured: 1.89)"),
-        (
-            "medtrain frozen",
-            {"formula_bytes": 350_000_000},
-            "extra memory within 10 % of the formula, every mode (measured: 11.4%)",
-        ),
-        ("medtrain frozen", {"extra_bytes": 410_000_000}, "frozen head: at most 0.4 GB extra (measured: 0.41)"),
+        ("trl frozen", {"ms_median": 134.0}, "frozen head: at least 1.35 x as fast as trl"),
+        ("trl trained", {"ms_median": 129.0}, "trained head: at least 1.3 x as fast as trl"),
+        ("liger trained", {"ms_median": 189.0}, "trained head: at least 1.9 x as fast as liger"),
+        ("medtrain frozen", {"formula_bytes": 350_000_000}, "extra memory within 10 % of the formula, every mode"),
+        ("medtrain frozen", {"extra_bytes": 410_000_000}, "frozen head: at most 0.4 GB extra"),
         (
             "medtrain trained",
             {"extra_bytes": 710_000_000, "formula_bytes": 700_000_000},
-            "trained head, keep_bytes=0: at most 0.7 GB extra beside dW (measured: 0.71)",
+            "trained head, keep_bytes=0: at most 0.7 GB extra beside dW",
         ),
-        ("medtrain frozen", {"floor_share": 0.79}, "frozen head: at least 80 % of the GEMM floor (measured: 79%)"),
-        ("medtrain trained", {"margin_error_nats": 2e-3}, "trained head: margin error at most 1e-3 nat (measured: 2.0e-03)"),
+        ("medtrain frozen", {"floor_share": 0.79}, "frozen head: at least 80 % of the GEMM floor"),
+        ("medtrain trained", {"margin_error_nats": 2e-3}, "trained head: margin error at most 1e-3 nat"),
     ]:
-        assert [goal for goal in goals(**{key: change}) if not goal.startswith("met: ")] == [f"missed: {goal}"]
+        (missed,) = [text for text in goals(**{key: change}) if not text.startswith("met: ")]
+        assert missed.startswith(f"missed: {goal} (measured: ")
     absent = {"ms_median": None, "reason": "not installed: x"}
     (goal,) = [goal for goal in goals(**{"trl frozen": absent}) if not goal.startswith("met: ")]
     assert goal.startswith("not judged: ") and goal.endswith("(measured: trl was not measured: not installed: x)")
