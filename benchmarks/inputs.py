@@ -1,4 +1,4 @@
-"""Peaked inputs of the kernel benchmark, and what float64 makes of them.
+"""Peaked inputs of the kernel benchmark, and float64's answer for them.
 
 Uniform random logits would flatter a method that skips small gradients, and hide rounding: nothing is certain there and
 nothing is large. Here most targets are nearly certain, some are not, and log-probabilities reach down to about -20, as
@@ -18,14 +18,11 @@ from torch import Tensor
 from medtrain.kernels.reference import reference_logps
 from medtrain.trainer.errors import bad_input
 
-SEQUENCE_TOKENS = 512  # about a completion of reasoning; sequences share N out evenly
 # Small, since there is no reference model to take the margins near 0: the pairs' gradients then weigh about the same.
 BETA = 0.02
-SAMPLED_VOCABULARY = 16_384
-# The float64 pass over a shape: at most so many seconds and pairs, whatever the device.
-_REFERENCE_SECONDS = 3.0
-_REFERENCE_PAIRS = 8
-
+_SAMPLED_ENTRIES = 16_384
+# The float64 pass takes at most so many pairs of a shape, and begins none after so many seconds.
+_REFERENCE_PAIRS, _REFERENCE_SECONDS = 8, 3.0
 _NOISE = 3.0  # standard deviation of the logits of tokens that have nothing to do with the context
 _HARD_SHARE = 0.15
 
@@ -47,10 +44,10 @@ class Inputs:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(N, H, V)."""
-        return (*self.hidden.shape, len(self.weight))
+        return len(self.hidden), self.hidden.shape[1], len(self.weight)
 
     def require_grad(self, head: str | None) -> Inputs:
-        """Say who is trained: ``head`` "frozen" (hidden alone), "trained" (weight too) or None (nobody)."""
+        """Choose what is trained: ``head`` "frozen" (hidden alone), "trained" (weight too) or None (nothing)."""
         self.hidden.requires_grad_(head is not None)
         self.weight.requires_grad_(head == "trained")
         return self
@@ -61,8 +58,8 @@ class Inputs:
 
     def margins(self, logps: Tensor) -> Tensor:
         """[P] float64: summed logps [N] of each chosen sequence minus those of its rejected one."""
-        sums = logps.detach().double().view(2, self.num_pairs, -1).sum(2)
-        return sums[0] - sums[1]
+        chosen, rejected = logps.detach().double().view(2, self.num_pairs, -1).sum(2)
+        return chosen - rejected
 
 
 @dataclass(frozen=True)
@@ -93,27 +90,17 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def num_pairs(num_rows: int) -> int:
-    """Pairs that N rows are cut into: sequences of about ``SEQUENCE_TOKENS`` tokens.
-
-    Raises:
-        InputError: rows that do not make equally long sequences.
-    """
-    pairs = max(1, round(num_rows / (2 * SEQUENCE_TOKENS)))
+    """Pairs that N rows are cut into, of sequences of about 512 tokens; InputError for rows that do not make equal ones."""
+    pairs = max(1, round(num_rows / (2 * 512)))
     if num_rows < 2 or num_rows % (2 * pairs):
-        raise bad_input(
-            "rows do not make sequences of one length",
-            field="--shapes",
-            found=f"N = {num_rows}",
-            expected=f"a multiple of {2 * pairs}",
-        )
+        expected = f"a multiple of {2 * pairs}"
+        raise bad_input("rows do not make sequences of one length", field="--shapes", found=f"N = {num_rows}", expected=expected)
     return pairs
 
 
-def make_inputs(
-    num_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0
-) -> Inputs:
-    """A batch with trained-like logits; the same on every run for a seed and a kind of device."""
-    generator = torch.Generator(device).manual_seed(seed)
+def make_inputs(num_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """A batch with trained-like logits; the same on every run for a kind of device."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
@@ -129,7 +116,7 @@ def make_inputs(
     for _ in range(8):
         spread = math.sqrt(_NOISE**2 + (level + 5) ** 2 / hidden_size)
         level = math.log(vocab_size) + spread**2 / 2 if spread < widest else spread * widest
-    hard = torch.rand(num_rows, generator=generator, device=device) < _HARD_SHARE
+    hard = uniform(0.0, 1.0) < _HARD_SHARE
     lift = level + torch.where(hard, uniform(-20.0, 0.0), uniform(3.0, 15.0))
     hidden = randn(num_rows, hidden_size).mul_(_NOISE).addcmul_(weight[targets], lift.unsqueeze(1))
     pairs = num_pairs(num_rows)
@@ -143,51 +130,34 @@ def reference(inputs: Inputs) -> Reference:
 
     Works pair by pair, so no tensor is larger than one pair x V.
     """
-    num_rows, hidden_size, vocab_size = inputs.shape
-    pairs = inputs.num_pairs
-    rows = num_rows // pairs
-    flops = 8 * rows * hidden_size * vocab_size
-    checked = max(1, min(pairs, _REFERENCE_PAIRS, int(_REFERENCE_SECONDS * _float64_rate(inputs.hidden.device) / flops)))
-    if checked < pairs:
-        halves = [tensor.unflatten(0, (2, pairs, -1)) for tensor in (inputs.hidden, inputs.targets)]
-        hidden, targets = (half[:, :checked].flatten(0, 2).contiguous() for half in halves)
-        subset = Inputs(hidden, inputs.weight, targets, checked, torch.empty(len(hidden), device=hidden.device))
-    else:
-        subset = inputs
-    spread = torch.arange(0, vocab_size, max(1, -(-vocab_size // (SAMPLED_VOCABULARY // 2))), device=inputs.hidden.device)
-    if vocab_size <= SAMPLED_VOCABULARY:
-        spread = torch.arange(vocab_size, device=inputs.hidden.device)
-    sampled = torch.cat([subset.targets, spread]).unique()
+    vocab_size, device = inputs.shape[2], inputs.hidden.device
+    by_pair = (2, inputs.num_pairs, -1)
+    hidden, targets = inputs.hidden.detach().unflatten(0, by_pair), inputs.targets.unflatten(0, by_pair)
+    most = min(inputs.num_pairs, _REFERENCE_PAIRS)
+    step = 1 if vocab_size <= _SAMPLED_ENTRIES else -(-vocab_size // (_SAMPLED_ENTRIES // 2))
+    sampled = torch.cat([targets[:, :most].flatten(), torch.arange(0, vocab_size, step, device=device)]).unique()
 
-    weight = subset.weight.detach().double().requires_grad_()
-    hidden = subset.hidden.detach().double().view(2, checked, rows // 2, hidden_size)
-    targets = subset.targets.view(2, checked, rows // 2)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = weight.new_zeros(len(sampled), hidden_size)
-    upstream = hidden.new_empty(2, checked, rows // 2)
-    margins = hidden.new_empty(checked)
-    for pair in range(checked):
-        x = hidden[:, pair].reshape(rows, hidden_size).requires_grad_()
-        logps = reference_logps(x, weight, targets[:, pair].reshape(rows))
-        sums = logps.view(2, -1).sum(1)
-        loss = -F.logsigmoid(BETA * (sums[0] - sums[1])) / checked
-        to_logps, to_hidden, to_weight = torch.autograd.grad(loss, (logps, x, weight))
-        margins[pair] = (sums[0] - sums[1]).detach()
-        upstream[:, pair] = to_logps.view(2, -1)
-        grad_hidden[:, pair] = to_hidden.view(2, -1, hidden_size)
+    weight = inputs.weight.detach().double().requires_grad_()
+    grad_weight = weight.new_zeros(len(sampled), weight.shape[1])
+    margins, upstream, grad_hidden = [], [], []
+    started = time.perf_counter()
+    while len(margins) < most and (not margins or time.perf_counter() - started < _REFERENCE_SECONDS):
+        x = hidden[:, len(margins)].double().requires_grad_()
+        logps = reference_logps(x.flatten(0, 1), weight, targets[:, len(margins)].flatten()).view(2, -1)
+        chosen, rejected = logps.sum(1)
+        to_logps, to_x, to_weight = torch.autograd.grad(-F.logsigmoid(BETA * (chosen - rejected)), (logps, x, weight))
         grad_weight += to_weight[sampled]
-        del logps, sums, loss, to_weight
-    subset = Inputs(subset.hidden, subset.weight, subset.targets, checked, upstream.flatten().float())
-    return Reference(subset, margins, grad_hidden.view(-1, hidden_size), grad_weight, sampled)
-
-
-def _float64_rate(device: torch.device) -> float:
-    """Floating-point operations a second of a float64 product on this device."""
-    size = 4096 if device.type == "cuda" else 512
-    matrix = torch.ones(size, size, dtype=torch.float64, device=device)
-    seconds = math.inf
-    for _ in range(3):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        seconds = min(seconds, time.perf_counter() - started)
-    return 2 * size**3 / seconds
+        del to_weight
+        margins.append((chosen - rejected).item())
+        upstream.append(to_logps)
+        grad_hidden.append(to_x)
+    count = len(margins)
+    part = Inputs(
+        hidden[:, :count].flatten(0, 2).contiguous(),
+        inputs.weight,
+        targets[:, :count].flatten().contiguous(),
+        count,
+        torch.stack(upstream, 1).div(count).flatten().float(),
+    )
+    grad_hidden = torch.stack(grad_hidden, 1).flatten(0, 2) / count
+    return Reference(part, torch.tensor(margins, dtype=torch.float64, device=device), grad_hidden, grad_weight / count, sampled)

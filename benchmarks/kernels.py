@@ -1,14 +1,12 @@
-"""The log-probability op in all its modes beside its peers and a floor of bare GEMMs: time, memory and error.
-
-medtrain bench kernels [--quick] [--out DIR] [--shapes NxHxV,...] [--impl NAME,...]
-"""
+"""``medtrain bench kernels``: the log-probability op in all its modes beside its peers and a floor of bare GEMMs."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,17 @@ import torch
 
 from medtrain.benchmarks import report
 from medtrain.benchmarks.inputs import Inputs, Reference, make_inputs, num_pairs, reference
-from medtrain.benchmarks.kernel_tables import shape_name
-from medtrain.benchmarks.measure import Calls, Memory, Times, clocks, measure_memory, time_rounds, why_not
-from medtrain.benchmarks.peers import IMPLEMENTATIONS, KEEP_ALL, Implementation, Unavailable, floor, floor_flops
+from medtrain.benchmarks.measure import Calls, clocks, measure_memory, time_rounds, why_not
+from medtrain.benchmarks.peers import FLOOR, IMPLEMENTATIONS, KEEP_ALL, Implementation, Unavailable, floor_flops
+from medtrain.benchmarks.tables import Row, shape_name
 from medtrain.kernels.logps import select_path
 from medtrain.kernels.logps_launch import forced
 from medtrain.kernels.logps_memory import logps_memory
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.files import write_json
+
+log = logging.getLogger(__name__)
 
 Shape = tuple[int, int, int]
-_Found = tuple[Calls, dict[str, float | None], Memory]
 
 # (H, V) of Qwen2.5 0.5B, 1.5B, 7B and 72B.
 QWEN = ((896, 151_936), (1536, 151_936), (3584, 152_064), (8192, 152_064))
@@ -40,37 +38,25 @@ HEADS = ("frozen", "trained", None)
 QUICK_SECONDS = 150.0
 
 
-def names() -> list[str]:
-    """The values of ``--impl``."""
-    return [*dict.fromkeys(implementation.impl for implementation in IMPLEMENTATIONS), "floor"]
-
-
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """``"8192x3584x152064,2048x896x151936"`` as (N, H, V) each.
-
-    Raises:
-        InputError: not of this form, or rows that do not make sequences of one length.
-    """
+    """``"8192x3584x152064,2048x896x151936"`` as (N, H, V) each; InputError for another form, or unequal sequences."""
     shapes = []
     for part in text.split(","):
         sizes = part.strip().split("x")
         if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
             raise bad_input("not a shape", field="--shapes", found=part, expected="NxHxV, such as 8192x3584x152064")
-        shapes.append(tuple(map(int, sizes)))
-        num_pairs(shapes[-1][0])
+        num_rows, hidden_size, vocab_size = map(int, sizes)
+        num_pairs(num_rows)
+        shapes.append((num_rows, hidden_size, vocab_size))
     return tuple(shapes)
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """``"medtrain,trl"`` as a tuple.
-
-    Raises:
-        InputError: an unknown name.
-    """
+    """``"medtrain,trl"`` as a tuple; InputError for an unknown name."""
+    known = dict.fromkeys(one.impl for one in (*IMPLEMENTATIONS, FLOOR))
     chosen = tuple(part.strip() for part in text.split(","))
-    for name in chosen:
-        if name not in names():
-            raise bad_input("unknown implementation", field="--impl", found=name, expected=", ".join(names()))
+    if unknown := [name for name in chosen if name not in known]:
+        raise bad_input("unknown implementation", field="--impl", found=unknown[0], expected=", ".join(known))
     return chosen
 
 
@@ -83,212 +69,154 @@ def run_kernels(
     commit: str | None = None,
     implementations: Iterable[Implementation] = IMPLEMENTATIONS,
     device: torch.device | None = None,
-    echo: Callable[[str], None] = print,
 ) -> tuple[dict[str, Any], Path]:
-    """Run the benchmark; write ``OUT/kernels-DEVICE-DATE.json`` and, beside it, its tables as Markdown.
+    """Run the benchmark; write ``OUT/kernels-DEVICE-DATE.json``, a new file on every run, and its tables as Markdown.
 
-    Args:
-        out: folder, made if need be. Files there are never overwritten: a second run of a day gets a number.
-        quick: on CUDA, ``QUICK`` shapes, and no new work after ``QUICK_SECONDS``; the CPU has one form, which is quick.
-        shapes: (N, H, V) each, instead of the usual ones.
-        impls: names to run, instead of all. Without ``floor`` there is no share of it.
-        commit: recorded where the source tree is not a git checkout.
-        device: where to run; the GPU if there is one.
-
-    Returns:
-        (what the JSON holds, its path). The file is written anew after every shape, so a killed run leaves what it had.
+    ``quick`` is for CUDA alone. ``shapes``, (N, H, V) each, and ``impls``, names, replace the usual ones; without ``floor``
+    there is no share of it. ``commit`` is recorded where the source tree is not a git checkout. Returns what the JSON holds
+    and its path; the file is written anew after every shape, so a killed run leaves what it had.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = device.type == "cuda"
     form, usual = ("small", SMALL) if not on_cuda else ("quick", QUICK) if quick else ("full", FULL)
-    chosen = [i for i in implementations if impls is None or i.impl in impls]
-    with_floor = impls is None or "floor" in impls
+    chosen = [one for one in (*implementations, FLOOR) if impls is None or one.impl in impls]
     deadline = time.monotonic() + QUICK_SECONDS if quick and on_cuda else math.inf
-    result = report.header("kernels", device, commit) | {
-        "form": form if shapes is None else "chosen shapes",
-        "clocks": [],
-        "rows": [],
-    }
+    result = report.header("kernels", device, commit) | {"form": "chosen shapes" if shapes else form, "clocks": [], "rows": []}
     path = report.free_path(out, "kernels", device)
     for shape in shapes or usual:
         for dtype in (torch.bfloat16,) if on_cuda else (torch.float32, torch.bfloat16):
-            echo(f"{shape_name(*shape, str(dtype)[6:])} on {result['device']}")
+            log.info(f"{shape_name(*shape, str(dtype)[6:])} on {result['device']}")
             try:
-                rows, seen = _run_shape(shape, dtype, device, chosen, with_floor, quick, deadline, echo)
-                result["rows"] += rows
-                result["clocks"] += seen
+                rows, seen = _run_shape(shape, dtype, device, chosen, quick, deadline)
             except torch.OutOfMemoryError:
-                reason = "out of memory for the inputs and float64's answer"
-                result["rows"] += [_row(one, head, shape, dtype, reason=reason) for one in chosen for head in one.heads]
+                reason, ours = "out of memory for the inputs and float64's answer", [one for one in chosen if one is not FLOOR]
+                rows, seen = [_row(one, head, shape, dtype, reason=reason) for one in ours for head in one.heads], []
+            result["rows"] += rows
+            result["clocks"] += seen
             _free(device)
-            write_json(path, result)
-            path.with_suffix(".md").write_text(report.markdown(result), encoding="utf-8")
+            report.save(path, result)
     return result, path
 
 
-def failures(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows of our own op that have no result, but for want of memory or time: what must not pass unseen."""
-    return [
-        f"{shape_name(row['N'], row['H'], row['V'], row['dtype'])}, {row['head']}: {row['reason']}"
-        for row in rows
-        if row["impl"] == "medtrain"
-        and row["reason"]
-        and not row["reason"].startswith(("out of memory", "left out", "cannot run here"))
-    ]
-
-
 def _run_shape(
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    implementations: list[Implementation],
-    with_floor: bool,
-    quick: bool,
-    deadline: float,
-    echo: Callable[[str], None],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    shape: Shape, dtype: torch.dtype, device: torch.device, chosen: list[Implementation], quick: bool, deadline: float
+) -> tuple[list[Row], list[Row]]:
     """Rows of one shape, and the clocks right after each of its timings."""
     inputs = make_inputs(*shape, dtype, device)
     wanted = reference(inputs)
     if wanted.inputs.num_pairs == inputs.num_pairs:
         inputs = wanted.inputs
-    path = select_path(inputs.hidden)
     rows, seen = [], []
     for head in HEADS:
-        _free(device)
-        inputs.require_grad(head), wanted.inputs.require_grad(head)
-        calls: dict[Any, Calls] = {}
-        checked: dict[Implementation, tuple[dict[str, float | None], Memory]] = {}
-        for implementation in implementations:
-            if head not in implementation.heads:
-                continue
-            found = "left out: the time of the quick form was up"
-            if time.monotonic() < deadline:
-                found = _check(implementation, inputs, wanted, device)
-            if isinstance(found, str):
-                rows.append(_row(implementation, head, shape, dtype, reason=found))
-            else:
-                calls[implementation], *checked[implementation] = found
-        if with_floor:
-            calls[_FLOOR] = floor(inputs)
-            calls[_FLOOR].forward()
-        seconds, rounds = (8.0 if quick else 20.0, (7, 40)) if device.type == "cuda" else (0.5, (3, 10))
-        times = time_rounds(calls, device, seconds, rounds)
+        rows += _run_head(head, [one for one in chosen if head in one.heads], inputs, wanted, quick, deadline)
         if device.type == "cuda":
             seen.append({"shape": list(shape), "head": head, "nvidia_smi": clocks(device)})
-        floor_ms = times[_FLOOR]["forward"].median if _FLOOR in times else None
-        for implementation, (errors, memory) in checked.items():
-            if implementation not in times:
-                rows.append(_row(implementation, head, shape, dtype, reason="out of memory beside the others"))
-                continue
-            for stage, measured in times[implementation].items():
-                row = _row(implementation, head, shape, dtype, stage, measured, path=path)
-                whole = stage == "both" or head is None
-                if whole:
-                    dw_bytes = inputs.weight.nbytes if head == "trained" else 0
-                    row |= {"extra_bytes": memory.peak - dw_bytes} | errors
-                    row["error_tokens"] = len(wanted.inputs.hidden)
-                    if implementation.impl == "medtrain":
-                        row["formula_bytes"] = _formula(implementation, head, shape, dtype, path, dw_bytes)
-                    if floor_ms:
-                        row["floor_share"] = floor_ms / measured.median
-                elif stage == "forward":
-                    row["kept_bytes"] = memory.kept
-                rows.append(row)
-        if floor_ms:
-            row = _row(_FLOOR, head, shape, dtype, times=times[_FLOOR]["forward"])
-            rows.append(row | {"floor_share": 1.0, "tflops": floor_flops(inputs) / floor_ms / 1e9})
-        echo(f"  {head or 'no gradient'}: timed {', '.join(f'{one.impl} {one.variant}'.strip() for one in times) or 'none'}")
     return rows, seen
 
 
-def _formula(implementation: Implementation, head: str | None, shape: Shape, dtype, path: str, dw_bytes: int) -> int:
-    """What ``extra_bytes`` of our own op should be."""
-    with forced(**({"gemm": implementation.gemm} if implementation.gemm else {})):
-        memory = logps_memory(
-            *shape,
-            dtype,
-            trains_hidden=head is not None,
-            trains_weight=head == "trained",
-            keep_bytes=implementation.keep_bytes,
-            path=path,
-        )
-    return max(memory.forward - dw_bytes, memory.backward)
+def _run_head(
+    head: str | None, implementations: list[Implementation], inputs: Inputs, wanted: Reference, quick: bool, deadline: float
+) -> list[Row]:
+    """The rows of one shape and head: every implementation is checked once, then all are timed in turn."""
+    device, shape, dtype = inputs.hidden.device, inputs.shape, inputs.hidden.dtype
+    _free(device)
+    inputs.require_grad(head)
+    wanted.inputs.require_grad(head)
+    rows: list[Row] = []
+    calls: dict[Implementation, Calls] = {}
+    checked: dict[Implementation, Row] = {}
+    for one in implementations:
+        if one is FLOOR:
+            calls[one] = one.prepare(inputs)
+            calls[one].once()
+            continue
+        found = "left out: the time of the quick form was up"
+        if time.monotonic() < deadline:
+            found = _check(one, head, inputs, wanted)
+        if isinstance(found, str):
+            rows.append(_row(one, head, shape, dtype, reason=found))
+            _free(device)
+        else:
+            calls[one], checked[one] = found
+    seconds, rounds = (8.0 if quick else 20.0, (7, 40)) if device.type == "cuda" else (0.5, (3, 10))
+    times = time_rounds(calls, device, seconds, rounds)
+    floor_ms = times[FLOOR]["forward"]["ms_median"] if FLOOR in times else None
+    for one, whole in checked.items():
+        kept_bytes = whole.pop("kept_bytes")
+        if one not in times:
+            rows.append(_row(one, head, shape, dtype, reason="out of memory beside the others"))
+            continue
+        for stage, measured in times[one].items():
+            row = _row(one, head, shape, dtype, stage, path=whole.get("path"), **measured)
+            if stage == "both" or head is None:
+                row |= whole | {"floor_share": floor_ms and floor_ms / measured["ms_median"]}
+            elif stage == "forward":
+                row["kept_bytes"] = kept_bytes
+            rows.append(row)
+    if floor_ms:
+        tflops = floor_flops(inputs) / floor_ms / 1e9
+        rows.append(_row(FLOOR, head, shape, dtype, **times[FLOOR]["forward"], floor_share=1.0, tflops=tflops))
+    log.info(f"  {head or 'no gradient'}: timed {', '.join(f'{one.impl} {one.variant}'.strip() for one in times) or 'none'}")
+    return rows
 
 
-def _check(implementation: Implementation, inputs: Inputs, wanted: Reference, device: torch.device) -> _Found | str:
-    """What a first call finds, or the reason why there is none."""
+def _check(one: Implementation, head: str | None, inputs: Inputs, wanted: Reference) -> tuple[Calls, Row] | str:
+    """The calls, and what a row says of errors and memory of the first ones; or the reason why there are none."""
     try:
-        found = _first_calls(implementation, inputs, wanted, device)
-        finite = all(math.isfinite(value) for value in found[1].values() if value is not None)
-        return found if finite else "its result is not finite"
+        calls = one.prepare(wanted.inputs, **one.options)
+        output, gradients = calls.once()
+        assert calls.margins is not None
+        found: Row = wanted.errors(calls.margins(output), gradients or ())
+        del output, gradients
+        if not all(math.isfinite(value) for value in found.values() if value is not None):
+            return "its result is not finite"
+        if inputs is not wanted.inputs:
+            calls = one.prepare(inputs, **one.options)
+        for _ in range(2):  # the warm-up
+            calls.once()
+        memory = measure_memory(calls, inputs.hidden.device)
     except Unavailable as error:
         return f"cannot run here: {error}"
     except Exception as error:  # whatever a peer does on this machine is a line of the table, not the end of the run
-        reason = why_not(error)
-    _free(device)
-    return reason
+        return why_not(error)
+    dw_bytes = inputs.weight.nbytes if head == "trained" else 0
+    found |= {"error_tokens": len(wanted.inputs.hidden), "kept_bytes": memory.kept, "extra_bytes": memory.peak - dw_bytes}
+    if one.impl == "medtrain":
+        found |= {"path": select_path(inputs.hidden), "formula_bytes": _formula(one, head, inputs, dw_bytes)}
+    return calls, found
 
 
-def _first_calls(implementation: Implementation, inputs: Inputs, wanted: Reference, device: torch.device) -> _Found:
-    prepared = implementation.prepare(wanted.inputs)
-    output = prepared.calls.forward()
-    gradients = prepared.calls.backward(output) if prepared.calls.backward else ()
-    errors = wanted.errors(prepared.margins(output), gradients)
-    del output, gradients
-    if inputs is not wanted.inputs:
-        prepared = implementation.prepare(inputs)
-    for _ in range(2):  # the warm-up
-        output = prepared.calls.forward()
-        if prepared.calls.backward:
-            prepared.calls.backward(output)
-        del output
-    return prepared.calls, errors, measure_memory(prepared.calls, device)
+def _formula(one: Implementation, head: str | None, inputs: Inputs, dw_bytes: int) -> int:
+    """What ``extra_bytes`` of our own op should be."""
+    options = dict(one.options)
+    trains = {"trains_hidden": head is not None, "trains_weight": head == "trained"}
+    keep_bytes, path = options.pop("keep_bytes", None), select_path(inputs.hidden)
+    with forced(**options):
+        memory = logps_memory(*inputs.shape, inputs.hidden.dtype, **trains, keep_bytes=keep_bytes, path=path)
+    return max(memory.forward - dw_bytes, memory.backward)
 
 
-def _row(
-    implementation: Implementation,
-    head: str | None,
-    shape: Shape,
-    dtype: torch.dtype,
-    stage: str | None = None,
-    times: Times | None = None,
-    *,
-    reason: str | None = None,
-    path: str | None = None,
-) -> dict[str, Any]:
+_MEASURED = ("path", "ms_median", "ms_spread", "rounds", "extra_bytes", "formula_bytes", "kept_bytes", "floor_share", "tflops")
+_ERRORS = ("margin_error_nats", "dx_error", "dw_error", "error_tokens")
+
+
+def _row(one: Implementation, head: str | None, shape: Shape, dtype: torch.dtype, stage: str | None = None, **values: Any) -> Row:
     """One row of the benchmark file. Rows of one impl, head, stage and shape differ in ``gradient`` or ``variant``."""
-    num_rows, hidden_size, vocab_size = shape
-    return {
-        "impl": implementation.impl,
-        "variant": implementation.variant,
+    keep_bytes = one.options.get("keep_bytes")
+    row = {
+        "impl": one.impl,
+        "variant": one.variant,
         "head": head or "frozen",
         "gradient": head is not None,
         "stage": stage or ("forward" if head is None else "both"),
-        "N": num_rows,
-        "H": hidden_size,
-        "V": vocab_size,
+        **dict(zip(("N", "H", "V"), shape, strict=True)),
         "dtype": str(dtype).removeprefix("torch."),
-        "keep_bytes": "all" if implementation.keep_bytes == KEEP_ALL else implementation.keep_bytes,
-        "path": path if implementation.impl == "medtrain" else None,
-        "ms_median": times and times.median,
-        "ms_spread": times and times.spread,
-        "rounds": times and times.rounds,
-        "extra_bytes": None,
-        "formula_bytes": None,
-        "kept_bytes": None,
-        "floor_share": None,
-        "tflops": None,
-        "margin_error_nats": None,
-        "dx_error": None,
-        "dw_error": None,
-        "error_tokens": None,
-        "note": implementation.note,
-        "reason": reason,
+        "keep_bytes": "all" if keep_bytes == KEEP_ALL else keep_bytes,
+        **dict.fromkeys(_MEASURED + _ERRORS),
+        "note": one.note,
+        "reason": None,
     }
-
-
-_FLOOR = Implementation("floor", floor, note="bare torch.mm calls: 2NVH, 4NVH frozen, 6NVH trained")
+    return row | values
 
 
 def _free(device: torch.device) -> None:

@@ -1,10 +1,9 @@
-"""Time and memory of a forward and its backward, on CUDA and on the CPU, and what to say of one that failed."""
+"""Time and memory of a forward and its backward, on CUDA and on the CPU, and the reason where one failed."""
 
 from __future__ import annotations
 
 import gc
 import os
-import shutil
 import statistics
 import subprocess
 import time
@@ -19,30 +18,28 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 @dataclass(frozen=True)
 class Calls:
-    """One implementation on one batch: ``forward() -> output``, ``backward(output) -> gradients`` (None: no gradient)."""
+    """One implementation on one batch: ``forward() -> output``, ``backward(output) -> gradients`` (None: no gradient) and
+    ``margins(output) -> [P] float64``, the preference margins."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], tuple[torch.Tensor, ...]] | None = None
+    margins: Callable[[Any], torch.Tensor] | None = None
 
-
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds of one stage over the rounds: median, and the distance from the 10th to the 90th percentile."""
-
-    median: float
-    spread: float
-    rounds: int
+    def once(self, between: Callable[[], None] = lambda: None) -> tuple[Any, Any]:
+        """(output, gradients) of one call; ``between`` is called after the forward."""
+        output = self.forward()
+        between()
+        return output, self.backward(output) if self.backward else None
 
 
 def time_rounds(
     calls: dict[Any, Calls], device: torch.device, seconds: float, num_rounds: tuple[int, int]
-) -> dict[Any, dict[str, Times]]:
-    """Time every implementation once a round, in turn, so that a drift of the clock meets all alike.
+) -> dict[Any, dict[str, dict[str, Any]]]:
+    """Time every implementation once per round, in turn, so that a drift of the clock meets all alike.
 
-    Rounds go on for about ``seconds``, but at least and at most ``num_rounds``; a first one is not counted, in which the
-    allocator settles on what all of them need. Returns, by name, the stages ``forward``, ``backward`` and ``both``
-    (``forward`` alone without a backward), on CUDA by events around the two halves of one call; a name is missing if it
-    ran out of memory.
+    Rounds go on for about ``seconds``, but at least and at most ``num_rounds``; a first one, in which the allocator settles,
+    is not counted. Returns, by name, the :func:`spread_of` the stages ``forward``, ``backward`` and ``both`` (``forward``
+    alone without a backward), on CUDA by events around the halves of a call; a name that ran out of memory is missing.
     """
     samples: dict[Any, list[tuple[float, ...]]] = {name: [] for name in calls}
     least, most = num_rounds
@@ -59,7 +56,7 @@ def time_rounds(
             if done >= 0:
                 samples[name].append(sample)
     return {
-        name: {stage: times_of(values) for stage, values in zip(_STAGES, zip(*rows, strict=True), strict=False)}
+        name: {stage: spread_of([row[i] for row in rows]) for i, stage in enumerate(_STAGES) if i < len(rows[0])}
         for name, rows in samples.items()
     }
 
@@ -74,28 +71,22 @@ def _time_once(call: Calls, device: torch.device) -> tuple[float, ...]:
         # The device waits a moment, so that what the host needs to launch is not counted as the device's time.
         torch.cuda._sleep(1_000_000)
         marks[0].record()
-        output = call.forward()
-        marks[1].record()
-        gradients = call.backward(output) if call.backward else None
+        kept = call.once(marks[1].record)
         marks[2].record()
         torch.cuda.synchronize(device)
         first, second = marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
     else:
-        start = time.perf_counter()
-        output = call.forward()
-        middle = time.perf_counter()
-        gradients = call.backward(output) if call.backward else None
-        first, second = 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
-    del output, gradients
+        clock = [time.perf_counter()]
+        kept = call.once(lambda: clock.append(time.perf_counter()))
+        first, second = 1e3 * (clock[1] - clock[0]), 1e3 * (time.perf_counter() - clock[1])
+    del kept  # output and gradients, not before the clock was read
     return (first, second, first + second) if call.backward else (first,)
 
 
-def times_of(values: Sequence[float]) -> Times:
-    """Median and spread of some milliseconds."""
-    if len(values) == 1:
-        return Times(values[0], 0.0, 1)
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return Times(statistics.median(values), tenths[-1] - tenths[0], len(values))
+def spread_of(ms: Sequence[float]) -> dict[str, Any]:
+    """``ms_median``, ``ms_spread`` (from the 10th to the 90th percentile) and ``rounds`` of some milliseconds."""
+    tenths = statistics.quantiles(ms, n=10, method="inclusive") if len(ms) > 1 else ms
+    return {"ms_median": statistics.median(ms), "ms_spread": tenths[-1] - tenths[0], "rounds": len(ms)}
 
 
 @dataclass(frozen=True)
@@ -114,35 +105,39 @@ def measure_memory(call: Calls, device: torch.device) -> Memory:
     """
     gc.disable()  # garbage of earlier calls must not be given back in the middle
     try:
-        return _cuda_memory(call, device) if device.type == "cuda" else _cpu_memory(call)
+        if device.type != "cuda":
+            with cpu_memory() as found:
+                kept = call.once(_mark_end_of_forward)
+            del kept
+            return found[0]
+        before, after_forward = _settled_bytes(device), []
+        torch.cuda.reset_peak_memory_stats(device)
+        kept = call.once(lambda: after_forward.append(torch.cuda.memory_allocated(device)))
+        torch.cuda.synchronize(device)
+        return Memory(torch.cuda.max_memory_allocated(device) - before, after_forward[0] - before)
     finally:
         gc.enable()
 
 
-def _cuda_memory(call: Calls, device: torch.device) -> Memory:
+def _settled_bytes(device: torch.device) -> int:
+    """Bytes allocated, once they have stayed the same for 0.1 seconds (or 5 are over): autograd's own thread lets go of a
+    graph's tensors a moment after the backward has returned."""
     torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    output = call.forward()
-    kept = torch.cuda.memory_allocated(device) - before
-    gradients = call.backward(output) if call.backward else None
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del output, gradients
-    return Memory(peak, kept)
+    found = torch.cuda.memory_allocated(device)
+    for _ in range(50):
+        time.sleep(0.1)
+        before, found = found, torch.cuda.memory_allocated(device)
+        if before == found:
+            break
+    return found
+
+
+def _mark_end_of_forward() -> None:
+    with record_function(_AFTER_FORWARD):
+        pass
 
 
 _AFTER_FORWARD = "medtrain: after the forward"
-
-
-def _cpu_memory(call: Calls) -> Memory:
-    with cpu_memory() as found:
-        output = call.forward()
-        with record_function(_AFTER_FORWARD):
-            pass
-        gradients = call.backward(output) if call.backward else None
-    del output, gradients
-    return found[0]
 
 
 @contextmanager
@@ -152,17 +147,13 @@ def cpu_memory() -> Iterator[list[Memory]]:
     found: list[Memory] = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         yield found
-    events = [
-        (event.start_ns(), event.name(), event.nbytes())
-        for event in profiled.profiler.kineto_results.events()
-        if event.name() in ("[memory]", _AFTER_FORWARD)
-    ]
     now = peak = kept = 0
-    for _, name, nbytes in sorted(events, key=lambda event: event[0]):
-        if name == _AFTER_FORWARD:
+    profiler: Any = profiled.profiler  # its stubs know neither the results nor the bytes of an event
+    for event in sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == _AFTER_FORWARD:
             kept = now
-        else:
-            now += nbytes
+        elif event.name() == "[memory]":
+            now += event.nbytes()
             peak = max(peak, now)
     found.append(Memory(peak, kept))
 
@@ -179,15 +170,14 @@ def why_not(error: Exception) -> str:
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:
-    """What nvidia-smi says of the device's clocks, power and temperature right now; None where it cannot be read."""
-    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+    """nvidia-smi's clocks, power and temperature of the device right now; None where they cannot be read."""
+    if device.type != "cuda":
         return None
     fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "driver_version")
     which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", "-i", which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
+        text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return dict(zip(fields, map(str.strip, text.split(",")), strict=True))
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    return dict(zip(fields, values, strict=True)) if done.returncode == 0 and len(values) == len(fields) else None

@@ -233,17 +233,16 @@ def bench() -> None:
 @click.option("--commit", help="Recorded where the source tree is not a git checkout.")
 def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, commit: str | None) -> None:
     """Time, memory and error of the op in all its modes; on a CPU a small form, where memory and errors hold."""
-    from medtrain.benchmarks.kernels import failures, parse_names, parse_shapes, run_kernels
+    from medtrain.benchmarks.kernels import parse_names, parse_shapes, run_kernels
+    from medtrain.trainer.run.console import console_logging
 
-    result, path = run_kernels(
-        out,
-        quick=quick,
-        shapes=parse_shapes(shapes) if shapes is not None else None,
-        impls=parse_names(impls) if impls is not None else None,
-        commit=commit,
-        echo=lambda line: click.echo(line, err=True),
-    )
-    _show_benchmark(result, path, failures(result["rows"]), "op")
+    chosen = {
+        "shapes": parse_shapes(shapes) if shapes is not None else None,
+        "impls": parse_names(impls) if impls is not None else None,
+    }
+    with console_logging(enabled=True):
+        result, path = run_kernels(out, quick=quick, commit=commit, **chosen)
+    _show_benchmark(result, path)
 
 
 @bench.command("train", short_help="Our training step beside TRL's or Trainer's.")
@@ -256,24 +255,25 @@ def bench_train(stage: str, model: str | None, quick: bool, out: str, commit: st
     """Speed, memory, padding and loss of our step on random weights: RPO beside TRL, CPT beside Hugging Face's Trainer."""
     import torch
 
-    from medtrain.benchmarks.train import choose, failures, run_train
+    from medtrain.benchmarks.train import choose, run_train
+    from medtrain.trainer.run.console import console_logging
 
     models = choose(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), stage)
-    result, path = run_train(
-        out, stage=stage, models=models, quick=quick, commit=commit, echo=lambda line: click.echo(line, err=True)
-    )
-    _show_benchmark(result, path, failures(result["rows"]), "step")
+    with console_logging(enabled=True):
+        result, path = run_train(out, stage=stage, models=models, quick=quick, commit=commit)
+    _show_benchmark(result, path)
 
 
-def _show_benchmark(result: dict, path: Path, failed: list[str], what: str) -> None:
+def _show_benchmark(result: dict, path: Path) -> None:
     from rich.console import Console
+    from rich.markdown import Markdown
 
-    from medtrain.benchmarks.report import show
+    from medtrain.benchmarks.report import failures, markdown
 
-    show(result, Console(width=None if sys.stdout.isatty() else 160))
+    Console(width=None if sys.stdout.isatty() else 160).print(Markdown(markdown(result)))
     click.echo(f"{path}\n{path.with_suffix('.md')}")
-    if failed:
-        click.echo("\n".join(f"medtrain: our own {what} failed: {line}" for line in failed), err=True)
+    if failed := failures(result):
+        click.echo("\n".join(f"medtrain: failed: {line}" for line in failed), err=True)
         sys.exit(1)
 
 
@@ -285,11 +285,14 @@ def bench_tune(shapes: str) -> None:
 
     from medtrain.benchmarks.kernels import parse_shapes
     from medtrain.benchmarks.tune import tune
+    from medtrain.trainer.run.console import console_logging
 
     chosen = parse_shapes(shapes)
     if not torch.cuda.is_available():
         _fail("bench tune: no CUDA device here, and launch choices mean nothing without one")
-    for hidden_size, launch in tune(chosen, torch.device("cuda"), echo=click.echo).items():
+    with console_logging(enabled=True):
+        found = tune(chosen, torch.device("cuda"))
+    for hidden_size, launch in found.items():
         click.echo(f"    {hidden_size}: {launch},")
 
 

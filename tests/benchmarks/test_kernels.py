@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from medtrain.benchmarks import inputs as inputs_module
 from medtrain.benchmarks import kernels, peers
 from medtrain.benchmarks.inputs import make_inputs, reference
-from medtrain.benchmarks.kernel_tables import verdicts
-from medtrain.benchmarks.kernels import failures, run_kernels
+from medtrain.benchmarks.kernels import run_kernels
 from medtrain.benchmarks.measure import Calls, measure_memory, time_rounds
 from medtrain.benchmarks.peers import IMPLEMENTATIONS, Implementation, floor, floor_flops, per_token
-from medtrain.benchmarks.report import markdown
+from medtrain.benchmarks.report import failures, markdown
+from medtrain.benchmarks.tables import SHEETS
 from medtrain.kernels.reference import reference_logps
 from medtrain.trainer.cli import main
 
@@ -36,7 +36,7 @@ def three_rounds(monkeypatch):
 
 
 def run(tmp_path, shape=SHAPE, **options):
-    return run_kernels(tmp_path, shapes=(shape,), device=CPU, echo=lambda line: None, **options)
+    return run_kernels(tmp_path, shapes=(shape,), device=CPU, **options)
 
 
 def find(result, impl, head="trained", stage="both", dtype="bfloat16", variant="", gradient=True):
@@ -84,7 +84,7 @@ def test_small_form_end_to_end(tmp_path, monkeypatch):
 
     for impl in ("trl", "liger", "cce", "cce-exact"):
         assert find(result, impl)["reason"].startswith("not installed: ")
-    assert failures(result["rows"]) == []
+    assert failures(result) == []
     text = path.with_suffix(".md").read_text()
     assert text == markdown(result)
     assert text.count("trl did not run: not installed") == 1
@@ -158,14 +158,13 @@ def twist(op):
 
 
 def scaled_weight_gradient(inputs):
-    prepared = twist(lambda logits: logits)(inputs)
-    inner = prepared.calls.backward
+    calls = twist(lambda logits: logits)(inputs)
 
     def backward(output):
-        hidden, *weight = inner(output)
+        hidden, *weight = calls.backward(output)
         return (hidden, *(1.05 * gradient for gradient in weight))
 
-    return peers.Prepared(Calls(prepared.calls.forward, inner and backward), prepared.margins)
+    return Calls(calls.forward, calls.backward and backward, calls.margins)
 
 
 def test_error_columns_tell_right_from_wrong(tmp_path):
@@ -188,7 +187,7 @@ def test_extra_memory_is_the_peak_without_the_gradient_of_a_trained_weight(tmp_p
     result, _ = run(tmp_path, implementations=(Implementation("plain", peers.plain),))
     batch = make_inputs(*SHAPE, torch.bfloat16, CPU)
     for head, dw_bytes in (("frozen", 0), ("trained", 2 * SHAPE[1] * SHAPE[2])):
-        peak = measure_memory(peers.plain(batch.require_grad(head)).calls, CPU).peak
+        peak = measure_memory(peers.plain(batch.require_grad(head)), CPU).peak
         assert find(result, "plain", head=head)["extra_bytes"] == peak - dw_bytes
 
 
@@ -216,7 +215,7 @@ def test_what_cannot_run_is_a_row_with_the_reason_and_the_others_run_on(tmp_path
         "cce": "its result is not finite",
         "plain": None,
     }
-    assert len(failures(result["rows"])) == 6 and "ValueError: broken" in failures(result["rows"])[0]
+    assert len(failures(result)) == 6 and "ValueError: broken" in failures(result)[0]
 
 
 def test_errors_come_from_the_first_pairs_where_float64_would_take_long(tmp_path, monkeypatch):
@@ -252,11 +251,11 @@ def test_peers_that_are_here_agree_with_float64(implementation):
     batch = reference(make_inputs(256, 16, 300, torch.float32, CPU))
     batch.inputs.require_grad("trained")
     try:
-        prepared = implementation.prepare(batch.inputs)
+        calls = implementation.prepare(batch.inputs, **implementation.options)
     except (ImportError, peers.Unavailable) as reason:
         pytest.skip(str(reason))
-    output = prepared.calls.forward()
-    errors = batch.errors(prepared.margins(output), prepared.calls.backward(output))
+    output, gradients = calls.once()
+    errors = batch.errors(calls.margins(output), gradients)
     assert errors["margin_error_nats"] < 1e-3 and errors["dx_error"] < 1e-4 and errors["dw_error"] < 1e-4
 
 
@@ -301,7 +300,7 @@ def test_rounds_take_turns_and_one_that_runs_out_of_memory_drops_out():
     assert "".join(order) == "abc" * 3 + "ac" * 2  # the first round is not counted
     assert times.keys() == {"a", "c"}
     assert times["a"].keys() == {"forward", "backward", "both"} and times["c"].keys() == {"forward"}
-    assert times["a"]["both"].rounds == 4
+    assert times["a"]["both"]["rounds"] == 4
     assert len([*time_rounds({"a": calls["c"]}, CPU, math.inf, (4, 9)).values()][0]) == 1
     assert order.count("c") == 5 + 10
 
@@ -347,8 +346,11 @@ def made_up_rows(**changes):
     return rows
 
 
-def test_verdicts_follow_the_rows():
-    assert [verdict["met"] for verdict in verdicts(made_up_rows())] == [True] * 11
+def test_goals_follow_the_rows():
+    def goals(**changes):
+        return list(SHEETS["kernels"].goals(made_up_rows(**changes)))
+
+    assert len(goals()) == 11 and all(goal.startswith("met: ") for goal in goals())
     for key, change, goal in [
         ("trl frozen", {"ms_median": 134.0}, "frozen head: at least 1.35 x as fast as trl"),
         ("trl trained", {"ms_median": 129.0}, "trained head: at least 1.3 x as fast as trl"),
@@ -363,12 +365,12 @@ def test_verdicts_follow_the_rows():
         ("medtrain frozen", {"floor_share": 0.79}, "frozen head: at least 80 % of the GEMM floor"),
         ("medtrain trained", {"margin_error_nats": 2e-3}, "trained head: margin error at most 1e-3 nat"),
     ]:
-        missed = [verdict["goal"] for verdict in verdicts(made_up_rows(**{key: change})) if not verdict["met"]]
-        assert missed == [goal]
+        (missed,) = [text for text in goals(**{key: change}) if not text.startswith("met: ")]
+        assert missed.startswith(f"missed: {goal} (measured: ")
     absent = {"ms_median": None, "reason": "not installed: x"}
-    (verdict,) = [verdict for verdict in verdicts(made_up_rows(**{"trl frozen": absent})) if verdict["met"] is None]
-    assert verdict["measured"] == "trl was not measured: not installed: x"
-    assert verdicts([row | {"N": 2048} for row in made_up_rows()]) == []
+    (goal,) = [goal for goal in goals(**{"trl frozen": absent}) if not goal.startswith("met: ")]
+    assert goal.startswith("not judged: ") and goal.endswith("(measured: trl was not measured: not installed: x)")
+    assert list(SHEETS["kernels"].goals([row | {"N": 2048} for row in made_up_rows()])) == []
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -12,14 +12,12 @@ from helpers import read_metrics
 from transformers import AutoConfig
 
 from medtrain.benchmarks import train as bench
-from medtrain.benchmarks.report import markdown
-from medtrain.benchmarks.train import FP8, OURS, SEPARATE, TITAN, TRAINER, TRL, failures, run_train
-from medtrain.benchmarks.train_arms import Arm, run_medtrain
-from medtrain.benchmarks.train_cpt_tables import verdicts as verdicts_of_cpt
-from medtrain.benchmarks.train_inputs import CPT_MODELS, MODELS, config, make_inputs, most_tokens, token_ids, work
-from medtrain.benchmarks.train_tables import verdicts
+from medtrain.benchmarks.report import failures, markdown
+from medtrain.benchmarks.tables import SHEETS
+from medtrain.benchmarks.train import FP8, OURS, SEPARATE, TRAINER, TRL, run_train
+from medtrain.benchmarks.train_arms import run_medtrain
+from medtrain.benchmarks.train_inputs import CPT_MODELS, MODELS, Arm, Job, config, make_inputs, token_ids
 from medtrain.trainer.cli import main
-from medtrain.trainer.data.pairs import PairSet
 from medtrain.trainer.model.flops import num_parameters
 from medtrain.trainer.model.policy import parameter_shapes
 from medtrain.trainer.train.loop import train
@@ -43,7 +41,7 @@ def find(result, impl, variant=""):
 
 
 def run(tmp_path, *models, **options):
-    return run_train(tmp_path, models=models or (TINY,), device=CPU, echo=lambda line: None, **options)
+    return run_train(tmp_path, models=models or (TINY,), device=CPU, **options)
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------------
@@ -62,7 +60,7 @@ def test_tiny_form_end_to_end_without_the_peer(tmp_path, monkeypatch):
     assert all(CONTRACT <= row.keys() for row in result["rows"])
 
     row = find(result, "medtrain")
-    assert row["reason"] is None and failures(result["rows"]) == []
+    assert row["reason"] is None and failures(result) == []
     assert (row["model"], row["precision"], row["trained"]) == ("tiny", "float32", "all weights")
     assert row["steps"] == 4 and row["micro_batches_a_step"] == 1 and len(row["losses"]) == 5
     assert row["pairs_per_second"] == pytest.approx(8e3 / row["ms_median"])
@@ -73,8 +71,8 @@ def test_tiny_form_end_to_end_without_the_peer(tmp_path, monkeypatch):
     assert row["lengths"]["prompt"]["min"] >= 10 and row["lengths"]["completion"]["max"] <= 91
 
     assert find(result, "trl")["reason"].startswith("not installed: ")
-    (verdict,) = verdicts(result["rows"])
-    assert verdict["met"] is None and verdict["measured"].startswith("trl was not measured: not installed: ")
+    (goal,) = SHEETS["train-rpo"].goals(result["rows"])
+    assert goal.startswith("not judged: ") and "(measured: trl was not measured: not installed: " in goal
     text = path.with_suffix(".md").read_text()
     assert text == markdown(result) and text.count("trl did not run: not installed") == 1
     drawn = CliRunner().invoke(main, ["bench", "table", str(path)])
@@ -106,10 +104,10 @@ def test_a_row_whose_process_dies_or_that_comes_late_has_the_reason(tmp_path, mo
     result, _ = run(tmp_path, arms=(OURS, TRL))
     reasons = [row["reason"] for row in result["rows"]]
     assert reasons == ["its process ended with status 135: Bus error"] * 2
-    assert failures(result["rows"]) == ["tiny: its process ended with status 135: Bus error"]
+    assert failures(result) == ["medtrain (tiny, all weights, float32): its process ended with status 135: Bus error"]
     monkeypatch.setitem(bench.BEGIN_SECONDS, "small", -1.0)
     result, _ = run(tmp_path, arms=(OURS,))
-    assert result["rows"][0]["reason"].startswith("left out: ") and failures(result["rows"]) == []
+    assert result["rows"][0]["reason"].startswith("left out: ") and failures(result) == []
 
 
 # --- the same work ------------------------------------------------------------------------------------------------------
@@ -117,9 +115,9 @@ def test_a_row_whose_process_dies_or_that_comes_late_has_the_reason(tmp_path, mo
 
 @pytest.mark.parametrize("model", [TINY, LORA], ids=["all weights", "lora"])
 def test_what_is_timed_is_what_trains(model, tmp_path):
-    inputs, _ = make_inputs(model, tmp_path, 5, CPU)
-    found = run_medtrain(OURS, model, inputs, 4, CPU)
-    train(config(model, inputs, 5, micro_batch_tokens=most_tokens(model), checkpointing=True), quiet=True)
+    inputs = make_inputs(model, tmp_path, 5, CPU)
+    found = run_medtrain(Job(OURS, model, inputs, 4, CPU))
+    train(config(model, inputs, 5), quiet=True)
     rows = read_metrics(tmp_path / "run")
     assert [row["loss"] for row in rows] == found.losses
     assert [row["rewards/margin"] for row in rows] == found.margins
@@ -128,10 +126,10 @@ def test_what_is_timed_is_what_trains(model, tmp_path):
 
 def test_rows_of_ours_differ_in_what_is_computed_and_not_in_the_loss(tmp_path):
     model = replace(TINY, few_tokens=400)
-    inputs, works = make_inputs(model, tmp_path, 4, CPU)
+    inputs = make_inputs(model, tmp_path, 4, CPU)
     arms = (OURS, SEPARATE, Arm("medtrain", "few", few=True, checkpointing=False))
-    ours, separate, few = (run_medtrain(arm, model, inputs, 3, CPU) for arm in arms)
-    assert ours.computed == [work.tokens for work in works[:3]]
+    ours, separate, few = (run_medtrain(Job(arm, model, inputs, 3, CPU)) for arm in arms)
+    assert ours.computed == [work.tokens for work in inputs.works[:3]]
     # Twice the prompts and no padding; small micro-batches part few pairs of one prompt, or none.
     assert all(a + 8 * 10 <= b for a, b in zip(ours.computed, separate.computed, strict=True))
     assert all(a <= b < c for a, b, c in zip(ours.computed, few.computed, separate.computed, strict=True))
@@ -152,14 +150,14 @@ def test_trl_has_the_same_losses(model, tmp_path):
     assert theirs["margins"] == pytest.approx(ours["margins"], abs=1e-4)
     assert max(map(abs, ours["margins"])) > 1e-2
     assert theirs["useful_token_share"] < ours["useful_token_share"] and theirs["micro_batches_a_step"] == 1
-    assert [verdict["met"] for verdict in verdicts(result["rows"])] == [True]
+    assert [goal.split(":")[0] for goal in SHEETS["train-rpo"].goals(result["rows"])] == ["met"]
 
 
 def test_cpt_does_the_same_work_as_trainer_and_learns(tmp_path):
     if importlib.util.find_spec("accelerate") is None:  # imported in the row's process alone
         pytest.skip("Hugging Face's Trainer needs accelerate: pip install -e '.[bench]'")
     together = replace(TRAINER, variant="documents not apart", apart=False)
-    result, path = run(tmp_path, CPT, stage="cpt", arms=(OURS, FP8, TRAINER, together, TITAN))
+    result, path = run(tmp_path, CPT, stage="cpt", arms=(OURS, FP8, TRAINER, together))
     assert path.name.startswith("train-cpt-cpu-") and all(CONTRACT <= row.keys() for row in result["rows"])
     ours, theirs, other = (find(result, *key) for key in (("medtrain",), ("trainer",), ("trainer", together.variant)))
     assert ours["reason"] is theirs["reason"] is None
@@ -171,23 +169,23 @@ def test_cpt_does_the_same_work_as_trainer_and_learns(tmp_path):
     assert ours["micro_batches_a_step"] == theirs["micro_batches_a_step"] == 1
     assert ours["pairs_per_second"] is None and ours["tokens_per_second"] > 0
     assert find(result, "medtrain", "FP8 tensorwise")["reason"].startswith("left out: this device has no FP8")
-    assert find(result, "torchtitan")["reason"] and failures(result["rows"]) == []
-    (verdict,) = verdicts_of_cpt(result["rows"])
-    assert verdict["met"]
+    assert failures(result) == []
+    (goal,) = SHEETS["train-cpt"].goals(result["rows"])
+    assert goal.startswith("met: ")
     text = path.with_suffix(".md").read_text()
     assert text == markdown(result) and "6 x (parameters that multiply) x tokens" in text
     worse = [row | {"loss_difference": 1e-3} if row["impl"] == "trainer" else row for row in result["rows"]]
-    assert [verdict["met"] for verdict in verdicts_of_cpt(worse)] == [False]
+    assert [goal.split(":")[0] for goal in SHEETS["train-cpt"].goals(worse)] == ["missed"]
 
 
 def test_what_is_timed_of_cpt_is_what_trains(tmp_path):
-    inputs, works = make_inputs(CPT, tmp_path, 5, CPU)
-    found = run_medtrain(OURS, CPT, inputs, 4, CPU)
-    train(config(CPT, inputs, 5, micro_batch_tokens=most_tokens(CPT), checkpointing=True), quiet=True)
+    inputs = make_inputs(CPT, tmp_path, 5, CPU)
+    found = run_medtrain(Job(OURS, CPT, inputs, 4, CPU))
+    train(config(CPT, inputs, 5), quiet=True)
     rows = read_metrics(tmp_path / "run")
     assert [row["loss"] for row in rows] == found.losses
     lines = [token_ids(json.loads(line)["text"]) for line in inputs.rows.read_text().splitlines()]
-    for row, items, each in zip(rows, inputs.order, works, strict=True):
+    for row, items, each in zip(rows, inputs.order, inputs.works, strict=True):
         # Every word but the first is predicted, and the end token.
         assert row["tokens"] == each.tokens == each.head_tokens == sum(len(lines[i]) for i in items)
         assert each.attended == sum(len(lines[i]) ** 2 for i in items)
@@ -196,37 +194,33 @@ def test_what_is_timed_of_cpt_is_what_trains(tmp_path):
 def test_inputs_are_the_same_on_every_run_and_some_pairs_share_their_prompt(tmp_path):
     model = replace(TINY, pairs_a_step=64)
     first, second = (make_inputs(model, tmp_path / name, 3, CPU) for name in ("a", "b"))
-    assert first[0].rows.read_bytes() == second[0].rows.read_bytes() and first[1] == second[1]
-    assert first[0].order == second[0].order
-    assert sorted(i for items in first[0].order for i in items) == list(range(192))
-    rows = [json.loads(line) for line in first[0].rows.read_text().splitlines()]
+    assert first.rows.read_bytes() == second.rows.read_bytes() and first.works == second.works
+    assert first.order == second.order
+    assert sorted(i for items in first.order for i in items) == list(range(192))
+    rows = [json.loads(line) for line in first.rows.read_text().splitlines()]
     prompts = [row["prompt"] for row in rows]
     alone = sum(prompts.count(prompt) == 1 for prompt in prompts)
     assert 0.3 < alone / len(prompts) < 0.7
     lengths = [len(token_ids(row[side])) for row in rows for side in ("chosen", "rejected")]
     assert min(lengths) >= 15 and max(lengths) == 90 and 35 < np.median(lengths) < 50
     assert len(set(lengths)) > 30
+    assert sorted(first.lengths["completion"]) == sorted(length + 1 for length in lengths)
 
 
-def test_work_counts_a_shared_prompt_once_and_no_last_token():
-    segments = [[5, 6, 7], [8, 0], [9, 9, 0], [5, 6, 7], [4, 0], [3, 3, 3, 0], [5], [8, 0], [9, 0]]
-    pairs = PairSet(
-        "made up",
-        None,
-        "",
-        np.concatenate([np.array(s, dtype=np.int32) for s in segments]),
-        np.cumsum([0, *map(len, segments)]),
-        np.arange(3),
-        "",
-        {},
-        {},
-    )
-    found = work(pairs, [0, 1, 2])
-    assert (found.pairs, found.tokens, found.head_tokens) == (3, (3 + 1) + (1 + 2 + 1 + 3) + (1 + 1), 15)
-    # Causal attention: a completion's tokens see their prompt and themselves. Twice the number of seen places, but for ends.
-    squares = 9 + (4**2 - 9) + (5**2 - 9) + (4**2 - 9) + (6**2 - 9) + 1 + (2**2 - 1) + (2**2 - 1)
-    assert found.attended == squares
-    assert work(pairs, [0, 2]).tokens == 3 + 1 + 2 + 1 + 1 + 1
+def test_work_counts_a_shared_prompt_once_and_no_last_token(tmp_path):
+    inputs = make_inputs(TINY, tmp_path, 4, CPU)
+    rows = [json.loads(line) for line in inputs.rows.read_text().splitlines()]
+    shared = 0
+    for items, work in zip(inputs.order, inputs.works, strict=True):
+        prompts = {rows[i]["prompt"]: len(token_ids(rows[i]["prompt"])) for i in items}
+        sides = [(rows[i]["prompt"], len(token_ids(rows[i][side])) + 1) for i in items for side in ("chosen", "rejected")]
+        assert work.tokens == sum(prompts.values()) + sum(length - 1 for _, length in sides)
+        assert work.head_tokens == sum(length for _, length in sides)
+        # Causal attention: a completion's tokens see their prompt and themselves. Twice the number of seen places, but for ends.
+        squares = sum(n**2 for n in prompts.values())
+        assert work.attended == squares + sum((prompts[p] + length - 1) ** 2 - prompts[p] ** 2 for p, length in sides)
+        shared += len(items) - len(prompts)
+    assert shared > 0
 
 
 # --- goals --------------------------------------------------------------------------------------------------------------
@@ -257,23 +251,30 @@ def made_up_rows(model="1.5b", **changes):
     return rows
 
 
-def test_verdicts_follow_the_fastest_rows():
-    assert [verdict["met"] for verdict in verdicts(made_up_rows())] == [True] * 3
+def test_goals_follow_the_fastest_rows():
+    def goals(model="1.5b", **changes):
+        return list(SHEETS["train-rpo"].goals(made_up_rows(model, **changes)))
+
+    def verdicts(**changes):
+        return [goal.split(": ")[0] for goal in goals(**changes)]
+
+    assert verdicts() == ["met"] * 3
     for key, change, goal in [
         ("medtrain no recomputing", {"pairs_per_second": 11.9}, "at least twice"),
         ("trl", {"pairs_per_second": 6.1, "max_memory_gib": 99.0}, "at least twice"),
         ("medtrain no recomputing", {"max_memory_gib": 56.0}, "less memory"),
         ("trl", {"loss_difference": 6e-3}, "the same loss curve"),
     ]:
-        (missed,) = [verdict for verdict in verdicts(made_up_rows(**{key: change})) if not verdict["met"]]
-        assert goal in missed["goal"] and missed["met"] is False
+        (missed,) = [text for text in goals(**{key: change}) if not text.startswith("met: ")]
+        assert goal in missed and missed.startswith("missed: ")
     # A row out of memory does not count, and with none left nothing is judged.
     gone = {"pairs_per_second": None, "max_memory_gib": None, "loss_difference": None, "reason": "out of memory"}
-    assert [v["met"] for v in verdicts(made_up_rows(**{"trl few pairs": gone}))] == [True, False, True]
-    nobody = verdicts(made_up_rows(**{"trl": gone, "trl few pairs": gone}))
-    assert [(v["met"], v["measured"]) for v in nobody] == [(None, "trl was not measured: out of memory")] * 3
+    assert verdicts(**{"trl few pairs": gone}) == ["met", "missed", "met"]
+    nobody = goals(**{"trl": gone, "trl few pairs": gone})
+    assert len(nobody) == 3 and all(goal.startswith("not judged: ") for goal in nobody)
+    assert all(goal.endswith("(measured: trl was not measured: out of memory)") for goal in nobody)
     # The goals of speed and memory are about 1.5B and 7B.
-    assert ["curve" in verdict["goal"] for verdict in verdicts(made_up_rows("tiny"))] == [True]
+    assert ["curve" in goal for goal in goals("tiny")] == [True]
 
 
 @pytest.mark.parametrize(
