@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-PATH = click.Path(readable=False)  # whether it can be read is said by who opens it
+PATH = click.Path(readable=False)  # who opens it tells whether it can be read
 MAPPING = click.option("--mapping", type=PATH, help="YAML: which fields hold what, for an exam of an own form (docs/exam.md).")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+METHODS = click.Choice(["generate", "choice_logp"])
 AT_LEAST_1 = click.IntRange(min=1)
 option = functools.partial(click.option, show_default=True)
 
@@ -45,7 +46,9 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--out", required=True, type=PATH, help="Where exam.json and the outputs go.")
 @option("--mode", type=click.Choice(["answer", "explain", "both"]), default="both")
 @option("--engine", type=click.Choice(["hf", "vllm"]), default="hf")
-@option("--method", type=click.Choice(["generate", "choice_logp"]), default="generate", help="choice_logp: nothing is generated.")
+@option(
+    "--method", type=METHODS, default="generate", help="choice_logp: the likeliest answer, nothing generated (--mode answer)."
+)
 @click.option("--prompt", metavar="NAME_OR_FILE", help="default, english, official, demo (configs/prompts), or a YAML file.")
 @click.option("--chat", is_flag=True, help="Use the checkpoint's chat template (instruct models).")
 @click.option("--demonstrations", type=PATH, help="Worked examples for a few-shot prompt, JSON Lines.")

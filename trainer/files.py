@@ -18,7 +18,7 @@ PARTIAL = ".partial"  # the ending of whatever is not yet, or no longer, what it
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path``, let it reach the disk, and rename it into place."""
+    """Write ``content`` next to ``path``, let it reach the disk, and rename it into place."""
     temporary = path.with_name(path.name + PARTIAL)
     with open(temporary, "wb") as file:
         file.write(content)
@@ -116,7 +116,7 @@ def check_identity(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, for what several processes may write at once: each beside ``path`` under a name of its own. At
+    """A file to write, for what several processes may write at once: each next to ``path`` under a name of its own. At
     the end it reaches the disk and takes its place; after an exception it is gone."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:

@@ -125,7 +125,7 @@ class _CausalLM(PreTrainedModel, GenerationMixin):
         decoder: Any = policy.model
         self.hidden = (policy, decoder)  # in a tuple, or they would be submodules, put into evaluation mode and counted
         self.decoder_takes = inspect.signature(decoder.forward).parameters.keys() - {"kwargs"}
-        self.place = nn.Parameter(torch.empty(0, device=policy.device), requires_grad=False)  # says what device this is on
+        self.place = nn.Parameter(torch.empty(0, device=policy.device), requires_grad=False)  # tells the device
 
     def get_input_embeddings(self) -> nn.Module:
         return self.hidden[1].embed_tokens

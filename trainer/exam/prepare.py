@@ -77,7 +77,7 @@ def read_exam(
         scored: whether every question needs ``points``; prefix: of the settings' names in messages.
 
     Raises:
-        InputError: an unreadable file, an unknown style, no question left, a demonstration that the exam asks, a prompt that
+        InputError: an unreadable file, an unknown style, no question left, a demonstration that is in the exam too, a prompt that
             does not fit the model with its output, ids that are not tokenizer.json's.
     """
     style = load_style(settings.prompt, chat=settings.chat, field=f"{prefix}prompt")
@@ -112,7 +112,7 @@ def _read_demonstrations(path: str | None, exam: Sequence[Question], style: Prom
     known = {(question.problem_text, question.choices) for question in exam}
     for row, demonstration in enumerate(demonstrations, start=1):
         if (demonstration.problem_text, demonstration.choices) in known:
-            raise bad_input("a demonstration that the exam asks", file=path, row=row, found=demonstration.problem_id)
+            raise bad_input("a demonstration that is in the exam too", file=path, row=row, found=demonstration.problem_id)
         for mode in modes:
             style.completion(demonstration, mode)  # needs an explanation in explain mode
     return demonstrations

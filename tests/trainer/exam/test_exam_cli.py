@@ -94,6 +94,7 @@ def test_pairs_with_a_prompt_style_of_ones_own(place, tmp_path):
         ("seed=1", "a run with another seed"),
         ("strategy=x", "explanation | sampled | both"),
         ("max_per_question=0", "1 or more"),
+        ("temperature=0", "more than 0"),
     ):
         assert part in call("pairs", tmp_path / "pairs.yaml", change, status=2).stderr
 

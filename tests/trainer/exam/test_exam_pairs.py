@@ -308,7 +308,7 @@ def test_no_explanations_are_told_before_anything_is_sampled(tmp_path, run, monk
     with pytest.raises(InputError, match=r"none\.jsonl: field 'explanation': no question has an explanation .*strategy=sampled"):
         run("other.jsonl", questions=none, strategy="explanation")
     assert not list(tmp_path.glob("other*"))
-    # What is asked is the same: explanations that come later cost no path.
+    # The prompts are the same: explanations that come later cost no path.
     full = write_jsonl(tmp_path / "full.jsonl", [row | {"explanation": "それは薬。"} for row in rows])
     assert "explanation" in run(questions=full, strategy="explanation")["pairs"]
 
@@ -350,7 +350,7 @@ def test_both_kinds_share_an_odd_cap_over_the_questions():
 
 
 def test_a_demonstration_that_is_in_the_exam_too_is_refused(run, exam):
-    with pytest.raises(InputError, match="row 1: a demonstration that the exam asks"):
+    with pytest.raises(InputError, match="row 1: a demonstration that is in the exam too"):
         run(demonstrations=str(exam))
 
 
