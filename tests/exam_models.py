@@ -1,12 +1,14 @@
 """Tiny models whose every next token is known, and questions for them."""
 
 import json
+from dataclasses import asdict
 
 import torch
+import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from medtrain.trainer.exam.prompts import PromptStyle
+from medtrain.trainer.exam.prompts import PromptStyle, Stop
 from medtrain.trainer.exam.questions import Question
 
 # Each character is a token, and the model is a Markov chain over them: after "説明：" it explains and answers b or c.
@@ -53,6 +55,20 @@ def chain_model(tokenizer, chain, either=None):
             for one in (following,) if token != either else (following, chr(ord(following) + 1)):
                 model.lm_head.weight[tokenizer.convert_tokens_to_ids(one), tokenizer.convert_tokens_to_ids(token)] = 3.0
     return model.eval()
+
+
+def generate(engine, prompts, *, max_new_tokens, stop=None, **sampling):
+    """The outputs of an engine, in the order of the prompts."""
+    outputs = {}
+    for indices, made in engine.batches(prompts, max_new_tokens, stop or Stop(), **sampling):
+        outputs.update(zip(indices, made, strict=True))
+    return [outputs[i] for i in range(len(prompts))]
+
+
+def write_style(path, style=STYLE):
+    """A prompt style as the YAML file that has it."""
+    path.write_text(yaml.safe_dump(asdict(style) | {"stops": list(style.stops)}, allow_unicode=True))
+    return str(path)
 
 
 def write_exam(path):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from medtrain.benchmarks.plan_table import END, MEMORY_GIB, comment, plans, shipped, table
-from medtrain.trainer.config.settings import load_config, load_pairs_config
+from medtrain.trainer.config.exam import load_pairs_config
+from medtrain.trainer.config.settings import load_config
 from medtrain.trainer.plan.command import plan_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -11,9 +11,9 @@ from typing import NoReturn
 import click
 
 from medtrain import __version__
+from medtrain.trainer import cli_exam as exam
+from medtrain.trainer.cli_exam import PATH
 from medtrain.trainer.errors import InputError, bad_input
-from medtrain.trainer.exam import cli as exam
-from medtrain.trainer.exam.cli import PATH
 
 
 class _Group(click.Group):

@@ -54,7 +54,7 @@ class DataConfig:
     unusable: Literal["error", "drop"] = "error"  # RPO: pairs that are empty, identical, or lose their prompt in the template
     share_prompts: bool = True  # RPO: compute a prompt once for all completions in a micro-batch; same result
     # (without it a pair takes its prompt twice out of optim.micro_batch_tokens)
-    exam: str | None = None  # exam questions, JSON Lines of a known form: sat before, during and after training (eval.exam_*)
+    exam: str | None = None  # exam questions, JSON Lines of a known form, for an evaluation before, in and after training
     cache: str | None = None  # token cache; default: $MEDTRAIN_CACHE or ~/.cache/medtrain
     workers: int | None = None  # CPT: processes that tokenise large sources; default: one a CPU of the node
 
@@ -131,8 +131,8 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 0  # optimizer steps between held-out evaluations; 0: before the first and after the last step only
-    exam_every: int = 0  # likewise for data.exam, which is sat for the answer alone and with explanation
-    exam_questions: int = 100  # the first so many of those without an image
+    exam_every: int = 0  # likewise for data.exam, which is answered alone and with explanation
+    exam_questions: int = 100  # at most, the first of those without an image
     exam_max_new_tokens: int = 1024  # of an answer with explanation
     exam_max_answer_tokens: int = 32  # of an answer alone
     exam_prompt: str | None = None  # a prompt style: a name of configs/prompts or a YAML file; default: Japanese, plain
@@ -204,30 +204,6 @@ class Config:
         return sorted(names)
 
 
-@dataclass(frozen=True)
-class PairsConfig:
-    """``medtrain pairs``: questions with answers -> sampled and graded reasoning -> preference pairs."""
-
-    model: str  # a Hugging Face folder
-    questions: str  # exam questions, JSON Lines or CSV; `explanation` where the strategy needs it
-    out: str  # the pairs, JSON Lines
-    strategy: Literal["explanation", "sampled", "both"] = "both"  # ground truth | right path over the wrong path
-    num_paths: int = 8  # sampled a question
-    max_per_question: int = 8
-    balance_length: bool = True  # of what the cap leaves to choose from, pairs whose chosen sides are not the longer ones
-    min_explanation: int = 1  # letters and digits beside the answer that a chosen path has at least
-    temperature: float = 1.0
-    max_new_tokens: int = 1024
-    engine: Literal["hf", "vllm"] = "hf"
-    batch_tokens: int = 65_536  # hf: tokens at once, prompts and new ones
-    prompt: str | None = None  # default, english, official or demo (configs/prompts), or a YAML file
-    chat: bool = False  # use the checkpoint's chat template
-    demonstrations: str | None = None  # worked examples for a few-shot prompt
-    mapping: str | None = None  # YAML: which fields hold what, for questions of an own form
-    unlisted_is_wrong: bool = False  # with answers that are texts of choices: one that names no choice is wrong, not unread
-    seed: int = 0
-
-
 # Settings that change speed, memory or bookkeeping but not what is learned: a run may be continued with others.
 FREE_SETTINGS = (
     "optim.micro_batch_tokens",
@@ -280,19 +256,6 @@ def load_config(stage: str | None, path: str | Path | None, overrides: typing.Se
         if stage not in typing.get_args(Stage):
             raise bad_input("not a known choice", file=path, field="stage", found=stage, expected="cpt | rpo")
     return config_from_dict(stage, tree, file=path)
-
-
-def load_pairs_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> PairsConfig:
-    """As :func:`load_config`, for ``medtrain pairs``."""
-    config = build(PairsConfig, read_tree(path, overrides), "", path, set())
-    for name in ("num_paths", "max_per_question", "max_new_tokens", "batch_tokens"):
-        if getattr(config, name) < 1:
-            raise bad_input("out of range", file=path, field=name, found=getattr(config, name), expected="1 or more")
-    if config.min_explanation < 0:
-        raise bad_input("out of range", file=path, field="min_explanation", found=config.min_explanation, expected="0 or more")
-    if config.temperature <= 0:
-        raise bad_input("out of range", file=path, field="temperature", found=config.temperature, expected="more than 0")
-    return config
 
 
 def config_from_dict(stage: str, tree: dict[str, Any], file: str | Path | None = None) -> Config:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from medtrain.trainer.demo.recipe import RECIPE, Recipe
 from medtrain.trainer.demo.table import conclusions, draw_table, format_table, marks_of
-from medtrain.trainer.demo.texts import STYLE, WorldFiles, names_in, write_jsonl, write_world
+from medtrain.trainer.demo.texts import WorldFiles, names_in, write_jsonl, write_world
 from medtrain.trainer.demo.world import World, make_world
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import check_can_make, read_rows, write_json
@@ -158,7 +158,8 @@ def make_pairs(demo: Demo, world: World, start: str) -> None:
     An answer that is none of the options is wrong here for certain, as answers are the options' own texts.
     A model may name any disease while it reasons; pairs that name one of another kind are left out and counted.
     """
-    from medtrain.trainer.exam.pairs.build import run_pairs
+    from medtrain.trainer.config.exam import PairsConfig
+    from medtrain.trainer.exam.pairs.run import run_pairs
 
     final = demo.pairs(start)
     if final.is_file():
@@ -166,16 +167,19 @@ def make_pairs(demo: Demo, world: World, start: str) -> None:
     final.parent.mkdir(exist_ok=True)
     raw = final.with_name(f"{start}-all.jsonl")
     run_pairs(
-        demo.model(start),
-        demo.files.exam("train"),
-        raw,
-        strategy="explanation",
-        num_paths=demo.recipe.num_paths,
-        seed=demo.seed,
-        max_new_tokens=demo.recipe.max_new_tokens,
-        style=STYLE,
-        unlisted_is_wrong=True,
-        dtype="float32",
+        PairsConfig(
+            model=str(demo.model(start)),
+            questions=str(demo.files.exam("train")),
+            out=str(raw),
+            strategy="explanation",
+            balance_length=False,
+            num_paths=demo.recipe.num_paths,
+            seed=demo.seed,
+            max_new_tokens=demo.recipe.max_new_tokens,
+            prompt="demo",
+            unlisted_is_wrong=True,
+            dtype="float32",
+        )
     )
     rows = read_rows(raw)
     allowed = set(world.diseases["train"]) | set(world.diseases["general"])
@@ -203,17 +207,11 @@ def prefer(demo: Demo, arm: str, start: str, **rpo: object) -> None:
 
 def sit_exam(demo: Demo, arm: str, kind: str) -> dict:
     """One model's examination about diseases of one kind: ``answer``, ``explain``, ``gap``."""
+    from medtrain.trainer.config.exam import EvalSettings
     from medtrain.trainer.exam.evaluate import evaluate
 
-    result = evaluate(
-        demo.model(arm),
-        demo.files.exam(kind),
-        out=demo.out / "exams" / kind / arm,
-        style=STYLE,
-        max_new_tokens=demo.recipe.max_new_tokens,
-        max_answer_tokens=4,
-        dtype="float32",
-    )
+    settings = EvalSettings(prompt="demo", max_new_tokens=demo.recipe.max_new_tokens, max_answer_tokens=4, dtype="float32")
+    result = evaluate(demo.model(arm), demo.files.exam(kind), demo.out / "exams" / kind / arm, settings)
     if "invalid" in result:
         demo.say(f"         {arm}: these figures are invalid: {result['invalid']}")
     return {"answer": result["answer"], "explain": result["explain"], "gap": result["explanation_gap"]}

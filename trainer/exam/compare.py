@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.prompts import MODES
-from medtrain.trainer.exam.questions import read_jsonl
+from medtrain.trainer.files import read_jsonl
 from medtrain.trainer.intervals import bootstrap_interval, p_text, paired_p_value
 
 

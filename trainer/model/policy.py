@@ -233,15 +233,20 @@ def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     return hf_config
 
 
-def _check_tokenizer_fits(config: ModelConfig, hf_config, tokenizer, where) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: dict[str, Any]) -> None:
+    """Refuse a tokenizer with ids beyond the embedding."""
     largest = max(tokenizer.get_vocab().values())
-    if largest >= hf_config.vocab_size:
+    if largest >= vocab_size:
         raise bad_input(
             "the tokenizer does not fit the weights",
             **where,
-            found=f"token ids up to {largest}, a vocabulary of {hf_config.vocab_size}",
+            found=f"token ids up to {largest}, a vocabulary of {vocab_size}",
             expected="every token id below vocab_size",
         )
+
+
+def _check_tokenizer_fits(config: ModelConfig, hf_config, tokenizer, where) -> None:
+    check_vocabulary(tokenizer, hf_config.vocab_size, where)
     own = Path(config.path) / "tokenizer.json" if config.path else None
     if own is None or config.tokenizer is None or not own.is_file():
         return

@@ -22,7 +22,7 @@ from medtrain.kernels.losses import LOSSES
 from medtrain.trainer.config.settings import Config
 from medtrain.trainer.data.ledger import describe
 from medtrain.trainer.errors import InputError, bad_input, user_path
-from medtrain.trainer.exam.records import read_outputs
+from medtrain.trainer.exam.scoring import read_outputs
 from medtrain.trainer.files import write_bytes
 from medtrain.trainer.run.alarms import ForgettingAlarm, LikelihoodAlarm
 from medtrain.trainer.run.console import count

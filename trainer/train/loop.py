@@ -22,7 +22,7 @@ from medtrain.trainer.config.settings import Config
 from medtrain.trainer.data.chat import fix_time, now
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import StopRequested, bad_input
-from medtrain.trainer.exam.during import sit_exam
+from medtrain.trainer.exam.during import evaluate_policy
 from medtrain.trainer.files import PARTIAL, replace_folder, write_json
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.model.flops import num_parameters
@@ -204,7 +204,7 @@ class _Run:
                     row |= self.built.loss.evaluate(policy, self.world)
                 if exam is not None and is_due(settings.exam_every):
                     tokenizer = fix_time(self.prepared.tokenizer, self.prepared.first_start)
-                    row |= sit_exam(policy, tokenizer, exam, self.world, self.folder.exam(step), self.folder.base)
+                    row |= evaluate_policy(policy, tokenizer, exam, self.world, self.folder.exam(step), self.folder.base)
         except StopRequested:
             return False
         if row:

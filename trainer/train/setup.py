@@ -23,7 +23,8 @@ from medtrain.trainer.config.settings import Config, ModelConfig
 from medtrain.trainer.data.chat import fix_time
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.exam.during import Exam, read_exam
+from medtrain.trainer.exam.during import read_training_exam
+from medtrain.trainer.exam.prepare import Exam
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.model.attention import select_backend
 from medtrain.trainer.model.flops import num_parameters
@@ -127,7 +128,7 @@ def prepare(config: Config, world: World, *, verify: bool = False) -> Prepared:
         architecture = world.from_main(lambda: prove_architecture(hf_config, length, where))
     first_start = world.from_main(folder.first_start)
     renderer = fix_time(tokenizer, first_start)
-    exam = world.from_main(lambda: read_exam(config, renderer, hf_config))
+    exam = world.from_main(lambda: read_training_exam(config, renderer, hf_config))
     if renderer is not tokenizer and (config.stage == "rpo" or (exam is not None and exam.style.chat)):
         log.info(f"the chat template writes a date: {first_start:%Y-%m-%d}, that of the run's first start")
     data = STAGES[config.stage].read_data(config, renderer, world, verify=verify)

@@ -22,7 +22,7 @@ from medtrain.trainer.data.ledger import describe, pair_ledger
 from medtrain.trainer.data.pairs import COLUMN_UNREAD, load_pairs
 from medtrain.trainer.data.tokenizer import read_tokenizer
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.exam.during import read_outputs
+from medtrain.trainer.exam.scoring import read_outputs
 from medtrain.trainer.run import folder as run_folder
 from medtrain.trainer.run.folder import RunFolder
 

@@ -36,7 +36,7 @@ def call(*words, status=0):
     return result
 
 
-def sit(place, out, *words, **settings):
+def evaluate(place, out, *words, **settings):
     return call(
         "eval",
         "--model",
@@ -55,17 +55,17 @@ def sit(place, out, *words, **settings):
 
 
 def test_eval_prints_a_table_and_the_same_command_again_prints_json(place):
-    table = sit(place, "both").stdout
+    table = evaluate(place, "both").stdout
     assert len(table.splitlines()) == 5 and "explanation gap" in table and "1 questions that need an image" in table
-    result = json.loads(sit(place, "both", "--json").stdout)
+    result = json.loads(evaluate(place, "both", "--json").stdout)
     assert result == json.loads((place / "both/exam.json").read_text())
     row = result["explain"]
     assert f"{row['points']}/{row['max_points']}" in table and f"{row['points_ratio']:.3f}" in table
 
 
 def test_choice_logp_from_the_command_line_and_compared_with_generation(place):
-    assert "acc_norm" in sit(place, "choices", "--mode", "answer", "--method", "choice_logp").stdout
-    sit(place, "generated", "--mode", "answer")
+    assert "acc_norm" in evaluate(place, "choices", "--mode", "answer", "--method", "choice_logp").stdout
+    evaluate(place, "generated", "--mode", "answer")
     result = json.loads(call("compare", place / "generated", place / "choices", "--json").stdout)
     assert result["settings_that_differ"] == ["method"] and set(result["modes"]) == {"answer"}
     assert "settings differ: method" in call("compare", place / "generated", place / "choices").stdout
@@ -91,7 +91,10 @@ def test_pairs_with_a_prompt_style_of_ones_own(place, tmp_path):
         ("unlisted_is_wrong=true", "answer_as: text"),
         ("chat=true", "no chat template"),
         ("batch_tokens=0", "1 or more"),
-        ("seed=1", "seed differ"),
+        ("seed=1", "a run with another seed"),
+        ("strategy=x", "explanation | sampled | both"),
+        ("max_per_question=0", "1 or more"),
+        ("temperature=0", "more than 0"),
     ):
         assert part in call("pairs", tmp_path / "pairs.yaml", change, status=2).stderr
 
@@ -119,9 +122,12 @@ def test_score_through_a_mapping(tmp_path):
         (["--demonstrations", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--limit", "0"], "--limit"),
         (["--engine", "vllm"], "vllm is not installed"),
+        (["--engine", "tgi"], "'tgi' is not one of 'hf', 'vllm'"),
+        (["--mode", "x"], "'x' is not one of 'answer', 'explain', 'both'"),
+        (["--method", "x"], "'x' is not one of 'generate', 'choice_logp'"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(place, words, part, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    assert part in sit(place, "mistake", *words, status=2).stderr
+    assert part in evaluate(place, "mistake", *words, status=2).stderr
     assert not list(place.glob("mistake/outputs*")) and not (place / "mistake/exam.json").exists()

@@ -7,12 +7,12 @@ import pytest
 import torch
 from helpers import TIMING, kill_in_a_child, read_metrics, run, run_on_ranks, stopped_after, without_timing, write_jsonl
 
+from medtrain.trainer.config.exam import EvalSettings
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.exam.during import read_outputs
 from medtrain.trainer.exam.evaluate import evaluate
 from medtrain.trainer.exam.generate import HFEngine
-from medtrain.trainer.exam.prompts import MODES, load_style
-from medtrain.trainer.exam.scoring import INVALID
+from medtrain.trainer.exam.prompts import MODES
+from medtrain.trainer.exam.scoring import INVALID, read_outputs
 from medtrain.trainer.run.console import evaluation_lines
 from medtrain.trainer.run.folder import RunFolder
 from medtrain.trainer.train import loop
@@ -82,8 +82,7 @@ def test_the_exam_changes_no_bit_of_the_training(stage, tree_of, tmp_path):
     del tree["data"]["exam"], tree["eval"]
     run(stage, tree, tmp_path / "without")
     rows = [row for row in without_timing(read_metrics(tmp_path / "with")) if row["step"] > 0]
-    sat = [row["step"] for row in rows if "exam/explanation_gap" in row]
-    assert sat == [2, 4]
+    assert [row["step"] for row in rows if "exam/explanation_gap" in row] == [2, 4]
     plain = [{name: value for name, value in row.items() if not name.startswith("exam/")} for row in rows]
     assert plain == without_timing(read_metrics(tmp_path / "without"))
     a, b = ((tmp_path / f / "model" / "model.safetensors").read_bytes() for f in ("with", "without"))
@@ -91,11 +90,11 @@ def test_the_exam_changes_no_bit_of_the_training(stage, tree_of, tmp_path):
 
 
 def _sharded_training_with_an_exam(stage, tree, out):
-    sit = loop.sit_exam
+    evaluate_policy = loop.evaluate_policy
 
     def watched(policy, *args):
         before = torch.get_rng_state()
-        found = sit(policy, *args)
+        found = evaluate_policy(policy, *args)
         assert torch.equal(torch.get_rng_state(), before)
         parameters = dict(policy.named_parameters())
         assert all(p.grad is None for p in parameters.values())
@@ -103,7 +102,7 @@ def _sharded_training_with_an_exam(stage, tree, out):
         assert policy.config._attn_implementation == "medtrain_varlen" and policy.training
         return found
 
-    loop.sit_exam = watched
+    loop.evaluate_policy = watched
     run(stage, tree, out)
 
 
@@ -141,9 +140,8 @@ def test_the_answers_are_those_of_the_exported_model(stage, size, changes, tree_
     else:
         run_on_ranks(size, tmp_path, run, stage, tree, tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
-    result = evaluate(
-        tmp_path / "run" / "model", exam, out=tmp_path / "eval", style=load_style(style), max_new_tokens=9, max_answer_tokens=3
-    )
+    settings = EvalSettings(prompt=style, max_new_tokens=9, max_answer_tokens=3)
+    result = evaluate(tmp_path / "run" / "model", exam, tmp_path / "eval", settings)
     assert last["exam/explanation_gap"] == result["explanation_gap"]
     ours = outputs(tmp_path / "run", 20)
     for mode in MODES:
@@ -156,14 +154,14 @@ def test_the_answers_are_those_of_the_exported_model(stage, size, changes, tree_
         assert result[mode]["questions"] == len(TEXTS)
 
 
-def test_compiled_layers_sit_the_exam_as_written(tree_of, tmp_path, monkeypatch):
+def test_compiled_layers_answer_the_exam_as_written(tree_of, tmp_path, monkeypatch):
     monkeypatch.setattr("medtrain.trainer.model.compile.BACKEND", "eager")
     run("cpt", tree_of("cpt"), tmp_path / "plain")
     run("cpt", tree_of("cpt", model__compile=True), tmp_path / "compiled")
     assert outputs(tmp_path / "compiled", 4) == outputs(tmp_path / "plain", 4)
 
 
-def test_a_resumed_run_sits_no_exam_twice(tree_of, tmp_path):
+def test_a_resumed_run_evaluates_no_exam_twice(tree_of, tmp_path):
     tree = tree_of("rpo", checkpoint__every=1)
     tree["eval"]["exam_every"] = 1
     run("rpo", tree, tmp_path / "whole")
@@ -187,44 +185,44 @@ def test_a_resumed_run_sits_no_exam_twice(tree_of, tmp_path):
 def test_an_exam_that_fails_leaves_the_checkpoint_of_its_step(background, tree_of, tmp_path, monkeypatch):
     tree = tree_of("rpo", checkpoint__every=2, checkpoint__async_save=background)
     run("rpo", tree, tmp_path / "whole")
-    sit, sat = loop.sit_exam, []
+    evaluate_policy, calls = loop.evaluate_policy, []
 
     def failing(*args):
-        sat.append(args)
-        if len(sat) == 2:  # after step 2, the first being before step 0
+        calls.append(args)
+        if len(calls) == 2:  # after step 2, the first being before step 0
             raise RuntimeError("out of memory")
-        return sit(*args)
+        return evaluate_policy(*args)
 
-    monkeypatch.setattr(loop, "sit_exam", failing)
+    monkeypatch.setattr(loop, "evaluate_policy", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         run("rpo", tree, tmp_path / "failed")
     assert RunFolder(tmp_path / "failed").last_checkpoint()[0] == 2
     run("rpo", tree, tmp_path / "failed")
-    assert len(sat) == 4  # that of step 2 once more, and the last
+    assert len(calls) == 4  # that of step 2 once more, and the last
     whole, failed = (without_timing(read_metrics(tmp_path / f)) for f in ("whole", "failed"))
     assert whole == failed and "exam/explanation_gap" in failed[2]
     assert_one_evaluation_a_step(tmp_path / "failed")
 
 
-def test_a_run_that_only_owed_its_last_exam_returns_the_whole_last_step(tree_of, tmp_path, monkeypatch):
-    tree, sit = tree_of("rpo"), loop.sit_exam
+def test_a_run_that_only_lacked_its_last_exam_returns_the_whole_last_step(tree_of, tmp_path, monkeypatch):
+    tree, evaluate_policy = tree_of("rpo"), loop.evaluate_policy
     whole = run("rpo", tree, tmp_path / "whole")
 
     def failing(policy, tokenizer, exam, world, file, source):
         if file.stem.endswith("4"):
             raise RuntimeError("out of memory")
-        return sit(policy, tokenizer, exam, world, file, source)
+        return evaluate_policy(policy, tokenizer, exam, world, file, source)
 
-    monkeypatch.setattr(loop, "sit_exam", failing)
+    monkeypatch.setattr(loop, "evaluate_policy", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         run("rpo", tree, tmp_path / "failed")
-    monkeypatch.setattr(loop, "sit_exam", sit)
+    monkeypatch.setattr(loop, "evaluate_policy", evaluate_policy)
     again = run("rpo", tree, tmp_path / "failed")
     assert {"loss", "exam/explanation_gap"} <= again.metrics.keys()
     assert without_timing([again.metrics]) == without_timing([whole.metrics])
 
 
-def test_an_exam_left_out_by_a_stop_is_sat_when_the_run_goes_on(tree_of, tmp_path):
+def test_an_exam_left_out_by_a_stop_is_evaluated_when_the_run_goes_on(tree_of, tmp_path):
     tree = tree_of("cpt")
     tree["data"]["heldout"] = [{"path": tree["data"]["sources"][0]["path"], "name": "h"}]
     tree["eval"]["every"] = 2
@@ -276,7 +274,7 @@ def test_another_exam_is_another_run(tree_of, exam, tmp_path):
         ({"data__exam": "nowhere.jsonl"}, r"nowhere\.jsonl.*cannot be read"),
         ({"eval__exam_prompt": "japanese"}, r"no such prompt style.*japanese.*official"),
         ({"eval__exam_chat": True}, r"no chat template"),
-        ({"eval__exam_max_new_tokens": 40_000}, r"does not fit.*question 0, explain: .* 40000 new ones.*32768"),
+        ({"eval__exam_max_new_tokens": 40_000}, r"eval\.exam_max_new_tokens.*leaves no room.*40000.*below 32768"),
         ({"eval__exam_questions": 0}, r"eval\.exam_questions.*1 or more"),
         ({"eval__exam_demonstrations": "nowhere.jsonl"}, r"nowhere\.jsonl.*cannot be read"),
         ({"data__exam": None}, r"eval\.exam_every.*no effect without an exam.*data\.exam"),

@@ -176,5 +176,5 @@ def test_files_that_are_no_exam_are_named_for_what_they_are(tmp_path):
     with pytest.raises(InputError, match=r"not a form of exam that is read \(found \.xlsx; expected \.jsonl, \.csv or \.tsv"):
         load_questions(tmp_path / "exam.xlsx")
     (tmp_path / "empty.csv").write_text("id,question\n")
-    with pytest.raises(InputError, match=r"no questions \(expected a row a question"):
+    with pytest.raises(InputError, match=r"no questions \(expected one question per row"):
         load_questions(tmp_path / "empty.csv")

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exam_models import CHAIN, QUESTIONS, STYLE, chain_model, write_exam
+from exam_models import CHAIN, QUESTIONS, STYLE, chain_model, generate, write_exam, write_style
 from helpers import write_jsonl
 
+from medtrain.trainer.config.exam import PairsConfig
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.exam.evaluate import answer_exam
-from medtrain.trainer.exam.generate import HFEngine
-from medtrain.trainer.exam.pairs import build as pairs_module
-from medtrain.trainer.exam.pairs.build import ReasoningPath, build_pairs, run_pairs, sample_paths
+from medtrain.trainer.exam.generate import HFEngine, Output
+from medtrain.trainer.exam.pairs import build
+from medtrain.trainer.exam.pairs import run as pairs_module
 
 
 @pytest.fixture
@@ -22,8 +22,15 @@ def checkpoint(tmp_path, unsure_model, tokenizer):
     return tmp_path / "model"
 
 
-def paths(*outputs, prompt="P"):
-    return [ReasoningPath(prompt, output) for output in outputs]
+def paths(*outputs):
+    return [Output(output, truncated=False) for output in outputs]
+
+
+def build_pairs(questions, paths_by_question, prompts=None, style=STYLE, **settings):
+    """Grade paths and pair them up."""
+    config = PairsConfig(model="", questions="", out="", **{"balance_length": False} | settings)
+    graded = {q.problem_id: build.grade_paths(q, paths_by_question.get(q.problem_id, ()), style, config) for q in questions}
+    return build.build_pairs(questions, prompts or ["P"] * len(questions), graded, style, config)
 
 
 RIGHT = [f" 理由{i}。答え: b" for i in range(3)]
@@ -31,7 +38,7 @@ WRONG = [f" 理由{i}。答え: c" for i in range(4)]
 
 
 def test_the_ground_truth_is_preferred_over_each_wrong_path():
-    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="explanation", style=STYLE)
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="explanation")
     assert {row["chosen"] for row in rows} == {" 青は薬。。答え: b"}
     assert sorted(row["rejected"] for row in rows) == WRONG
     assert all((row["prompt"], row["question_id"], row["strategy"]) == ("P", "1", "explanation") for row in rows)
@@ -39,9 +46,9 @@ def test_the_ground_truth_is_preferred_over_each_wrong_path():
 
 
 def test_right_paths_are_preferred_over_wrong_ones_and_none_is_used_twice_too_early():
-    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=3, style=STYLE)
+    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=3)
     assert len({row["chosen"] for row in rows}) == len({row["rejected"] for row in rows}) == 3
-    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=99, style=STYLE)
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, strategy="sampled", max_per_question=99)
     pairs = [(row["chosen"], row["rejected"]) for row in rows]
     assert len(set(pairs)) == len(pairs) == 12 and summary["left_out_by_cap"] == 0
     assert {c for c, _ in pairs} == set(RIGHT) and {r for _, r in pairs} == set(WRONG)
@@ -55,13 +62,13 @@ def test_both_strategies_share_the_cap():
         made = [row["strategy"] for row in rows]
         assert (made.count("explanation"), made.count("sampled")) == kinds
         assert summary["left_out_by_cap"] == 16 - len(rows)
-    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*WRONG)}, strategy="both", max_per_question=4, style=STYLE)
+    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*WRONG)}, strategy="both", max_per_question=4)
     assert [row["strategy"] for row in rows] == ["explanation"] * 4
 
 
 def test_pairs_follow_the_seed_and_the_question_alone():
     both = {"1": paths(*RIGHT, *WRONG), "2": paths(*RIGHT, *WRONG)}
-    settings = {"strategy": "sampled", "max_per_question": 2, "style": STYLE}
+    settings = {"strategy": "sampled", "max_per_question": 2}
     runs = [build_pairs(QUESTIONS[:2], both, seed=seed, **settings)[0] for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
     truths = [build_pairs(QUESTIONS[:1], both, seed=s, **settings | {"strategy": "explanation"})[0] for s in range(9)]
@@ -71,8 +78,8 @@ def test_pairs_follow_the_seed_and_the_question_alone():
 
 
 def test_repeated_cut_off_and_unreadable_paths_make_no_pairs():
-    given = paths(WRONG[0], WRONG[0], WRONG[0] + "\n ", " わからない") + [ReasoningPath("P", WRONG[1], truncated=True)]
-    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, strategy="both", style=STYLE)
+    given = paths(WRONG[0], WRONG[0], WRONG[0] + "\n ", " わからない") + [Output(WRONG[1], truncated=True)]
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, strategy="both")
     assert [row["rejected"] for row in rows] == [WRONG[0]]
     assert summary["paths"] == {"right": 0, "bare": 0, "wrong": 1, "unparsed": 1, "truncated": 1, "duplicate": 2}
 
@@ -88,21 +95,19 @@ def test_an_answer_that_is_no_choice_is_wrong_only_where_that_is_asked_for_and_c
         " 答え: 黄と白",  # a choice among others
         " 答え: b または c",
     ]
-    given = paths(*certain, *unclear, " 理由。答え: 白", " 理由。答え: 青") + [ReasoningPath("P", " 答え: 黄", truncated=True)]
+    given = paths(*certain, *unclear, " 理由。答え: 白", " 理由。答え: 青") + [Output(" 答え: 黄", truncated=True)]
     settings = {"strategy": "explanation", "style": style}
     rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings)
     assert [row["rejected"] for row in rows] == [" 理由。答え: 白"] and summary["paths"]["wrong"] == 1
     rows, summary = build_pairs(QUESTIONS[:1], {"1": given}, **settings, unlisted_is_wrong=True)
     assert sorted(row["rejected"] for row in rows) == sorted([*certain, " 理由。答え: 白"])
     assert summary["paths"] == {"right": 1, "bare": 0, "wrong": 3, "unparsed": len(unclear), "truncated": 1, "duplicate": 0}
-    with pytest.raises(InputError, match="unlisted_is_wrong"):
-        build_pairs(QUESTIONS[:1], {"1": given}, style=STYLE, unlisted_is_wrong=True)
 
 
 def test_the_summary_says_why_questions_gave_no_pairs():
     q = [replace(QUESTIONS[0], problem_id=str(i), explanation=None if i > 2 else "青。") for i in range(6)]
     given = {"1": paths(*RIGHT), "2": paths(" わからない"), "3": paths(*WRONG), "4": paths(*RIGHT, *WRONG), "5": paths(*WRONG)}
-    _, summary = build_pairs(q, given, strategy="both", style=STYLE)
+    _, summary = build_pairs(q, given, strategy="both")
     assert summary["without_pairs"] == {
         "no paths": 1,
         "no wrong path": 1,
@@ -110,31 +115,19 @@ def test_the_summary_says_why_questions_gave_no_pairs():
         "no right path and no explanation": 2,
     }
     assert (summary["questions"], summary["questions_with_pairs"]) == (6, 1)
-    assert build_pairs(q[3:4], given, strategy="explanation", style=STYLE)[1]["without_pairs"] == {"no explanation": 1}
-    assert build_pairs(q[3:4], given, strategy="sampled", style=STYLE)[1]["without_pairs"] == {"no right path": 1}
-
-
-def test_wrong_requests_for_pairs_are_refused(model, tokenizer):
-    with pytest.raises(InputError, match="field 'strategy': unknown"):
-        build_pairs(QUESTIONS, {}, strategy="x")
-    with pytest.raises(InputError, match="max_per_question"):
-        build_pairs(QUESTIONS, {}, max_per_question=0)
-    with pytest.raises(InputError, match="different prompts"):
-        build_pairs(QUESTIONS[:1], {"1": [ReasoningPath("P", "a"), ReasoningPath("Q", "b")]})
-    with pytest.raises(InputError, match="temperature"):
-        sample_paths(HFEngine(model, tokenizer), QUESTIONS, num_paths=2, temperature=0)
+    assert build_pairs(q[3:4], given, strategy="explanation")[1]["without_pairs"] == {"no explanation": 1}
+    assert build_pairs(q[3:4], given, strategy="sampled")[1]["without_pairs"] == {"no right path": 1}
 
 
 def test_pairs_continue_the_prompts_of_the_exam_token_for_token(unsure_model, tokenizer):
-    engine = HFEngine(unsure_model, tokenizer)
-    sampled = sample_paths(engine, QUESTIONS[:2], num_paths=12, temperature=0.3, seed=3, max_new_tokens=40, style=STYLE)
-    rows, summary = build_pairs(QUESTIONS[:2], sampled, strategy="both", style=STYLE)
+    prompts = [STYLE.prompt(question, "explain", tokenizer) for question in QUESTIONS[:2]]
+    repeated = [prompt for prompt in prompts for _ in range(12)]
+    sampling = {"max_new_tokens": 40, "stop": STYLE.stop("explain"), "temperature": 0.3, "seed": 3}
+    sampled = generate(HFEngine(unsure_model, tokenizer), repeated, **sampling)
+    rows, summary = build_pairs(QUESTIONS[:2], {"1": sampled[:12], "2": sampled[12:]}, prompts, strategy="both")
     assert summary["questions_with_pairs"] == 2 and set(summary["pairs"]) == {"explanation", "sampled"}
-    asked = {
-        r["problem_id"]: r["prompt"] for r in answer_exam(unsure_model, tokenizer, QUESTIONS, "explain", STYLE, max_new_tokens=40)
-    }
     for row in rows:
-        assert row["prompt"] == asked[row["question_id"]]
+        assert row["prompt"] == prompts[int(row["question_id"]) - 1]
         if row["strategy"] == "sampled":
             # Trained as the model wrote it: every token of the path is one the model could have written there.
             ids = tokenizer(row["prompt"]).input_ids + tokenizer(row["rejected"]).input_ids
@@ -146,14 +139,14 @@ def test_pairs_continue_the_prompts_of_the_exam_token_for_token(unsure_model, to
 
 def test_a_ground_truth_that_is_not_read_as_right_is_not_chosen():
     question = replace(QUESTIONS[0], explanation="答え: c と思うかもしれない。答え: c")
-    rows, summary = build_pairs([question], {"1": paths(*WRONG)}, strategy="both", style=STYLE)
+    rows, summary = build_pairs([question], {"1": paths(*WRONG)}, strategy="both")
     assert not rows
     assert summary["without_pairs"] == {"no right path and no explanation that is read as the right answer": 1}
 
 
 def test_equal_pairs_of_two_questions_are_written_once():
     twice = [QUESTIONS[0], replace(QUESTIONS[0], problem_id="9")]
-    rows, summary = build_pairs(twice, {"1": paths(*WRONG), "9": paths(*WRONG)}, strategy="explanation", style=STYLE)
+    rows, summary = build_pairs(twice, {"1": paths(*WRONG), "9": paths(*WRONG)}, strategy="explanation")
     assert len(rows) == 4 and summary["duplicate_pairs"] == 4
     assert summary["without_pairs"] == {"the same pairs as another question": 1} and summary["questions_with_pairs"] == 1
 
@@ -169,10 +162,11 @@ def test_balance_in_length_takes_both_directions_and_reports_its_effect():
         many.append(question)
         # Right paths are mostly the longer ones; some short ones are there to be taken.
         right, wrong = of_lengths("b", (5, 60, 61, 62 + i)), of_lengths("c", (20, 21, 22, 23 + i))
-        given[question.problem_id] = paths(*right, *wrong, prompt=question.problem_id)
-    settings = {"strategy": "sampled", "max_per_question": 2, "style": STYLE}
-    drawn, plain = build_pairs(many, given, **settings)
-    rows, summary = build_pairs(many, given, balance_length=True, **settings)
+        given[question.problem_id] = paths(*right, *wrong)
+    settings = {"strategy": "sampled", "max_per_question": 2}
+    prompts = [question.problem_id for question in many]
+    drawn, plain = build_pairs(many, given, prompts, **settings)
+    rows, summary = build_pairs(many, given, prompts, balance_length=True, **settings)
     assert len(rows) == len(drawn) == 40
     lengths = summary["lengths"]
     assert lengths["drawn"] == plain["lengths"]["written"] == plain["lengths"]["drawn"]
@@ -184,7 +178,7 @@ def test_balance_in_length_takes_both_directions_and_reports_its_effect():
 
 
 def test_where_the_cap_leaves_no_choice_balance_changes_nothing():
-    settings = {"strategy": "both", "max_per_question": 99, "style": STYLE}
+    settings = {"strategy": "both", "max_per_question": 99}
     plain, _ = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, **settings)
     rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*RIGHT, *WRONG)}, balance_length=True, **settings)
     key = lambda row: (row["chosen"], row["rejected"])  # noqa: E731
@@ -192,20 +186,29 @@ def test_where_the_cap_leaves_no_choice_balance_changes_nothing():
     assert summary["lengths"]["drawn"] == summary["lengths"]["written"]
 
 
-RUN = {"num_paths": 8, "temperature": 0.3, "max_new_tokens": 40, "style": STYLE}
+@pytest.fixture
+def run(tmp_path, checkpoint, exam):
+    """``medtrain pairs`` of the checkpoint and the exam, or of another one, with STYLE or another style."""
+
+    def run(out="pairs.jsonl", questions=exam, style=STYLE, **settings):
+        prompt = write_style(tmp_path / "style.yaml", style)
+        named = {"model": str(checkpoint), "questions": str(questions), "out": str(tmp_path / out), "prompt": prompt}
+        defaults = {"num_paths": 8, "temperature": 0.3, "max_new_tokens": 40, "balance_length": False}
+        return pairs_module.run_pairs(PairsConfig(**named | defaults | settings))
+
+    return run
 
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_writes_pairs_with_provenance_every_path_with_its_grade_and_the_summary(tmp_path, exam, checkpoint):
-    said = []
-    summary = run_pairs(checkpoint, exam, tmp_path / "new/pairs.jsonl", **RUN, echo=said.append)
+def test_a_run_writes_pairs_with_provenance_every_path_with_its_grade_and_the_summary(tmp_path, run, checkpoint, log):
+    summary = run("new/pairs.jsonl")
     rows, (header, *sampled) = read(tmp_path / "new/pairs.jsonl"), read(tmp_path / "new/pairs.paths.jsonl")
     assert sum(summary["pairs"].values()) == len(rows) > 0 and summary["skipped_image_questions"] == 1
     assert json.loads((tmp_path / "new/pairs.summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert said[:2] == ["explanations: 2 of 3 questions have one", "paths: 0/24"] and said[-1] == "paths: 24/24"
+    assert log.lines[:2] == ["explanations: 2 of 3 questions have one", "paths: 0/24"] and log.lines[-1] == "paths: 24/24"
     assert len(sampled) == 24
     texts = {(row["problem_id"], row["path"]): row for row in sampled}
     for row in rows:
@@ -219,53 +222,52 @@ def test_a_run_writes_pairs_with_provenance_every_path_with_its_grade_and_the_su
             assert texts[row["question_id"], source["chosen_path"]]["output"].rstrip() == row["chosen"]
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_end(tmp_path, exam, checkpoint, monkeypatch):
-    whole = tmp_path / "whole.jsonl"
-    run_pairs(checkpoint, exam, whole, **RUN, batch_tokens=200)
+def test_a_run_that_was_killed_goes_on_to_the_same_end(tmp_path, run, monkeypatch, log):
+    run("whole.jsonl", batch_tokens=200)
     out, kept = tmp_path / "pairs.jsonl", tmp_path / "pairs.paths.jsonl"
 
     def kill_at_eight(line):
         if int(line.split()[1].split("/")[0]) >= 8:
             raise KeyboardInterrupt
 
+    log.on_line = kill_at_eight
     with pytest.raises(KeyboardInterrupt):
-        run_pairs(checkpoint, exam, out, **RUN, batch_tokens=200, echo=kill_at_eight)
+        run(batch_tokens=200)
+    log.on_line = lambda line: None
     assert 8 <= len(read(kept)) - 1 < 24 and not out.exists()
     with open(kept, "a") as file:
         file.write('{"problem_id": "1", "path": 7, "outp')
     rows = []
     generate = HFEngine._generate_batch
     monkeypatch.setattr(HFEngine, "_generate_batch", lambda self, ids, *a: rows.append(len(ids)) or generate(self, ids, *a))
-    run_pairs(checkpoint, exam, out, **RUN, batch_tokens=200)
+    run(batch_tokens=200)
     assert sum(rows) < 24
     assert kept.read_bytes() == (tmp_path / "whole.paths.jsonl").read_bytes()
-    assert out.read_bytes() == whole.read_bytes()
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_another_strategy_needs_no_new_sampling_and_another_sampling_is_refused(
-    tmp_path, exam, checkpoint, tokenizer, monkeypatch
+    tmp_path, run, checkpoint, tokenizer, monkeypatch
 ):
-    out = tmp_path / "pairs.jsonl"
-    run_pairs(checkpoint, exam, out, **RUN)
+    run()
     monkeypatch.setattr(pairs_module, "load_engine", lambda *a, **k: pytest.fail("nothing is left to sample"))
-    summary = run_pairs(checkpoint, exam, out, strategy="sampled", max_per_question=1, **RUN)
-    assert set(summary["pairs"]) == {"sampled"} and {row["strategy"] for row in read(out)} == {"sampled"}
+    summary = run(strategy="sampled", max_per_question=1)
+    assert set(summary["pairs"]) == {row["strategy"] for row in read(tmp_path / "pairs.jsonl")} == {"sampled"}
     for change in ({"seed": 1}, {"temperature": 0.5}, {"style": replace(STYLE, lead="")}):
-        with pytest.raises(InputError, match=f"sampled otherwise: {next(iter(change))} differ"):
-            run_pairs(checkpoint, exam, out, **RUN | change)
+        with pytest.raises(InputError, match="a run with another .*" + next(iter(change))):
+            run(**change)
     chain_model(tokenizer, CHAIN).save_pretrained(checkpoint)
-    with pytest.raises(InputError, match="sampled otherwise: model differ"):
-        run_pairs(checkpoint, exam, out, **RUN)
+    with pytest.raises(InputError, match="a run with another model"):
+        run()
     (tmp_path / "pairs.paths.jsonl").unlink()
     with pytest.raises(InputError, match="is there already, and no paths"):
-        run_pairs(checkpoint, exam, out, **RUN)
+        run()
 
 
-def test_where_no_pair_comes_about_the_paths_and_the_reasons_are_there_all_the_same(tmp_path, exam, checkpoint):
-    said = []
+def test_where_no_pair_comes_about_the_paths_and_the_reasons_are_there_all_the_same(tmp_path, run, log):
     with pytest.raises(InputError) as error:
-        run_pairs(checkpoint, exam, tmp_path / "none.jsonl", **RUN | {"max_new_tokens": 2}, echo=said.append)
-    assert any("paths: no answer was read in" in line and "none.paths.jsonl" in line for line in said)
+        run("none.jsonl", max_new_tokens=2)
+    assert any("paths: no answer was read in" in line and "none.paths.jsonl" in line for line in log.lines)
     message = str(error.value)
     assert "no pair came about from 3 questions (every path was cut off: 3; paths: " in message and "\n" not in message
     assert "none.paths.jsonl" in message and "for example the path '理由'" in message
@@ -273,51 +275,49 @@ def test_where_no_pair_comes_about_the_paths_and_the_reasons_are_there_all_the_s
     assert {row["kind"] for row in read(tmp_path / "none.paths.jsonl")[1:]} == {"truncated", "duplicate"}
 
 
-def test_nothing_is_sampled_where_the_cache_does_not_reach_the_model(tmp_path, exam, checkpoint, monkeypatch):
+def test_nothing_is_sampled_where_the_cache_does_not_reach_the_model(tmp_path, run, monkeypatch):
     monkeypatch.setattr(HFEngine, "cache_agrees", lambda *_: False)
     with pytest.raises(InputError, match="nothing was sampled: with and without the KV cache"):
-        run_pairs(checkpoint, exam, tmp_path / "pairs.jsonl", **RUN)
+        run()
     assert not list(tmp_path.glob("pairs*"))
 
 
-def test_an_end_token_that_is_no_id_is_one_line(tmp_path, exam, checkpoint):
+def test_an_end_token_that_is_no_id_is_one_line(run, checkpoint):
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(InputError, match="field 'eos_token_id': not token ids"):
-        run_pairs(checkpoint, exam, tmp_path / "pairs.jsonl", **RUN)
+        run()
 
 
-def test_a_strategy_that_makes_nothing_leaves_the_pairs_that_are_there(tmp_path, checkpoint):
+def test_a_strategy_that_makes_nothing_leaves_the_pairs_that_are_there(tmp_path, run):
     truths = [{**row, "explanation": "赤と白は薬。"} for row in read(write_exam(tmp_path / "exam.jsonl"))]
     exam = write_jsonl(tmp_path / "truths.jsonl", [row for row in truths if row["answer"] == ["a", "c"]])
     out = tmp_path / "pairs.jsonl"
-    run_pairs(checkpoint, exam, out, strategy="explanation", **RUN | {"num_paths": 1, "seed": 3})
+    run(questions=exam, strategy="explanation", num_paths=1, seed=3)
     before = [path.read_bytes() for path in (out, tmp_path / "pairs.summary.json")]
     with pytest.raises(InputError, match="no pair came about"):
-        run_pairs(checkpoint, exam, out, strategy="sampled", **RUN | {"num_paths": 1, "seed": 3})
+        run(questions=exam, strategy="sampled", num_paths=1, seed=3)
     assert [path.read_bytes() for path in (out, tmp_path / "pairs.summary.json")] == before
 
 
-def test_no_explanations_are_told_before_anything_is_sampled(tmp_path, checkpoint, monkeypatch):
+def test_no_explanations_are_told_before_anything_is_sampled(tmp_path, run, monkeypatch, log):
     rows = read(write_exam(tmp_path / "exam.jsonl"))
     none = write_jsonl(tmp_path / "none.jsonl", [{k: v for k, v in row.items() if k != "explanation"} for row in rows])
-    told = []
-    summary = run_pairs(checkpoint, none, tmp_path / "pairs.jsonl", strategy="both", echo=told.append, **RUN)
-    assert told[0] == "explanations: 0 of 3 questions have one" and set(summary["pairs"]) == {"sampled"}
+    summary = run(questions=none, strategy="both")
+    assert log.lines[0] == "explanations: 0 of 3 questions have one" and set(summary["pairs"]) == {"sampled"}
     monkeypatch.setattr(pairs_module, "load_engine", lambda *a, **k: pytest.fail("sampled"))
     with pytest.raises(InputError, match=r"none\.jsonl: field 'explanation': no question has an explanation .*strategy=sampled"):
-        run_pairs(checkpoint, none, tmp_path / "other.jsonl", strategy="explanation", **RUN)
+        run("other.jsonl", questions=none, strategy="explanation")
     assert not list(tmp_path.glob("other*"))
-    # What is asked is the same: explanations that come later cost no path.
+    # The prompts are the same: explanations that come later cost no path.
     full = write_jsonl(tmp_path / "full.jsonl", [row | {"explanation": "それは薬。"} for row in rows])
-    assert "explanation" in run_pairs(checkpoint, full, tmp_path / "pairs.jsonl", strategy="explanation", **RUN)["pairs"]
+    assert "explanation" in run(questions=full, strategy="explanation")["pairs"]
 
 
-def test_smaller_batches_go_on_with_the_paths_that_are_there(tmp_path, exam, checkpoint):
-    out = tmp_path / "pairs.jsonl"
-    run_pairs(checkpoint, exam, out, **RUN, batch_tokens=400)
+def test_smaller_batches_go_on_with_the_paths_that_are_there(tmp_path, run):
+    run(batch_tokens=400)
     lines = (tmp_path / "pairs.paths.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "pairs.paths.jsonl").write_text("".join(lines[:6]), encoding="utf-8")
-    run_pairs(checkpoint, exam, out, **RUN, batch_tokens=170)
+    run(batch_tokens=170)
     after = (tmp_path / "pairs.paths.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     assert len(after) == len(lines)
     assert [json.loads(line)["output"] for line in after[1:6]] == [json.loads(line)["output"] for line in lines[1:6]]
@@ -327,28 +327,33 @@ def test_smaller_batches_go_on_with_the_paths_that_are_there(tmp_path, exam, che
 def test_a_right_answer_without_an_explanation_is_not_chosen():
     bare, long = [" b", " 答え: b", " **答え: b**"], [" 理由。答え: b", " b\n青いから。"]
     wrong = [" c"]
-    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *long, *wrong)}, strategy="sampled", style=STYLE)
+    rows, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *long, *wrong)}, strategy="sampled")
     assert {row["chosen"] for row in rows} == set(long) and {row["rejected"] for row in rows} == set(wrong)
     assert (summary["paths"]["bare"], summary["paths"]["right"]) == (3, 2)
-    _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *wrong)}, strategy="sampled", style=STYLE)
+    _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *wrong)}, strategy="sampled")
     assert summary["without_pairs"] == {"no right path that explains": 1}
-    _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare)}, strategy="sampled", style=STYLE)
+    _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*bare)}, strategy="sampled")
     assert summary["without_pairs"] == {"no path with an explanation": 1}
-    _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*long, *wrong)}, strategy="sampled", style=STYLE, min_explanation=3)
+    _, summary = build_pairs(QUESTIONS[:1], {"1": paths(*long, *wrong)}, strategy="sampled", min_explanation=3)
     assert summary["paths"]["bare"] == 1
-    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *wrong)}, strategy="sampled", style=STYLE, min_explanation=0)
+    rows, _ = build_pairs(QUESTIONS[:1], {"1": paths(*bare, *wrong)}, strategy="sampled", min_explanation=0)
     assert len(rows) == 3
 
 
 def test_both_kinds_share_an_odd_cap_over_the_questions():
     two = [replace(question, explanation="青は薬。") for question in (QUESTIONS[0], replace(QUESTIONS[0], problem_id="4"))]
-    of_both = {"1": paths(*RIGHT, *WRONG), "4": paths(*RIGHT, *WRONG, prompt="Q")}
-    _, summary = build_pairs(two, of_both, strategy="both", max_per_question=1, style=STYLE)
+    of_both = {"1": paths(*RIGHT, *WRONG), "4": paths(*RIGHT, *WRONG)}
+    _, summary = build_pairs(two, of_both, ["P", "Q"], strategy="both", max_per_question=1)
     assert summary["pairs"] == {"explanation": 1, "sampled": 1}
-    _, summary = build_pairs(two, of_both, strategy="both", max_per_question=3, style=STYLE)
+    _, summary = build_pairs(two, of_both, ["P", "Q"], strategy="both", max_per_question=3)
     assert summary["pairs"] == {"explanation": 3, "sampled": 3}
 
 
-def test_a_demonstration_that_is_asked_too_is_refused(tmp_path, exam, checkpoint):
-    with pytest.raises(InputError, match="row 1: a demonstration that the exam asks"):
-        run_pairs(checkpoint, exam, tmp_path / "p.jsonl", demonstrations=exam, **RUN)
+def test_a_demonstration_that_is_in_the_exam_too_is_refused(run, exam):
+    with pytest.raises(InputError, match="row 1: a demonstration that is in the exam too"):
+        run(demonstrations=str(exam))
+
+
+def test_an_unlisted_answer_is_wrong_only_where_answers_are_texts(run):
+    with pytest.raises(InputError, match="unlisted_is_wrong"):
+        run(unlisted_is_wrong=True)

@@ -12,7 +12,7 @@ from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import MODES, PromptStyle, Stop, load_style
 from medtrain.trainer.exam.questions import Question
-from medtrain.trainer.exam.scoring import grade_output
+from medtrain.trainer.exam.scoring import is_right
 
 ONE = Question("1", "ルマ熱に効くのはどれか。", ("青い薬", "赤い薬", "白い薬"), ("b",), explanation="赤い薬が効く。")
 TWO = replace(ONE, problem_id="2", answer=("a", "c"))
@@ -95,7 +95,7 @@ def test_every_ground_truth_completion_parses_as_right_and_survives_its_stop_rul
     completion = style.completion(question, mode)
     text, stopped = style.stop(mode).cut(completion + style.answer_end + " more")
     assert style.chat or (text, stopped) == (completion, True)
-    assert grade_output(question, parse_output(completion, question, **style.parse_settings(mode)))
+    assert is_right(question, parse_output(completion, question, **style.parse_settings(mode)))
 
 
 def test_the_made_up_worlds_style_runs_through_the_same_code():
@@ -183,5 +183,3 @@ def test_wrong_requests_are_refused(tmp_path):
         load_style("nowhere")
     with pytest.raises(InputError, match="needs an explanation"):
         PLAIN.completion(replace(ONE, explanation=None), "explain")
-    with pytest.raises(InputError, match="unknown mode"):
-        PLAIN.prompt(ONE, "both", None)

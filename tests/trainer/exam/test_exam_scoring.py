@@ -7,7 +7,7 @@ import pytest
 
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.exam.questions import Question, load_questions
-from medtrain.trainer.exam.scoring import load_predictions, run_score, score, summarize
+from medtrain.trainer.exam.scoring import load_predictions, run_score, score_rows, summarize, summarize_groups
 
 IGAKUQA = Path(__file__).parents[4] / "shared/data/igakuqa"
 needs_igakuqa = pytest.mark.skipif(not IGAKUQA.is_dir(), reason=f"the examination data is not at {IGAKUQA}")
@@ -18,6 +18,10 @@ EITHER = Question("112B30", "どれか。", ("ア", "イ", "ウ", "エ", "オ"),
 ALWAYS = Question("116A71", "どれか。", ("ア", "イ", "ウ", "エ", "オ"), ("e",), points=1)
 WITHDRAWN = Question("3", "どれか。", ("ア", "イ"), ("a",), points=0)
 NUMBER = Question("4", "求めよ。解答：①.②", (), ("04",), points=1)
+
+
+def score(questions, predictions):
+    return summarize_groups(questions, score_rows(questions, predictions))
 
 
 def one(question, **row):
@@ -119,7 +123,7 @@ def test_numbers_count_by_the_boxes_of_the_answer_sheet(row, right):
 
 
 def test_no_questions_sum_up_to_zero():
-    assert summarize([])["points_ratio"] == summarize([])["accuracy"] == 0.0
+    assert summarize([], [])["points_ratio"] == summarize([], [])["accuracy"] == 0.0
 
 
 EXAM_ROW = {"problem_id": "1", "problem_text": "どれか。", "choices": ["ア", "イ"], "answer": ["a"], "points": "1"}
