@@ -35,6 +35,7 @@ _LEAD = re.compile(
 _NUMBER_LEAD = re.compile(rf"(?:{_OPEN}|-(?!\.?\d)|[、:](?=\s*\S)|約|およそ|about|approximately)*")
 
 # The answer itself, and what joins several.
+_LINE = re.compile(r"[^\n]*")
 _LETTER = re.compile(r"[a-z](?![a-z0-9_]|-[a-z0-9])")
 _WORD = re.compile(r"[a-z]{2,}")
 _ONLY_LETTERS = re.compile(r"[a-z](?:[ ,、]+[a-z])*[ ]*[。.]?[ ]*")
@@ -110,17 +111,15 @@ class StatementReader:
     """Reads answers to ``question`` at places of ``output``; ``text`` is the folded copy of it."""
 
     def __init__(self, output: str, question: Question):
-        self.output, self.question = output, question
-        self.text = fold(output)
+        self.output, self.text, self.question = output, fold(output), question
         # A text that two choices share, or a blank one, names no choice.
         texts = [squeeze(choice) for choice in question.choices]
-        self.letter_of = {
-            text: letter for text, letter in zip(texts, question.letters, strict=True) if text and texts.count(text) == 1
-        }
+        lettered = zip(texts, question.letters, strict=True)
+        self.letter_of = {text: letter for text, letter in lettered if text and texts.count(text) == 1}
         self.longest = max(map(len, self.letter_of), default=0)
 
     def read(self, start: int, at: int, end: int, rank: int) -> Reading | None:
-        """The answer that stands at ``at``, after a marker from ``start``: None where none stands, a problem where it says two things."""
+        """The answer that stands at ``at``, behind a marker from ``start``: None where none does, a problem where it is two."""
         end = min(end, at + _LONGEST_STATEMENT)
         if self.question.is_numeric:
             reading = self._read_number(self._after(_NUMBER_LEAD, at, end), end, bare=rank == BARE)
@@ -139,12 +138,11 @@ class StatementReader:
         match = pattern.match(self.text, at, end)
         return match.end() if match else at
 
-    def _any_at(self, patterns: tuple[re.Pattern, ...], at: int, end: int) -> bool:
-        return any(pattern.match(self.text, at, end) for pattern in patterns)
-
-    def _line_end(self, at: int, end: int) -> int:
-        found = self.text.find("\n", at, end)
-        return end if found < 0 else found
+    def _ends(self, at: int, end: int, complete: bool = False) -> bool:
+        """Whether a statement ends at ``at``; a ``complete`` one does unless it is taken back."""
+        if any(pattern.match(self.text, at, end) for pattern in (_ECHO, _DENIED, _HEDGED)):
+            return False
+        return complete or bool(_END.match(self.text, at, end))
 
     def _read_choices(self, start: int, at: int, end: int) -> Reading | None:
         named, lettered = self._read_texts(at, end), self._read_letters(at, end, bullets="\n" in self.text[start:at])
@@ -152,45 +150,35 @@ class StatementReader:
             return named or lettered
         if len(lettered.letters) > 1 and lettered.end - at == len(lettered.letters):
             return named  # "AB" as a choice of its own is not the letters a and b
-        if lettered.problem:
-            return named
-        if not named.problem and named.letters != lettered.letters:
-            return Reading(lettered.end, problem="a letter that is also the text of another choice")
-        return lettered
+        if named.problem or lettered.problem or named.letters == lettered.letters:
+            return named if lettered.problem else lettered
+        return Reading(lettered.end, problem="a letter that is also the text of another choice")
 
     def _read_letters(self, at: int, end: int, bullets: bool) -> Reading | None:
         """Letters, each alone or with the text of its choice, joined in one line or, after a line break, in ``bullets``."""
         if word := _WORD.match(self.text, at, end):
             return self._read_word(word, end)
-        letters, position, line_end = [], at, self._line_end(at, end)
-        while True:
-            if not _LETTER.match(self.text, position, end):
+        letters, position, following = [], at, at
+        while following is not None:
+            if not _LETTER.match(self.text, following, end):
                 return None
-            letters.append(self.text[position])
-            position, has_text, problem = self._after_letter(position, line_end)
+            letters.append(self.text[following])
+            position, complete, problem = self._after_letter(following, self._after(_LINE, following, end))
             if problem:
                 return Reading(position, problem=problem)
             either = self._after(_OR, position, end)
             if either > position and _LETTER.match(self.text, self._after(_LEAD, either, end), end):
                 return Reading(either + 1, problem=_SEVERAL)
-            following = self._next_letter(position, line_end, end)
+            following = self._next_letter(position, end)
             if following is None and bullets and (bullet := _BULLET.match(self.text, position, end)):
                 following = bullet.end()
-                line_end = self._line_end(following, end)
-            if following is None:
-                break
-            position = following
-        if count := _HOW_MANY.match(self.text, position, line_end):
-            position = count.end()
+        if count := _HOW_MANY.match(self.text, position, end):
+            position, complete = count.end(), True
             if int(count[1]) != len(set(letters)):
                 return Reading(position, problem="another number of letters than it says")
         if but := _ALL_BUT.match(self.text, position, end):
             return Reading(but.end(), problem="all but one choice")
-        if self._any_at((_ECHO, _DENIED, _HEDGED), position, end):
-            return None
-        if not (has_text or count or _END.match(self.text, position, end)):
-            return None
-        return self.reading_of(letters, position)
+        return self.reading_of(letters, position) if self._ends(position, end, complete) else None
 
     def _read_word(self, word: re.Match, end: int) -> Reading | None:
         """ "ac": letters written together, where they can be nothing else."""
@@ -201,34 +189,36 @@ class StatementReader:
             return None
         return Reading(word.end(), tuple(letters))
 
-    def _after_letter(self, at: int, line_end: int) -> tuple[int, bool, str | None]:
+    def _after_letter(self, at: int, end: int) -> tuple[int, bool, str | None]:
         """Step over the letter at ``at`` and what belongs to it: closing marks, the text of its choice, a remark in brackets.
 
         Returns where it ends, whether it has the text of its choice, and a problem: it has that of another one.
         """
-        letter, position = self.text[at], self._after(_CLOSERS, at + 1, line_end)
-        gap = _GAP.match(self.text, position, line_end)
-        if gap and (named := self._longest_text(self._after(_OPENERS, gap.end(), line_end), line_end)):
-            owner, after = named[0], self._after(_CLOSERS, named[1], line_end)
-            if owner == letter and not _DENIED.match(self.text, after, line_end):
+        letter, position = self.text[at], self._after(_CLOSERS, at + 1, end)
+        gap = self._after(_GAP, position, end)
+        if named := self._longest_text(self._after(_OPENERS, gap, end), end):
+            owner, after = named[0], self._after(_CLOSERS, named[1], end)
+            if owner == letter and not _DENIED.match(self.text, after, end):
                 return after, True, None
-            if owner != letter and gap[0].strip() not in ("、", ",", "。") and _END.match(self.text, after, line_end):
+            apart = self.text[position:gap].strip() in ("、", ",", "。")
+            if owner != letter and not apart and _END.match(self.text, after, end):
                 return after, False, _ANOTHER_TEXT
-        if remark := _REMARK.match(self.text, position, line_end):
+        if remark := _REMARK.match(self.text, position, end):
             other = re.fullmatch("[a-z]", remark[1]) and remark[1] != letter
             return remark.end(), False, _SEVERAL if other else None
         return position, False, None
 
-    def _next_letter(self, position: int, line_end: int, end: int) -> int | None:
+    def _next_letter(self, position: int, end: int) -> int | None:
         """Where the next letter of a list in one line stands: after a joint, or after a gap if letters alone fill the line."""
+        line_end = self._after(_LINE, position, end)
         joined = self._after(_AND, position, line_end)
         following = self._after(_LEAD, joined, line_end)
         if not _LETTER.match(self.text, following, end):
             return None
-        if joined > position:
+        letters_follow = following > position and ":" not in self.text[position:following]
+        if joined > position or (letters_follow and _ONLY_LETTERS.fullmatch(self.text, following, line_end)):
             return following
-        apart = following > position and ":" not in self.text[position:following]
-        return following if apart and _ONLY_LETTERS.fullmatch(self.text, following, line_end) else None
+        return None
 
     def _longest_text(self, position: int, end: int) -> tuple[str, int] | None:
         """The longest choice text that stands at ``position``: its letter and where it ends."""
@@ -244,7 +234,7 @@ class StatementReader:
 
     def _read_texts(self, position: int, end: int) -> Reading | None:
         """An answer given as the exact text of one or more choices."""
-        letters = []
+        letters: list[str] = []
         while named := self._longest_text(position, end):
             letter, position = named[0], self._after(_CLOSERS, named[1], end)
             letters.append(letter)
@@ -260,12 +250,10 @@ class StatementReader:
             if joined == position or not self._longest_text(following, end):
                 break
             position = following
-        if not letters or self._any_at((_ECHO, _DENIED, _HEDGED), position, end) or not _END.match(self.text, position, end):
-            return None
-        return self.reading_of(letters, position)
+        return self.reading_of(letters, position) if letters and self._ends(position, end) else None
 
     def _read_number(self, at: int, end: int, bare: bool) -> Reading | None:
-        line_end = self._line_end(at, end)
+        line_end = self._after(_LINE, at, end)
         line = self.text[at:line_end]
         boxed = re.findall(rf"([{SLOTS}])([^{SLOTS}]*)", line)
         if len(boxed) > 1:
