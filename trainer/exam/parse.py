@@ -41,6 +41,8 @@ class Parsed:
         return self.number if self.number is not None else (list(self.letters) or None)
 
 
+# What a marker of an answer is made of: "最終的な", "the final", and a word for answer that is not one for a wrong answer.
+_FINAL = r"(最終(?:的な|的に|の)?|最後の|final )?"
 _NOT_WRONG = "".join(f"(?<!{word})" for word in ("不", "誤", "非", "間違った", "誤った", "誤りの", "間違いの"))
 _NOT_WRONG_EN = "".join(f"(?<!{word} )" for word in ("wrong", "incorrect", "not", "no", "an"))
 _NOUN = (
@@ -48,31 +50,35 @@ _NOUN = (
     rf"|{_NOT_WRONG_EN}(?<![a-z])(?:(?<!in)(?:correct|best|right) )?(?:answers?|ans|(?<=correct )(?:option|choice))"
     r"(?:\(s\))?(?: choice| option)?(?![a-z]))"
 )
-_FINAL = r"(?P<final>最終(?:的な|的に|の)?|最後の|final )?"
-_MARKED = re.compile(
+
+# The rules, each a pattern before an answer. Their only groups are the words for "final", which raise the rank.
+_MARKED = re.compile(  # "答え:", "【正解】", a heading "### Answer", "\boxed{", but not "例: 答え:" (_EXAMPLE)
     rf"{_FINAL}{_NOUN}(?:{CLOSE}|[ ])*(?:[:=→⇒]|】|(?<=\])|(?<=[*_])(?=\n))"
-    rf"|(?:^|\n)[ #*]*(?P<heading>最終(?:的な|的に|の)?)?{_NOUN}[ #*]*(?=\n| )"
+    rf"|(?:^|\n)[ #*]*(最終(?:的な|的に|の)?)?{_NOUN}[ #*]*(?=\n| )"
     r"|\\boxed(?=\{)|<answer>"
 )
-_CONCLUSION = r"(?:したがって|従って|よって|以上より|以上から|ゆえに|故に|therefore|thus|hence|so)"
-_SPOKEN = re.compile(
+_EXAMPLE = re.compile(r"(?:例|例えば|たとえば|e\.g\.|形式)[ :「、(]*$")
+_SPOKEN = re.compile(  # "答えは", "the answer is", "so the answer", "I'll choose"
     rf"{_FINAL}{_NOUN}(?:は|が|としては"
     r"| (?:is|are|would be|must be|should be)(?: therefore| thus| most likely| clearly)?(?![a-z]))"
     r"|(?<![a-z])(?:so|thus|therefore|hence),? (?:the )?(?:correct |best )?answer(?: is)?(?: likely| probably)?(?![a-z:])"
     r"|(?<![a-z])(?:i|i would|i'll|i will|so|thus|therefore|let's),? (?:choose|select|pick|go with|answer(?! ?is))(?![a-z:])"
 )
-_CONCLUDED = re.compile(rf"(?:^|[。.\n])[ ]*{_CONCLUSION}[、,]?(?=[ ]*\S)")
-_SPOKEN_AFTER = re.compile(
-    r"(?<![a-z0-9])(?P<answer>[a-z](?:[ ]*(?:,|、|・|と)[ ]*[a-z]){0,25})\)?[ ]*"
-    r"(?:(?:が|を)(?:正解|正答|答え|解答|選択|選ぶ|選び)(?!では|じゃ|で(?:は)?な|しな|とは|か|肢)"
-    r"| is the (?:correct |best |right )?answer(?![a-z])| are the (?:correct |right )?answers(?![a-z]))"
+_CONCLUDED = re.compile(  # "したがって、", "therefore"
+    r"(?:^|[。.\n])[ ]*(?:したがって|従って|よって|以上より|以上から|ゆえに|故に|therefore|thus|hence|so)[、,]?(?=[ ]*\S)"
 )
+_RIGHT_CHOICE = re.compile(r"(?<!も)(?:正しい|適切な|妥当な)選択肢は")
 # Where the question asks for a wrong statement, the right ones are not its answer.
 _ASKS_FOR_THE_WRONG = re.compile(
     r"誤|不適切|でない|しくない|ではない|ないのは|除く|except|(?<![a-z])not(?![a-z])|incorrect|false"
 )
-_RIGHT_CHOICE = re.compile(r"(?<!も)(?:正しい|適切な|妥当な)選択肢は")
+_SPOKEN_AFTER = re.compile(  # "cが正解", "a and c are the answers": the letters come first
+    r"(?<![a-z0-9])([a-z](?:[ ]*(?:,|、|・|と)[ ]*[a-z]){0,25})\)?[ ]*"
+    r"(?:(?:が|を)(?:正解|正答|答え|解答|選択|選ぶ|選び)(?!では|じゃ|で(?:は)?な|しな|とは|か|肢)"
+    r"| is the (?:correct |best |right )?answer(?![a-z])| are the (?:correct |right )?answers(?![a-z]))"
+)
 
+# What may begin a new question, and what ends an output.
 _HEADER = re.compile(
     r"(?:^|\n)[ #*>\-]*(?:[【\[「<](?:次の)?(?:問題|設問|例題|問)[ ]*\d*[】\]」>]"
     r"|(?:次の|新しい)?(?:問題|設問|例題|問)[ ]*\d*[ *]*(?:[:.](?!\d)|(?=[ ]*(?:\n|$)))"
@@ -83,8 +89,6 @@ _HEADER = re.compile(
 )
 _OWN_CHOICES = re.compile(r"\n[ \-*]*\(?a[.):][^\n]*\n[ \-*]*\(?b[.):]")
 _CONTROL = re.compile(r"<\|(?:endoftext|im_end|im_start|eot_id|end_of_text|end|eom_id)\|>|</s>|<(?:eos|end_of_turn)>")
-_BULLET = re.compile(r"[ ]*[-*•・]")
-_EXAMPLE = re.compile(r"(?:例|例えば|たとえば|e\.g\.|形式)[ :「、(]*$")
 
 
 def parse_output(output: str, question: Question, *, cue: bool = False, markers: tuple[str, ...] = ()) -> Parsed:
@@ -95,17 +99,16 @@ def parse_output(output: str, question: Question, *, cue: bool = False, markers:
     """
     parser = _Parser(output, question, markers)
     text = parser.text
-    thought = text.rfind("</think>")
-    if thought < 0 and "<think>" in text:
+    before, thinking_end, _ = text.rpartition("</think>")
+    if not thinking_end and "<think>" in text:
         return Parsed(failure="the thinking part does not end")
-    start = thought + len("</think>") if thought >= 0 else 0
+    start = len(before + thinking_end)
     control = _CONTROL.search(text, start)
     end = parser.before_new_question(start, control.start() if control else len(text), cue)
-    readings = parser.statements(start, end, cue) or parser.bare_lines(start, end)
-    if readings:
+    if readings := parser.statements(start, end, cue) or parser.bare_lines(start, end):
         return _decide(readings, output)
-    said = output[start:end].strip()
-    return Parsed(failure="no answer found" if said else "no text", read_from=said[-80:])
+    unread = output[start:end].strip()
+    return Parsed(failure="no answer found" if unread else "no text", read_from=unread[-80:])
 
 
 def _decide(readings: list[Reading], output: str) -> Parsed:
@@ -126,25 +129,21 @@ def _decide(readings: list[Reading], output: str) -> Parsed:
 
 
 def _rules(question: Question, markers: tuple[str, ...]) -> list[tuple[re.Pattern, int]]:
-    """What introduces an answer to ``question``, and the rank that it gives: the fixed markers and the question's own words."""
+    """What introduces an answer to ``question``, in order, and the rank that it gives."""
     asked = fold(question.problem_text)
-    rules = [(_MARKED, MARKED)]
-    for marker in markers:
-        if marker.strip():
-            rules.append((re.compile(r"\s*".join(map(re.escape, fold(marker).split()))), MARKED))
-    rules += [(_SPOKEN, SPOKEN), (_CONCLUDED, SPOKEN)]
+    own = [re.compile(r"\s*".join(map(re.escape, fold(marker).split()))) for marker in markers if marker.strip()]
+    spoken = [_SPOKEN, _CONCLUDED]
     # For "...適切なのはどれか" an output's "適切なのは" introduces the answer.
     if match := re.search(r"([^。、\n,]{3,})は(?:どれか|何か|どれですか)", asked):
         # The output may leave out what stands before a particle: "この疾患で最も適切なの" comes back as "最も適切なの".
         words = match[1].strip()
         starts = [m.end() for m in re.finditer("[でにがを]", words) if len(words) - m.end() >= 4 and words.endswith("の")]
-        rules.append((re.compile(re.escape(words[max(starts, default=0) :]) + "は"), SPOKEN))
+        spoken.append(re.compile(re.escape(words[max(starts, default=0) :]) + "は"))
     if match := re.search(r"(?:what|which)(?: of the following)? is (the [a-z][a-z \-]{4,60})\?", asked):
-        rules.append((re.compile(rf"(?<![a-z]){re.escape(match[1])} is(?: therefore| most likely)?(?![a-z])"), SPOKEN))
-    # Where the question asks for a wrong statement, the right ones are not its answer.
+        spoken.append(re.compile(rf"(?<![a-z]){re.escape(match[1])} is(?: therefore| most likely)?(?![a-z])"))
     if not _ASKS_FOR_THE_WRONG.search(asked):
-        rules.append((_RIGHT_CHOICE, SPOKEN))
-    return rules
+        spoken.append(_RIGHT_CHOICE)
+    return [(pattern, MARKED) for pattern in (_MARKED, *own)] + [(pattern, SPOKEN) for pattern in spoken]
 
 
 class _Parser:
@@ -159,20 +158,18 @@ class _Parser:
         """The introduced answers between ``start`` and ``end``, by where they begin."""
         if cue and (reading := self.reader.read(start, start, end, CUE)):
             return [reading]
-        found: list[Reading | None] = []
+        readings: list[Reading | None] = []
         for pattern, rank in self.rules:
             for match in pattern.finditer(self.text, start, end):
-                if pattern is _MARKED and _EXAMPLE.search(self.text[max(start, match.start() - 8) : match.start()]):
-                    continue
-                # The groups of a pattern are its words for "final".
-                found.append(self.reader.read(match.start(), match.end(), end, FINAL if any(match.groups()) else rank))
-        if not self.question.is_numeric:
-            for match in _SPOKEN_AFTER.finditer(self.text, start, end):
-                reading = self.reader.reading_of(re.findall("[a-z]", match["answer"]), match.end())
-                found.append(replace(reading, start=match.start(), rank=SPOKEN))
-        # One place can be found twice (a style's own marker that is also a usual one); the higher rank holds.
+                if pattern is not _MARKED or not _EXAMPLE.search(self.text[max(start, match.start() - 8) : match.start()]):
+                    rank_here = FINAL if any(match.groups()) else rank
+                    readings.append(self.reader.read(match.start(), match.end(), end, rank_here))
+        for match in _SPOKEN_AFTER.finditer(self.text, start, end) if self.question.choices else ():
+            reading = self.reader.reading_of(re.findall("[a-z]", match[1]), match.end())
+            readings.append(replace(reading, start=match.start(), rank=SPOKEN))
+        # One place can be read twice (a style's own marker that is also a usual one); the higher rank holds.
         by_end: dict[int, Reading] = {}
-        for reading in found:
+        for reading in readings:
             if reading and (reading.end not in by_end or reading.rank > by_end[reading.end].rank):
                 by_end[reading.end] = reading
         return sorted(by_end.values(), key=lambda reading: reading.start)
@@ -210,21 +207,21 @@ class _Parser:
             return []
         readings = [self.reader.read(at, at, line_end, BARE) for at, line_end in lines]
         whole = [reading for reading, line in zip(readings, lines, strict=True) if reading and self._fills(reading, line[1])]
-        bullets = [bool(_BULLET.match(self.text, *line)) for line in lines]
+        bullets = [bool(re.compile(r"[ ]*[-*•・]").match(self.text, *line)) for line in lines]
         if len(lines) > 1 and self.question.is_numeric and len(set(SLOTS) & set(self.text[start:end])) > 1:
             return []  # boxes filled line by line, or calculations numbered like boxes
         if len(lines) > 1 and all(bullets):
             letters = {letter for reading in whole for letter in reading.letters}
-            if len(whole) < len(lines) or not all(reading.letters for reading in whole):
-                return []
             # All the choices, listed, are the question restated.
-            return [Reading(end, tuple(sorted(letters)), start=start)] if len(letters) < len(self.question.choices) else []
+            is_list = len(whole) == len(lines) and all(reading.letters for reading in whole)
+            is_list = is_list and len(letters) < len(self.question.choices)
+            return [Reading(end, tuple(sorted(letters)), start=start)] if is_list else []
         if bullets[-2:] == [True, True]:
             return []  # a list after other text: its last line alone is not the answer
         if len({reading.letters for reading in whole}) > 2 or len(whole) == len(self.question.choices) > 1:
             return []
-        first = readings[0]
-        ends = [reading for reading in whole if reading in (first, readings[-1])]
+        first, last = readings[0], readings[-1]
+        ends = [reading for reading in whole if reading in (first, last)]
         # "c。腎低形成により..." : the answer opens the first line and a full stop closes it.
         if first and first not in whole and self.text[first.end : first.end + 1] == "。":
             ends.append(first)
