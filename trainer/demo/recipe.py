@@ -6,7 +6,6 @@ world 10, ``medtrain demo --seeds`` takes 10, 11, ... Their ``test`` diseases ha
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from medtrain.trainer.demo.texts import Corpus
@@ -50,15 +49,12 @@ class Recipe:
     rpo_steps: int = 150
     rpo_pairs: int = 32
     rpo_lr: float = 1e-4
-    # An arm -> its own "lr" and "beta", where they were chosen for it (benchmarks/demo_grid.py).
+    # An arm -> its own "lr" and "beta", where they were chosen for it (benchmarks/evidence/grid.py).
     tuned: dict[str, dict[str, float]] = field(default_factory=dict)
     beta: float = 0.1
     alpha: float = 1.0
 
     max_new_tokens: int = 32  # an explanation of the longest kind has 14
-
-    def plain(self) -> dict:
-        return dataclasses.asdict(self)
 
 
 RECIPE = Recipe()

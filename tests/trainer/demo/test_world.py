@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from medtrain.trainer.demo import texts as texts_module
+from medtrain.benchmarks.evidence.seeds import states_fact
 from medtrain.trainer.demo.texts import (
     STYLE,
     Corpus,
@@ -14,8 +14,8 @@ from medtrain.trainer.demo.texts import (
     make_tokenizer,
     names_in,
     pretraining_texts,
-    states_fact,
     textbook_texts,
+    write_jsonl,
     write_world,
 )
 from medtrain.trainer.demo.world import KINDS, LETTERS, RELATIONS, WorldSizes, make_world, quiz_on_fact
@@ -32,11 +32,13 @@ def world():
 
 
 def test_the_same_seed_writes_the_same_files_and_another_seed_others(tmp_path, world):
-    written = [write_world(make_world(seed, SIZES), CORPUS, tmp_path / str(k)) for k, seed in enumerate((7, 7, 8))]
-    names = sorted(path.name for path in written[0].root.glob("*.jsonl"))
+    roots = [tmp_path / "first", tmp_path / "again", tmp_path / "other"]
+    for root, seed in zip(roots, (7, 7, 8), strict=True):
+        write_world(make_world(seed, SIZES), CORPUS, root)
+    names = sorted(path.name for path in roots[0].glob("*.jsonl"))
     assert len(names) == 7
     for name in names:
-        first, again, other = ((files.root / name).read_bytes() for files in written)
+        first, again, other = ((root / name).read_bytes() for root in roots)
         assert first == again
         assert first != other
 
@@ -99,9 +101,9 @@ def test_the_textbook_tells_true_facts_and_compares_within_a_chapter(world):
 
 
 def test_exam_files_are_read_back_with_the_right_answer_and_explanation(tmp_path, world):
-    files = write_world(world, CORPUS, tmp_path)
+    write_world(world, CORPUS, tmp_path)
     for kind in KINDS[1:]:
-        for question in load_questions(files.exam(kind)):
+        for question in load_questions(tmp_path / f"exam-{kind}.jsonl"):
             right = question.choices[question.letters.index(question.answer[0])]
             assert right in question.explanation
             for mode in ("answer", "explain"):
@@ -185,8 +187,8 @@ def test_every_text_survives_the_tokenizer_and_holds_no_unknown_token(tmp_path, 
 
 def test_prompt_and_completion_have_the_same_tokens_apart_and_together(tmp_path, world):
     tokenizer = make_tokenizer(world, CORPUS)
-    files = write_world(world, CORPUS, tmp_path)
-    for question in load_questions(files.exam("test")):
+    write_world(world, CORPUS, tmp_path)
+    for question in load_questions(tmp_path / "exam-test.jsonl"):
         for mode in ("answer", "explain"):
             parts = STYLE.prompt(question, mode, tokenizer), STYLE.completion(question, mode)
             apart = [i for part in parts for i in tokenizer(part, add_special_tokens=False).input_ids]
@@ -199,7 +201,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError):
-        texts_module.write_jsonl(tmp_path / "x.jsonl", rows())
+        write_jsonl(tmp_path / "x.jsonl", rows())
     assert not (tmp_path / "x.jsonl").exists()
-    texts_module.write_jsonl(tmp_path / "x.jsonl", [{"text": "ア"}])
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "ア"}])
     assert json.loads((tmp_path / "x.jsonl").read_text(encoding="utf-8")) == {"text": "ア"}
