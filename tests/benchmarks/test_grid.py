@@ -45,7 +45,9 @@ def test_betas_are_tried_at_the_best_rate_of_all_worlds(trained, tmp_path):
 
 def test_a_recipe_gives_an_arm_its_own_rate_and_beta(monkeypatch, tmp_path):
     made = {}
-    monkeypatch.setattr(run_module, "_train", lambda demo, stage, name, **sections: made.update({name: sections}))
+    monkeypatch.setattr(
+        run_module, "_train", lambda demo, stage, name, model, data, optim, rpo: made.update({name: {"optim": optim, "rpo": rpo}})
+    )
     recipe = dataclasses.replace(Recipe(), tuned={"cpt_rpo": {"lr": 3e-5, "beta": 0.3}, "cpt_sft": {"lr": 2e-4}})
     demo = Demo(tmp_path, 7, recipe)
     for arm in ("cpt_rpo", "cpt_sft", "cpt_dpo"):

@@ -142,15 +142,10 @@ def pretrain(demo: Demo) -> None:
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shape = {"model_type": "qwen2", "max_position_embeddings": 256, "tie_word_embeddings": True}
     shape |= {name: getattr(recipe, name) for name in sizes} | {"num_key_value_heads": recipe.num_attention_heads}
-    _train(
-        demo,
-        "cpt",
-        "base",
-        model={"init": shape, "tokenizer": str(demo.out / "world" / "tokenizer")},
-        data={"sources": _sources(demo, recipe.base_shares), "seq_len": 256},
-        optim={"lr": recipe.base_lr, "steps": recipe.base_steps, "batch_tokens": recipe.base_tokens, "weight_decay": 0.01},
-        warmup_steps=50,
-    )
+    model = {"init": shape, "tokenizer": str(demo.out / "world" / "tokenizer")}
+    data = {"sources": _sources(demo, recipe.base_shares), "seq_len": 256}
+    optim = {"lr": recipe.base_lr, "steps": recipe.base_steps, "batch_tokens": recipe.base_tokens}
+    _train(demo, "cpt", "base", model, data, optim | {"warmup_steps": 50, "weight_decay": 0.01})
 
 
 def continue_pretraining(demo: Demo) -> None:
@@ -158,15 +153,10 @@ def continue_pretraining(demo: Demo) -> None:
     total = sum(recipe.replay_shares.values())
     shares = {name: recipe.replay * share / total for name, share in recipe.replay_shares.items()}
     textbook = {"path": demo.text("textbook"), "weight": 1 - recipe.replay, "name": "textbook"}
-    _train(
-        demo,
-        "cpt",
-        "cpt",
-        model={"path": str(demo.model("base"))},
-        data={"sources": [textbook, *_sources(demo, shares)], "seq_len": 256, "exam": demo.text("exam-dev")},
-        optim={"lr": recipe.cpt_lr, "steps": recipe.cpt_steps, "batch_tokens": recipe.cpt_tokens, "weight_decay": 0.01},
-        warmup_steps=10,
-    )
+    model = {"path": str(demo.model("base"))}
+    data = {"sources": [textbook, *_sources(demo, shares)], "seq_len": 256, "exam": demo.text("exam-dev")}
+    optim = {"lr": recipe.cpt_lr, "steps": recipe.cpt_steps, "batch_tokens": recipe.cpt_tokens}
+    _train(demo, "cpt", "cpt", model, data, optim | {"warmup_steps": 10, "weight_decay": 0.01})
 
 
 def _sources(demo: Demo, shares: dict[str, float]) -> list[dict]:
@@ -209,19 +199,13 @@ def train_on_pairs(demo: Demo, name: str, arm: Arm) -> None:
     """RPO on the pairs of ``arm.start``, or a control of it; what the recipe has ``tuned`` for the arm comes first."""
     recipe = demo.recipe
     tuned = {"lr": recipe.rpo_lr, "beta": recipe.beta, "alpha": recipe.alpha} | arm.rpo | recipe.tuned.get(name, {})
-    _train(
-        demo,
-        "rpo",
-        name,
-        model={"path": str(demo.model(arm.start))},
-        data={"pairs": [{"path": str(demo.pairs(arm.start))}], "max_length": 256, "exam": demo.text("exam-dev")},
-        optim={"lr": tuned.pop("lr"), "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs, "weight_decay": 0.0},
-        rpo=tuned,
-        warmup_steps=6,
-    )
+    model = {"path": str(demo.model(arm.start))}
+    data = {"pairs": [{"path": str(demo.pairs(arm.start))}], "max_length": 256, "exam": demo.text("exam-dev")}
+    optim = {"lr": tuned.pop("lr"), "steps": recipe.rpo_steps, "batch_pairs": recipe.rpo_pairs}
+    _train(demo, "rpo", name, model, data, optim | {"warmup_steps": 6, "weight_decay": 0.0}, rpo=tuned)
 
 
-def _train(demo: Demo, stage: str, name: str, *, warmup_steps: int, **sections: dict) -> None:
+def _train(demo: Demo, stage: str, name: str, model: dict, data: dict, optim: dict, **loss: dict) -> None:
     """Train the model ``name``, unless it is there. The exam during training is about development diseases: nothing has
     seen the table's own."""
     from medtrain.trainer.config.settings import config_from_dict
@@ -229,14 +213,15 @@ def _train(demo: Demo, stage: str, name: str, *, warmup_steps: int, **sections: 
 
     if demo.model(name).is_dir():  # appears whole, at the very end
         return
-    sections["data"]["cache"] = str(demo.out / "cache")
-    warmup_steps = min(warmup_steps, sections["optim"]["steps"] // 10)
-    sections["optim"] |= {"warmup_steps": warmup_steps, "micro_batch_tokens": 8192}
+    warmup_steps = min(optim["warmup_steps"], optim["steps"] // 10)
     evaluation = {"exam_every": 50, "exam_questions": 100, "exam_prompt": "demo"}
     evaluation |= {"exam_max_new_tokens": demo.recipe.max_new_tokens, "exam_max_answer_tokens": 4}
-    tree = sections | {
+    tree = loss | {
+        "model": model,
+        "data": data | {"cache": str(demo.out / "cache")},
+        "optim": optim | {"warmup_steps": warmup_steps, "micro_batch_tokens": 8192},
         "precision": {"compute": "float32"},
-        "eval": evaluation if "exam" in sections["data"] else {},
+        "eval": evaluation if "exam" in data else {},
         "checkpoint": {"every": 100_000},
         "run": {"out": str(demo.out / name), "seed": demo.seed},
     }

@@ -190,17 +190,12 @@ def make_tokenizer(world: World, corpus: Corpus):
 
     names = [disease for kind in KINDS for disease in world.diseases[kind]] + list(world.spare_names if corpus.passing else ())
     units = ["<pad>", "<eos>", "<unk>", *ALPHABET, *_PHRASES, *names, *(v for values in world.values for v in values)]
-    model = models.WordPiece(
-        {unit: number for number, unit in enumerate(units)},
-        unk_token="<unk>",
-        continuing_subword_prefix="",
-        max_input_chars_per_word=1_000_000,
-    )
-    tokenizer = Tokenizer(model)
+    ids = {unit: number for number, unit in enumerate(units)}
+    limit = {"continuing_subword_prefix": "", "max_input_chars_per_word": 1_000_000}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="<unk>", **limit))
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", model_max_length=256
-    )
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=256, **special)
 
 
 def write_world(world: World, corpus: Corpus, root: Path) -> None:

@@ -183,11 +183,8 @@ class StatementReader:
     def _read_word(self, word: re.Match, end: int) -> Reading | None:
         """ "ac": letters written together, where they can be nothing else."""
         letters, after = list(word[0]), self._after(_CLOSERS, word.end(), end)
-        if letters != sorted(set(letters) & set(self.question.letters)) or len(letters) > 3:
-            return None
-        if not _END.match(self.text, after, end) or _ECHO.match(self.text, after, end):
-            return None
-        return Reading(word.end(), tuple(letters))
+        distinct = letters == sorted(set(letters) & set(self.question.letters)) and len(letters) <= 3
+        return Reading(word.end(), tuple(letters)) if distinct and _END.match(self.text, after, end) else None
 
     def _after_letter(self, at: int, end: int) -> tuple[int, bool, str | None]:
         """Step over the letter at ``at`` and what belongs to it: closing marks, the text of its choice, a remark in brackets.
@@ -280,16 +277,13 @@ class StatementReader:
 
     def _read_boxes(self, end: int, boxed: list[tuple[str, str]]) -> Reading | None:
         """An answer written box by box, as on the answer sheet: ``①2 ②6`` or ``①0．②4``."""
-        digits = [re.findall(r"\d", after) for _, after in boxed]
+        digits = [re.findall(r"\d(?:[ ]*\.)?", after) for _, after in boxed]  # each with the point behind it
         if not any(digits):
             return None  # the boxes of the question, restated and not filled in
         if "".join(box for box, _ in boxed) != SLOTS[: len(boxed)] or any(len(found) != 1 for found in digits):
             return Reading(end, problem="boxes not filled with one digit each")
         boxes = answer_boxes(self.question.problem_text)
         if boxes is not None and sum(c in SLOTS for c in boxes) == len(boxed):
-            filling = iter(found[0] for found in digits)
-            number = "".join(next(filling) if c in SLOTS else c for c in boxes)
-        else:
-            points = ["." if re.search(r"\d[ ]*\.", after) else "" for _, after in boxed]
-            number = "".join(found[0] + point for found, point in zip(digits, points, strict=True)).rstrip(".")
-        return Reading(end, number=number)
+            filling = iter(found[0][0] for found in digits)
+            return Reading(end, number="".join(next(filling) if c in SLOTS else c for c in boxes))
+        return Reading(end, number="".join(found[0] for found in digits).replace(" ", "").rstrip("."))
