@@ -60,7 +60,7 @@ class Mapping:
             "problem_id": str(value[self.problem_id]).strip() if self.problem_id else str(row),
             "problem_text": "\n".join(str(value[name]).strip() for name in self.problem_text),
             "choices": texts,
-            "answer": self._answer(value[self.answer], texts, error),
+            "answer": self._answer(value[self.answer], texts[: len(string.ascii_lowercase)], error),
             "points": 1,
         }
         for name in ("points", "kinki", "explanation", "text_only"):
@@ -102,19 +102,15 @@ class Mapping:
             return _letters(key) if isinstance(key, str) else key
         letters, keys = [], [str(part) for part in (key if isinstance(key, list) else [key])]
         if self.answer_as == "text":
+            stripped = [text.strip() for text in texts]
             for text in keys:
-                owners = [
-                    letter
-                    for letter, choice in zip(string.ascii_lowercase, texts, strict=False)
-                    if choice.strip() == text.strip()
-                ]
-                if len(owners) != 1:
+                if stripped.count(text.strip()) != 1:
                     raise error("not the text of one choice", found=text, expected=" | ".join(texts))
-                letters += owners
+                letters.append(string.ascii_lowercase[stripped.index(text.strip())])
             return letters
         first = int(self.answer_as == "index1")
         numbers = range(first, first + len(texts))
-        for number in ",".join(keys).split(","):
+        for number in (number for part in keys for number in part.split(",")):
             if not re.fullmatch(r"\s*\d{1,2}\s*", number) or int(number) not in numbers:
                 expected = f"{numbers[0]} to {numbers[-1]} (answer_as: {self.answer_as})"
                 raise error("not the number of a choice", found=number, expected=expected)

@@ -75,14 +75,14 @@ def test_check_disjoint_finds_a_leaked_question(world):
 
 def test_pretraining_prose_tells_only_the_met_facts_of_the_textbook(world):
     of_textbook = set(world.textbook)
-    told = set()
+    stated = set()
     for text in pretraining_texts(world, CORPUS)["prose"]:
         for sentence in text.rsplit("\n", 1)[-1].split("。")[:-1]:
             if sentence[:2] in of_textbook:
                 (r,) = [i for i, relation in enumerate(RELATIONS) if relation.word in sentence]
                 assert world.facts[sentence[:2], r] in sentence
-                told.add((sentence[:2], r))
-    assert told and told <= world.met
+                stated.add((sentence[:2], r))
+    assert stated and stated <= world.met
 
 
 def test_the_textbook_tells_true_facts_and_compares_within_a_chapter(world):
@@ -118,20 +118,20 @@ def test_explanations_of_several_steps_are_true_and_end_with_the_fact_that_is_as
     for row in rows:
         disease = row["problem_text"][:2]
         sentences = row["explanation"].split("。")[:-1]
-        told = []
+        stated = []
         for sentence in sentences:
             (r,) = [i for i, relation in enumerate(RELATIONS) if relation.word in sentence]
             assert world.facts[sentence[:2], r] in sentence
-            told.append((sentence[:2], r))
+            stated.append((sentence[:2], r))
         (asked,) = [i for i, relation in enumerate(RELATIONS) if relation.word in row["problem_text"]]
-        own, others = [fact for fact in told if fact[0] == disease], [fact for fact in told if fact[0] != disease]
+        own, others = [fact for fact in stated if fact[0] == disease], [fact for fact in stated if fact[0] != disease]
         assert len(set(own)) == 3 and own[-1] == (disease, asked)
         for other, r in others:
-            assert r == asked and told.index((other, r)) >= 2
+            assert r == asked and stated.index((other, r)) >= 2
             assert world.facts[other, r] in row["choices"] and other in world.neighbours(disease)
         assert len(others) <= 1
         contrasted += len(others)
-        before += bool(others) and told[-1] == own[-1]
+        before += bool(others) and stated[-1] == own[-1]
     assert 0.4 < contrasted / len(rows) < 0.6
     assert 0.35 < before / contrasted < 0.65
 
@@ -159,8 +159,8 @@ def test_papers_about_passing_diseases_name_nothing_that_is_met_elsewhere(world)
     assert len({text[:5] for text in passing}) > 0.8 * len(passing)
     for text in passing:
         explanation, answer = text.split("説明:")[1].split("\n答え:")
-        (told,) = {s for s in explanation.split("。") if s.startswith(text[3:5]) and answer in s}
-        assert told
+        (stated,) = {s for s in explanation.split("。") if s.startswith(text[3:5]) and answer in s}
+        assert stated
 
 
 def test_up_to_three_wrong_options_are_right_for_a_neighbour(world):
