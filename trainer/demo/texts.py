@@ -111,16 +111,9 @@ def exam_rows(world: World, kind: str, corpus: Corpus, *, repeats: int = 1) -> l
     for fact in facts_about(world.diseases[kind]):
         for _ in range(repeats):
             quiz = quiz_on_fact(world, fact, rng)
-            row = {
-                "problem_id": f"{kind}-{len(rows) + 1:04d}",
-                "problem_text": quiz.text,
-                "choices": quiz.options,
-                "text_only": True,
-                "answer": [quiz.letter],
-                "points": "1",
-                "explanation": explanation(world, quiz, corpus, rng),
-            }
-            rows.append(row)
+            row = {"problem_id": f"{kind}-{len(rows) + 1:04d}", "problem_text": quiz.text, "choices": quiz.options}
+            row |= {"text_only": True, "answer": [quiz.letter], "points": "1"}
+            rows.append(row | {"explanation": explanation(world, quiz, corpus, rng)})
     return rows
 
 

@@ -202,23 +202,23 @@ class _Parser:
 
     def bare_lines(self, start: int, end: int) -> list[Reading]:
         """Readings of an output without statements: a first or last line, or a whole list, of nothing but letters."""
+        choices = self.question.choices
         lines = [line.span() for line in re.compile(r"[^\n]+").finditer(self.text, start, end) if line[0].strip()]
         if not lines:
             return []
         readings = [self.reader.read(at, at, line_end, BARE) for at, line_end in lines]
         whole = [reading for reading, line in zip(readings, lines, strict=True) if reading and self._fills(reading, line[1])]
         bullets = [bool(re.compile(r"[ ]*[-*•・]").match(self.text, *line)) for line in lines]
-        if len(lines) > 1 and self.question.is_numeric and len(set(SLOTS) & set(self.text[start:end])) > 1:
+        if len(lines) > 1 and not choices and len(set(SLOTS) & set(self.text[start:end])) > 1:
             return []  # boxes filled line by line, or calculations numbered like boxes
         if len(lines) > 1 and all(bullets):
             letters = {letter for reading in whole for letter in reading.letters}
             # All the choices, listed, are the question restated.
-            is_list = len(whole) == len(lines) and all(reading.letters for reading in whole)
-            is_list = is_list and len(letters) < len(self.question.choices)
-            return [Reading(end, tuple(sorted(letters)), start=start)] if is_list else []
+            is_answer = len(whole) == len(lines) and all(reading.letters for reading in whole) and len(letters) < len(choices)
+            return [Reading(end, tuple(sorted(letters)), start=start)] if is_answer else []
         if bullets[-2:] == [True, True]:
             return []  # a list after other text: its last line alone is not the answer
-        if len({reading.letters for reading in whole}) > 2 or len(whole) == len(self.question.choices) > 1:
+        if len({reading.letters for reading in whole}) > 2 or len(whole) == len(choices) > 1:
             return []
         first, last = readings[0], readings[-1]
         ends = [reading for reading in whole if reading in (first, last)]
