@@ -101,7 +101,7 @@ for command in (exam.pairs, exam.evaluate, exam.score, exam.compare):
     show_default=True,
     help="steps: explanations of several steps in varied wordings.",
 )
-@click.option("--arms", "further", default="", metavar="LIST", help="Further arms: ipo, simpo or ipo,simpo.")
+@click.option("--arms", "extra_arms", default="", metavar="LIST", help="Further arms: ipo, simpo or ipo,simpo.")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -109,22 +109,23 @@ for command in (exam.pairs, exam.evaluate, exam.score, exam.compare):
     show_default=True,
     help="With --seeds: so many worlds at a time, a CPU core each.",
 )
-def demo(out: str, seed: int, num_seeds: int, recipe: str, further: str, jobs: int) -> None:
+def demo(out: str, seed: int, num_seeds: int, recipe: str, extra_arms: str, jobs: int) -> None:
     """The whole recipe in miniature on made-up medicine; prints the table of its arms."""
     from medtrain.trainer.demo.recipe import RECIPES
-    from medtrain.trainer.demo.run import FURTHER, run_demo
-    from medtrain.trainer.demo.seeds import run_seeds
+    from medtrain.trainer.demo.run import EXTRA_ARMS, run_demo
 
-    arms = [f"cpt_{name.strip()}" for name in further.split(",") if name.strip()]
+    arms = [f"cpt_{name.strip()}" for name in extra_arms.split(",") if name.strip()]
     for arm in arms:
-        if arm not in FURTHER:
+        if arm not in EXTRA_ARMS:
             raise bad_input("not a known arm", field="--arms", found=arm.removeprefix("cpt_"), expected="ipo | simpo")
     if jobs > 1 and num_seeds == 1:
         raise bad_input("has no effect on one world", field="--jobs", found=jobs, expected="--seeds of 2 or more")
     if num_seeds == 1:
-        run_demo(out, seed, recipe=RECIPES[recipe], further=arms)
+        run_demo(out, seed, recipe=RECIPES[recipe], extra_arms=arms)
     else:
-        run_seeds(out, seed, num_seeds, recipe=RECIPES[recipe], further=arms, jobs=jobs)
+        from medtrain.benchmarks.evidence.seeds import run_seeds
+
+        run_seeds(out, seed, num_seeds, recipe=RECIPES[recipe], extra_arms=arms, jobs=jobs)
 
 
 @main.command(short_help="Write a checkpoint as a Hugging Face folder.")

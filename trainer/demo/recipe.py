@@ -6,7 +6,6 @@ world 10, ``medtrain demo --seeds`` takes 10, 11, ... Their ``test`` diseases ha
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from medtrain.trainer.demo.texts import Corpus
@@ -20,9 +19,8 @@ class Recipe:
     sizes: WorldSizes = WorldSizes()
     corpus: Corpus = Corpus()
 
-    # Two layers are the least that can look up what stands beside an earlier word. A disease's name is one token: with
-    # names of two syllables, explanations named a half-remembered neighbour and answers after CPT ranged from 0.60 to 0.98
-    # by world; three layers and 1,800 steps did not mend that (0.94 and 0.26), one token did (1.00 and 0.95).
+    # Two layers are the least that can look up what stands next to an earlier word. A disease's name is one token: with names
+    # of two syllables, explanations named a half-remembered neighbour (docs/LOG.md).
     hidden_size: int = 128
     intermediate_size: int = 512
     num_hidden_layers: int = 2
@@ -35,8 +33,7 @@ class Recipe:
     base_lr: float = 3e-3
     base_shares: dict[str, float] = field(default_factory=lambda: {"prose": 0.62, "answer": 0.17, "explain": 0.21})
 
-    # CPT on the textbook with some replay, of which 0.3 are papers that explain. Their share decides how far explaining
-    # suffers. Gaps on development questions at nearly 4 % of all tokens: +0.13 and +0.17.
+    # CPT on the textbook with some replay. The share of papers that explain decides how far explaining suffers.
     cpt_steps: int = 350
     cpt_tokens: int = 1000
     cpt_lr: float = 1e-3
@@ -44,21 +41,17 @@ class Recipe:
     replay_shares: dict[str, float] = field(default_factory=lambda: {"prose": 0.4, "answer": 0.3, "explain": 0.3})
 
     # Preference stage: what the model gets wrong about train diseases, against the ground-truth explanation. All
-    # preference losses share these settings but for what is ``tuned``. On development questions of two worlds, 60 steps
-    # at 8e-5 took explain from 0.87 down to 0.68 and from 0.78 up to 0.99; 150 steps at 1e-4 to 0.92 and 0.99.
+    # preference losses share these settings but for what is ``tuned``. 60 steps at 8e-5 were too few (docs/LOG.md).
     num_paths: int = 12
     rpo_steps: int = 150
     rpo_pairs: int = 32
     rpo_lr: float = 1e-4
-    # An arm -> its own "lr" and "beta", where they were chosen for it (benchmarks/demo_grid.py).
+    # An arm -> its own "lr" and "beta", where they were chosen for it (benchmarks/evidence/grid.py).
     tuned: dict[str, dict[str, float]] = field(default_factory=dict)
     beta: float = 0.1
     alpha: float = 1.0
 
     max_new_tokens: int = 32  # an explanation of the longest kind has 14
-
-    def plain(self) -> dict:
-        return dataclasses.asdict(self)
 
 
 RECIPE = Recipe()

@@ -15,15 +15,16 @@ The textbook compares a disease with a neighbour of its own chapter, never acros
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 ALPHABET = "アイウエオカキクケコサシスセソタチツテトナニヌネノハヒフヘホマミムメモヤユヨラリルレロワ"
 KINDS = ("general", "train", "dev", "test")
 LETTERS = "abcde"
 
 
-@dataclass(frozen=True)
-class Relation:
+class Relation(NamedTuple):
     """A kind of fact: its Japanese word and the ending that its values share."""
 
     word: str
@@ -62,7 +63,7 @@ class World:
     sizes: WorldSizes
     diseases: dict[str, tuple[str, ...]]  # kind -> names
     chapter_of: dict[str, tuple[str, ...]]  # name -> the names of its chapter
-    values: tuple[tuple[str, ...], ...]  # a relation -> its words
+    values: tuple[tuple[str, ...], ...]  # per relation, its words
     facts: dict[Fact, str]
     met: frozenset[Fact]  # textbook facts that pretraining prose mentions
     spare_names: tuple[str, ...]  # names of no disease, for questions that no fact answers
@@ -72,15 +73,47 @@ class World:
         """The diseases that the textbook is about."""
         return self.diseases["train"] + self.diseases["dev"] + self.diseases["test"]
 
-    def facts_of(self, kind: str) -> list[Fact]:
-        return [(disease, r) for disease in self.diseases[kind] for r in range(len(RELATIONS))]
-
     def neighbours(self, disease: str) -> list[str]:
         return [other for other in self.chapter_of[disease] if other != disease]
 
     def rng(self, purpose: str) -> random.Random:
         """A generator of its own for each purpose, so that one text's length does not change another text."""
         return random.Random(f"{self.seed}/{purpose}")
+
+
+def facts_about(diseases: Sequence[str]) -> list[Fact]:
+    return [(disease, r) for disease in diseases for r in range(len(RELATIONS))]
+
+
+def make_world(seed: int, sizes: WorldSizes | None = None) -> World:
+    """Draw names, values, facts and chapters; the same seed and sizes give the same world."""
+    sizes = sizes or WorldSizes()
+    rng = random.Random(f"{seed}/world")
+    names = [a + b for a in ALPHABET for b in ALPHABET if a != b]
+    rng.shuffle(names)
+    unused = iter(names)
+    diseases = {kind: tuple(next(unused) for _ in range(getattr(sizes, kind))) for kind in KINDS}
+    # Value words share their stems with names; only the ending tells a drug from a disease.
+    values = tuple(tuple(stem + r.ending for stem in rng.sample(names, sizes.values)) for r in RELATIONS)
+    chapter_of: dict[str, tuple[str, ...]] = {}
+    facts: dict[Fact, str] = {}
+    for of_kind in diseases.values():
+        for start in range(0, len(of_kind), sizes.chapter):
+            chapter = of_kind[start : start + sizes.chapter]
+            chapter_of |= dict.fromkeys(chapter, chapter)
+            facts |= draw_facts(chapter, values, rng)
+    of_textbook = [fact for kind in KINDS[1:] for fact in facts_about(diseases[kind])]
+    met = frozenset(rng.sample(of_textbook, round(sizes.met * len(of_textbook))))
+    return World(seed, sizes, diseases, chapter_of, values, facts, met, tuple(unused))
+
+
+def draw_facts(chapter: Sequence[str], values: Sequence[Sequence[str]], rng: random.Random) -> dict[Fact, str]:
+    """Facts for the diseases of a chapter. Neighbours differ in every relation, or there would be nothing to compare."""
+    return {
+        (disease, r): value
+        for r in range(len(RELATIONS))
+        for disease, value in zip(chapter, rng.sample(values[r], len(chapter)), strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -91,51 +124,15 @@ class Quiz:
     relation: int
     options: tuple[str, ...]
     right: str
-    neighbours: tuple[str, ...] = field(default=())  # options that are right for a neighbour
+    neighbours: tuple[str, ...]  # options that are right for a neighbour
 
     @property
     def text(self) -> str:
         return f"{self.disease}病の{RELATIONS[self.relation].word}はどれか。"
 
-    def row(self, problem_id: str, explanation: str) -> dict:
-        """The question as a row of an exam file (the form of IgakuQA, with the ground-truth explanation)."""
-        return {
-            "problem_id": problem_id,
-            "problem_text": self.text,
-            "choices": list(self.options),
-            "text_only": True,
-            "answer": [LETTERS[self.options.index(self.right)]],
-            "points": "1",
-            "explanation": explanation,
-        }
-
-
-def make_world(seed: int, sizes: WorldSizes | None = None) -> World:
-    """Draw names, values, facts and chapters; the same seed and sizes give the same world."""
-    sizes = sizes or WorldSizes()
-    rng = random.Random(f"{seed}/world")
-    names = [a + b for a in ALPHABET for b in ALPHABET if a != b]
-    rng.shuffle(names)
-    diseases, used = {}, 0
-    for kind in KINDS:
-        count = getattr(sizes, kind)
-        diseases[kind] = tuple(names[used : used + count])
-        used += count
-    # Value words share their stems with names; only the ending tells a drug from a disease.
-    values = tuple(tuple(stem + r.ending for stem in rng.sample(names, sizes.values)) for r in RELATIONS)
-    chapter_of: dict[str, tuple[str, ...]] = {}
-    facts: dict[Fact, str] = {}
-    for of_kind in diseases.values():
-        for start in range(0, len(of_kind), sizes.chapter):
-            chapter = of_kind[start : start + sizes.chapter]
-            chapter_of |= dict.fromkeys(chapter, chapter)
-            for r in range(len(RELATIONS)):
-                # Neighbours differ in every relation, or there would be nothing to compare.
-                for disease, value in zip(chapter, rng.sample(values[r], len(chapter)), strict=True):
-                    facts[disease, r] = value
-    of_textbook = [(d, r) for kind in KINDS[1:] for d in diseases[kind] for r in range(len(RELATIONS))]
-    met = frozenset(rng.sample(of_textbook, round(sizes.met * len(of_textbook))))
-    return World(seed, sizes, diseases, chapter_of, values, facts, met, tuple(names[used:]))
+    @property
+    def letter(self) -> str:
+        return LETTERS[self.options.index(self.right)]
 
 
 def quiz_on_fact(world: World, fact: Fact, rng: random.Random) -> Quiz:

@@ -8,27 +8,28 @@ YAML file.
 from __future__ import annotations
 
 import csv
+import io
 import re
 import string
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-from medtrain.trainer.config.reading import read_tree
-from medtrain.trainer.errors import bad_input
+from medtrain.trainer.config.reading import build, read_tree
+from medtrain.trainer.errors import bad_input, user_path
 
-AnswerAs = Literal["letters", "text", "index0", "index1"]
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
 class Mapping:
-    """Names of fields. ``choices`` with one name is a field with a list or with letter -> text; () has numeric questions."""
+    """Names of fields. ``choices`` with one name is a field with a list or with letter -> text; [] has numeric questions."""
 
-    problem_text: tuple[str, ...]
-    choices: tuple[str, ...]
+    problem_text: list[str]
+    choices: list[str]
     answer: str
-    answer_as: AnswerAs = "letters"
+    answer_as: Literal["letters", "text", "index0", "index1"] = "letters"
     problem_id: str | None = None
     points: str | None = None
     kinki: str | None = None
@@ -37,102 +38,88 @@ class Mapping:
 
     def check_names(self, path: str | Path, rows: list[tuple[int, dict]], mapping: str | Path) -> None:
         """Refuse a name that no row of the exam has: a choice, the points or the explanations would be lost in silence."""
-        there = list(dict.fromkeys(name for _, value in rows for name in value))
+        known = list(dict.fromkeys(name for _, value in rows for name in value))
         for setting in fields(self):
             named = getattr(self, setting.name)
-            if setting.name == "answer_as" or named is None:
-                continue
-            for name in (named,) if isinstance(named, str) else named:
-                if rows and name not in there:
+            for name in [named] if isinstance(named, str) else named or []:
+                if rows and setting.name != "answer_as" and name not in known:
+                    expected = f"one of {', '.join(known)} ({path})"
                     raise bad_input(
-                        "no row of the exam has this field",
-                        file=mapping,
-                        field=setting.name,
-                        found=name,
-                        expected=f"one of {', '.join(there)} ({path})",
+                        "no row of the exam has this field", file=mapping, field=setting.name, found=name, expected=expected
                     )
 
     def apply(self, path: str | Path, row: int, value: dict) -> dict:
         """A row in the form of IgakuQA, to be checked as such. Raises :class:`InputError` with file, row and field."""
-
-        def refuse(problem: str, field: str, **details):
-            raise bad_input(problem, file=path, row=row, field=field, **details)
-
-        def need(field: str):
-            if value.get(field) in (None, ""):
-                refuse("missing" if field not in value else "empty", field, expected="as the mapping says")
-            return value[field]
-
-        named = self._choices(need, value, refuse)
+        error = partial(bad_input, file=path, row=row)
+        one_field = self.choices if len(self.choices) == 1 else []
+        for name in (*one_field, self.problem_id, *self.problem_text, self.answer):
+            if name is not None and value.get(name) in (None, ""):
+                raise error("empty" if name in value else "missing", field=name, expected="as the mapping says")
+        texts = self._choices(value, error)
         mapped = {
-            "problem_id": str(need(self.problem_id)).strip() if self.problem_id else str(row),
-            "problem_text": "\n".join(str(need(field)).strip() for field in self.problem_text),
-            "choices": list(named.values()),
-            "answer": self._answer(need(self.answer), named, refuse),
+            "problem_id": str(value[self.problem_id]).strip() if self.problem_id else str(row),
+            "problem_text": "\n".join(str(value[name]).strip() for name in self.problem_text),
+            "choices": texts,
+            "answer": self._answer(value[self.answer], texts[: len(string.ascii_lowercase)], error),
             "points": 1,
         }
         for name in ("points", "kinki", "explanation", "text_only"):
-            field = getattr(self, name)
-            if field is None or value.get(field) in (None, ""):
-                continue
-            found = value[field]
-            if name == "kinki" and isinstance(found, str):
-                found = _letters(found)
-            if name == "text_only" and isinstance(found, str):
-                if found.strip().lower() not in ("true", "false", "1", "0"):
-                    refuse("wrong type", field, found=found, expected="true or false")
-                found = found.strip().lower() in ("true", "1")
-            mapped[name] = found
+            if (field := getattr(self, name)) and value.get(field) not in (None, ""):
+                mapped[name] = value[field]
+        if isinstance(mapped.get("kinki"), str):
+            mapped["kinki"] = _letters(mapped["kinki"])
+        if isinstance(flag := mapped.get("text_only"), str):
+            if flag.strip().lower() not in _FLAGS:
+                raise error("wrong type", field=self.text_only, found=flag, expected="true or false")
+            mapped["text_only"] = _FLAGS[flag.strip().lower()]
         return mapped
 
-    def _choices(self, need, value: dict, refuse) -> dict[str, str]:
-        """Letter -> text, in order."""
+    def _choices(self, value: dict, error: partial) -> list[str]:
         if len(self.choices) != 1:
             texts = [value.get(field) for field in self.choices]
             while texts and texts[-1] in (None, ""):
                 texts.pop()
             for field, text in zip(self.choices, texts, strict=False):
                 if text in (None, ""):
-                    refuse("empty, and a later choice is not", field, expected="a text")
-        else:
-            texts = need(self.choices[0])
-            if isinstance(texts, dict):
-                if [str(key).lower() for key in texts] != list(string.ascii_lowercase[: len(texts)]):
-                    refuse("not the letters from A on", self.choices[0], found=list(texts), expected='{"A": ..., "B": ...}')
-                texts = list(texts.values())
-            if not isinstance(texts, list):
-                refuse("wrong type", self.choices[0], found=texts, expected="a list of texts, or letters with texts")
-        return dict(zip(string.ascii_lowercase, (t if isinstance(t, str) else str(t) for t in texts), strict=False))
+                    raise error("empty, and a later choice is not", field=field, expected="a text")
+            return [str(text) for text in texts]
+        error = partial(error, field=self.choices[0])
+        texts = value[self.choices[0]]
+        if isinstance(texts, dict):
+            if [str(key).lower() for key in texts] != list(string.ascii_lowercase[: len(texts)]):
+                raise error("not the letters from A on", found=list(texts), expected='{"A": ..., "B": ...}')
+            texts = list(texts.values())
+        if not isinstance(texts, list):
+            raise error("wrong type", found=texts, expected="a list of texts, or letters with texts")
+        return [str(text) for text in texts]
 
-    def _answer(self, key, named: dict[str, str], refuse) -> list[str]:
-        if not named:
+    def _answer(self, key, texts: list[str], error: partial) -> list[str]:
+        """The key as letters of ``texts``, or as one number where there are none."""
+        error = partial(error, field=self.answer)
+        if not texts:
             return [str(key)]
         if self.answer_as == "letters":
             return _letters(key) if isinstance(key, str) else key
-        keys = key if isinstance(key, list) else [key]
+        letters, keys = [], [str(part) for part in (key if isinstance(key, list) else [key])]
         if self.answer_as == "text":
-            owners = [[letter for letter, text in named.items() if text.strip() == str(one).strip()] for one in keys]
-            for one, letters in zip(keys, owners, strict=True):
-                if len(letters) != 1:
-                    refuse("not the text of one choice", self.answer, found=one, expected=" | ".join(named.values()))
-            return [letters[0] for letters in owners]
-        keys = [part for one in keys for part in (one.split(",") if isinstance(one, str) else [one])]
-        first, letters = int(self.answer_as == "index1"), list(named)
-        for one in keys:
-            if not re.fullmatch(r"\d{1,2}", str(one).strip()) or not first <= int(one) < first + len(letters):
-                refuse(
-                    "not the number of a choice",
-                    self.answer,
-                    found=one,
-                    expected=f"{first} to {first + len(letters) - 1} (answer_as: {self.answer_as})",
-                )
-        return [letters[int(one) - first] for one in keys]
+            stripped = [text.strip() for text in texts]
+            for text in keys:
+                if stripped.count(text.strip()) != 1:
+                    raise error("not the text of one choice", found=text, expected=" | ".join(texts))
+                letters.append(string.ascii_lowercase[stripped.index(text.strip())])
+            return letters
+        first = int(self.answer_as == "index1")
+        numbers = range(first, first + len(texts))
+        for number in (number for part in keys for number in part.split(",")):
+            if not re.fullmatch(r"\s*\d{1,2}\s*", number) or int(number) not in numbers:
+                expected = f"{numbers[0]} to {numbers[-1]} (answer_as: {self.answer_as})"
+                raise error("not the number of a choice", found=number, expected=expected)
+            letters.append(string.ascii_lowercase[numbers.index(int(number))])
+        return letters
 
 
-_MEDQA = Mapping(problem_text=("question",), choices=("options",), answer="answer_idx")
-_MEDMCQA = Mapping(
-    problem_id="id", problem_text=("question",), choices=("opa", "opb", "opc", "opd"), answer="cop", explanation="exp"
-)
+_MEDQA = Mapping(problem_text=["question"], choices=["options"], answer="answer_idx")
+_MEDMCQA = Mapping(problem_text=["question"], choices=["opa", "opb", "opc", "opd"], answer="cop", explanation="exp")
 
 
 def known_form(path: str | Path, rows: list[tuple[int, dict]]) -> Mapping | None:
@@ -155,62 +142,40 @@ def known_form(path: str | Path, rows: list[tuple[int, dict]]) -> Mapping | None
             found=", ".join(sorted(keys)),
             expected="a mapping with answer_as: index0 or index1",
         )
-    form = {f.name: getattr(_MEDMCQA, f.name) for f in fields(Mapping)}
-    has_id = all(value.get("id") for _, value in rows)
-    return Mapping(**form | {"answer_as": "index0" if "0" in keys else "index1", "problem_id": "id" if has_id else None})
+    problem_id = "id" if all(value.get("id") for _, value in rows) else None
+    return replace(_MEDMCQA, answer_as="index0" if "0" in keys else "index1", problem_id=problem_id)
 
 
-def read_csv(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line number, column -> text) of a .csv or .tsv file with a header; a cell may hold line breaks.
+def read_csv(path: str | Path) -> list[tuple[int, dict]]:
+    """(Line number, column -> text) of each row of a .csv or .tsv file with a header; a cell may hold line breaks.
 
     Raises :class:`InputError` for a file that cannot be read, is not UTF-8, or has rows of another width than the header.
     """
-    path = Path(path)
+    rows, path = [], Path(path)
+    with user_path(path):
+        content = path.read_bytes()
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-            for value in reader:
-                if None in value or None in value.values():
-                    raise bad_input(
-                        "not as many cells as the header",
-                        file=path,
-                        row=reader.line_num,
-                        expected=f"{len(reader.fieldnames or ())} cells",
-                    )
-                yield reader.line_num, value
-    except OSError as error:
-        raise bad_input("cannot be read", file=path, found=error.strerror or str(error)) from error
+        file = io.StringIO(content.decode("utf-8-sig"), newline="")
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        for value in reader:
+            if None in value or None in value.values():
+                expected = f"{len(reader.fieldnames or ())} cells"
+                raise bad_input("not as many cells as the header", file=path, row=reader.line_num, expected=expected)
+            rows.append((reader.line_num, value))
     except (UnicodeDecodeError, csv.Error) as error:
         raise bad_input("not a CSV file in UTF-8", file=path, found=str(error)) from error
+    return rows
 
 
 def load_mapping(path: str | Path) -> Mapping:
     """Read a mapping from YAML. Raises :class:`InputError` for unknown names, wrong types and missing ones."""
     tree = read_tree(path, ())
-    known = {field.name: field for field in fields(Mapping)}
-    for name, found in tree.items():
-        if name not in known:
-            raise bad_input("unknown key", file=path, field=str(name), expected=", ".join(known))
-        several = name in ("problem_text", "choices")
-        if not isinstance(found, str) and not (
-            several and isinstance(found, list) and all(isinstance(one, str) for one in found)
-        ):
-            raise bad_input(
-                "wrong type",
-                file=path,
-                field=name,
-                found=found,
-                expected="the name of a field" + (", or a list of names" if several else ""),
-            )
-    for name in ("problem_text", "choices", "answer"):
-        if name not in tree or (name == "problem_text" and not tree[name]):
-            raise bad_input("missing", file=path, field=name, expected="the name of a field")
-    if tree.get("answer_as", "letters") not in get_args(AnswerAs):
-        raise bad_input(
-            "not a known choice", file=path, field="answer_as", found=tree["answer_as"], expected=" | ".join(get_args(AnswerAs))
-        )
-    lists = {name: (tree[name],) if isinstance(tree[name], str) else tuple(tree[name]) for name in ("problem_text", "choices")}
-    return Mapping(**tree | lists)
+    for name in ("problem_text", "choices"):  # one name, or several
+        if isinstance(tree.get(name), str):
+            tree[name] = [tree[name]]
+    if tree.get("problem_text") == []:
+        del tree["problem_text"]
+    return build(Mapping, tree, "", path, set())
 
 
 def _letters(key: str) -> list[str]:

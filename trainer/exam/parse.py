@@ -16,7 +16,7 @@ statement that contradicts the marked one. From a new, self-made question on (�
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medtrain.trainer.exam.questions import SLOTS, Question
 from medtrain.trainer.exam.statements import BARE, CLOSE, CUE, FINAL, MARKED, SPOKEN, Reading, StatementReader, fold, squeeze
@@ -41,6 +41,8 @@ class Parsed:
         return self.number if self.number is not None else (list(self.letters) or None)
 
 
+# What a marker of an answer is made of: "最終的な", "the final", and a word for answer that is not one for a wrong answer.
+_FINAL = r"(最終(?:的な|的に|の)?|最後の|final )?"
 _NOT_WRONG = "".join(f"(?<!{word})" for word in ("不", "誤", "非", "間違った", "誤った", "誤りの", "間違いの"))
 _NOT_WRONG_EN = "".join(f"(?<!{word} )" for word in ("wrong", "incorrect", "not", "no", "an"))
 _NOUN = (
@@ -48,31 +50,35 @@ _NOUN = (
     rf"|{_NOT_WRONG_EN}(?<![a-z])(?:(?<!in)(?:correct|best|right) )?(?:answers?|ans|(?<=correct )(?:option|choice))"
     r"(?:\(s\))?(?: choice| option)?(?![a-z]))"
 )
-_FINAL = r"(?P<final>最終(?:的な|的に|の)?|最後の|final )?"
-_MARKED = re.compile(
+
+# The rules, each a pattern before an answer. Their only groups are the words for "final", which raise the rank.
+_MARKED = re.compile(  # "答え:", "【正解】", a heading "### Answer", "\boxed{", but not "例: 答え:" (_EXAMPLE)
     rf"{_FINAL}{_NOUN}(?:{CLOSE}|[ ])*(?:[:=→⇒]|】|(?<=\])|(?<=[*_])(?=\n))"
-    rf"|(?:^|\n)[ #*]*(?P<heading>最終(?:的な|的に|の)?)?{_NOUN}[ #*]*(?=\n| )"
+    rf"|(?:^|\n)[ #*]*(最終(?:的な|的に|の)?)?{_NOUN}[ #*]*(?=\n| )"
     r"|\\boxed(?=\{)|<answer>"
 )
-_CONCLUSION = r"(?:したがって|従って|よって|以上より|以上から|ゆえに|故に|therefore|thus|hence|so)"
-_SPOKEN = re.compile(
+_EXAMPLE = re.compile(r"(?:例|例えば|たとえば|e\.g\.|形式)[ :「、(]*$")
+_SPOKEN = re.compile(  # "答えは", "the answer is", "so the answer", "I'll choose"
     rf"{_FINAL}{_NOUN}(?:は|が|としては"
     r"| (?:is|are|would be|must be|should be)(?: therefore| thus| most likely| clearly)?(?![a-z]))"
     r"|(?<![a-z])(?:so|thus|therefore|hence),? (?:the )?(?:correct |best )?answer(?: is)?(?: likely| probably)?(?![a-z:])"
     r"|(?<![a-z])(?:i|i would|i'll|i will|so|thus|therefore|let's),? (?:choose|select|pick|go with|answer(?! ?is))(?![a-z:])"
 )
-_CONCLUDED = re.compile(rf"(?:^|[。.\n])[ ]*{_CONCLUSION}[、,]?(?=[ ]*\S)")
-_SPOKEN_AFTER = re.compile(
-    r"(?<![a-z0-9])(?P<answer>[a-z](?:[ ]*(?:,|、|・|と)[ ]*[a-z]){0,25})\)?[ ]*"
-    r"(?:(?:が|を)(?:正解|正答|答え|解答|選択|選ぶ|選び)(?!では|じゃ|で(?:は)?な|しな|とは|か|肢)"
-    r"| is the (?:correct |best |right )?answer(?![a-z])| are the (?:correct |right )?answers(?![a-z]))"
+_CONCLUDED = re.compile(  # "したがって、", "therefore"
+    r"(?:^|[。.\n])[ ]*(?:したがって|従って|よって|以上より|以上から|ゆえに|故に|therefore|thus|hence|so)[、,]?(?=[ ]*\S)"
 )
+_RIGHT_CHOICE = re.compile(r"(?<!も)(?:正しい|適切な|妥当な)選択肢は")
 # Where the question asks for a wrong statement, the right ones are not its answer.
 _ASKS_FOR_THE_WRONG = re.compile(
     r"誤|不適切|でない|しくない|ではない|ないのは|除く|except|(?<![a-z])not(?![a-z])|incorrect|false"
 )
-_RIGHT_CHOICE = re.compile(r"(?<!も)(?:正しい|適切な|妥当な)選択肢は")
+_SPOKEN_AFTER = re.compile(  # "cが正解", "a and c are the answers": the letters come first
+    r"(?<![a-z0-9])([a-z](?:[ ]*(?:,|、|・|と)[ ]*[a-z]){0,25})\)?[ ]*"
+    r"(?:(?:が|を)(?:正解|正答|答え|解答|選択|選ぶ|選び)(?!では|じゃ|で(?:は)?な|しな|とは|か|肢)"
+    r"| is the (?:correct |best |right )?answer(?![a-z])| are the (?:correct |right )?answers(?![a-z]))"
+)
 
+# What may begin a new question, and what ends an output.
 _HEADER = re.compile(
     r"(?:^|\n)[ #*>\-]*(?:[【\[「<](?:次の)?(?:問題|設問|例題|問)[ ]*\d*[】\]」>]"
     r"|(?:次の|新しい)?(?:問題|設問|例題|問)[ ]*\d*[ *]*(?:[:.](?!\d)|(?=[ ]*(?:\n|$)))"
@@ -89,152 +95,138 @@ def parse_output(output: str, question: Question, *, cue: bool = False, markers:
     """Read the answer to ``question`` from a model's raw ``output``.
 
     ``cue`` says that the prompt ended with the answer marker, so that the output begins with the answer itself.
-    ``markers`` are further texts that mark an answer, beside the usual Japanese and English ones. Never raises.
+    ``markers`` are further texts that mark an answer, besides the usual Japanese and English ones. Never raises.
     """
-    return _Parser(output, question, markers).parse(cue)
+    parser = _Parser(output, question, markers)
+    text = parser.text
+    before, thinking_end, _ = text.rpartition("</think>")
+    if not thinking_end and "<think>" in text:
+        return Parsed(failure="the thinking part does not end")
+    start = len(before + thinking_end)
+    control = _CONTROL.search(text, start)
+    end = parser.before_new_question(start, control.start() if control else len(text), cue)
+    if readings := parser.statements(start, end, cue) or parser.bare_lines(start, end):
+        return _decide(readings, output)
+    unread = output[start:end].strip()
+    return Parsed(failure="no answer found" if unread else "no text", read_from=unread[-80:])
+
+
+def _decide(readings: list[Reading], output: str) -> Parsed:
+    """What the statements of the highest rank agree on."""
+    rank = max(reading.rank for reading in readings)
+    deciding = [reading for reading in readings if reading.rank == rank]
+    first, last = deciding[0], deciding[-1]
+    for reading in deciding:
+        if reading.problem:
+            return Parsed(failure=reading.problem, read_from=output[reading.start : reading.end].strip())
+    if any(reading.answer != first.answer for reading in deciding):
+        return Parsed(failure="different answers", read_from=output[first.start : last.end].strip())
+    # An earlier spoken answer is a step on the way to the marked one; a later, different one takes it back.
+    for reading in readings if rank in (MARKED, FINAL) else ():
+        if reading.start > last.start and not reading.problem and reading.answer != last.answer:
+            return Parsed(failure="different answers", read_from=output[last.start : reading.end].strip())
+    return Parsed(last.letters, last.number, output[last.start : last.end].strip())
+
+
+def _rules(question: Question, markers: tuple[str, ...]) -> list[tuple[re.Pattern, int]]:
+    """What introduces an answer to ``question``, in order, and the rank that it gives."""
+    asked = fold(question.problem_text)
+    own = [re.compile(r"\s*".join(map(re.escape, fold(marker).split()))) for marker in markers if marker.strip()]
+    spoken = [_SPOKEN, _CONCLUDED]
+    # For "...適切なのはどれか" an output's "適切なのは" introduces the answer.
+    if match := re.search(r"([^。、\n,]{3,})は(?:どれか|何か|どれですか)", asked):
+        # The output may leave out what stands before a particle: "この疾患で最も適切なの" comes back as "最も適切なの".
+        words = match[1].strip()
+        starts = [m.end() for m in re.finditer("[でにがを]", words) if len(words) - m.end() >= 4 and words.endswith("の")]
+        spoken.append(re.compile(re.escape(words[max(starts, default=0) :]) + "は"))
+    if match := re.search(r"(?:what|which)(?: of the following)? is (the [a-z][a-z \-]{4,60})\?", asked):
+        spoken.append(re.compile(rf"(?<![a-z]){re.escape(match[1])} is(?: therefore| most likely)?(?![a-z])"))
+    if not _ASKS_FOR_THE_WRONG.search(asked):
+        spoken.append(_RIGHT_CHOICE)
+    return [(pattern, MARKED) for pattern in (_MARKED, *own)] + [(pattern, SPOKEN) for pattern in spoken]
 
 
 class _Parser:
+    """Finds the answers in parts of one output."""
+
     def __init__(self, output: str, question: Question, markers: tuple[str, ...]):
-        self.output, self.question = output, question
+        self.question, self.rules = question, _rules(question, markers)
         self.reader = StatementReader(output, question)
         self.text = self.reader.text
-        self.own_markers = [
-            re.compile(r"\s*".join(re.escape(part) for part in fold(marker).split())) for marker in markers if marker.strip()
-        ]
 
-    def parse(self, cue: bool) -> Parsed:
-        thought = self.text.rfind("</think>")
-        start = thought + len("</think>") if thought >= 0 else 0
-        if thought < 0 and "<think>" in self.text:
-            return Parsed(failure="the thinking part does not end")
-        control = _CONTROL.search(self.text, start)
-        end = self._before_new_question(start, control.start() if control else len(self.text), cue)
-        readings = self._statements(start, end, cue) or self._bare_lines(start, end)
-        if not readings:
-            empty = not self.text[start:end].strip()
-            return Parsed(failure="no text" if empty else "no answer found", read_from=self._cut(start, end)[-80:])
-        return self._decide(readings)
-
-    def _decide(self, readings: list[Reading]) -> Parsed:
-        rank = max(reading.rank for reading in readings)
-        deciding = [reading for reading in readings if reading.rank == rank]
-        first, last = deciding[0], deciding[-1]
-        for reading in deciding:
-            if reading.problem:
-                return Parsed(failure=reading.problem, read_from=self._cut(reading.start, reading.end))
-        if any(reading.said != first.said for reading in deciding):
-            return Parsed(failure="different answers", read_from=self._cut(first.start, last.end))
-        if rank in (MARKED, FINAL):
-            # An earlier spoken answer is a step on the way to the marked one; a later, different one takes it back.
-            for reading in readings:
-                if reading.start > last.start and not reading.problem and reading.said != last.said:
-                    return Parsed(failure="different answers", read_from=self._cut(last.start, reading.end))
-        return Parsed(last.letters, last.number, self._cut(last.start, last.end))
-
-    def _cut(self, start: int, end: int) -> str:
-        return self.output[start:end].strip()
-
-    def _before_new_question(self, start: int, end: int, cue: bool) -> int:
-        """Where the first question that is not this one begins.
-
-        A header begins one if this question has been answered before it. Without an answer it is judged: a model may
-        restate this question before it answers, and speak of "the question: ..." while it reasons.
-        """
-        own = squeeze(fold(self.question.problem_text))[:16]
-        since, answers = start, []
-        for header in _HEADER.finditer(self.text, start, end):
-            before, since = since, header.start()
-            answers += self._statements(before, since, cue and before == start)
-            marked = [answer for answer in answers if answer.rank >= MARKED]
-            if header["inline"]:
-                between = self.text[answers[-1].end : since] if answers else None
-                if between is None or between.strip(" 。.*"):
-                    continue
-                return since
-            if marked or (not answers and self._bare_lines(before, since)):
-                return since
-            if header["numbered"]:
-                continue
-            following = self.text[header.end() : min(end, header.end() + 2000)]
-            restated = squeeze(following[:200]).lstrip("】」]:*").startswith(own)
-            if not restated and (not header["english"] or _OWN_CHOICES.search(following)):
-                return since
-        return end
-
-    def _statements(self, start: int, end: int, cue: bool) -> list[Reading]:
-        found: list[Reading] = []
+    def statements(self, start: int, end: int, cue: bool) -> list[Reading]:
+        """The introduced answers between ``start`` and ``end``, by where they begin."""
         if cue and (reading := self.reader.read(start, start, end, CUE)):
             return [reading]
-        for match in _MARKED.finditer(self.text, start, end):
-            if re.search(
-                r"(?:例|例えば|たとえば|e\.g\.|形式)[ :「、(]*$", self.text[max(start, match.start() - 8) : match.start()]
-            ):
-                continue
-            rank = FINAL if match["final"] or match["heading"] else MARKED
-            found.append(self.reader.read(match.start(), match.end(), end, rank))
-        for marker in self.own_markers:
-            for match in marker.finditer(self.text, start, end):
-                found.append(self.reader.read(match.start(), match.end(), end, MARKED))
-        for pattern in (_SPOKEN, _CONCLUDED, *self._asked()):
+        readings: list[Reading | None] = []
+        for pattern, rank in self.rules:
             for match in pattern.finditer(self.text, start, end):
-                rank = FINAL if "final" in pattern.groupindex and match["final"] else SPOKEN
-                found.append(self.reader.read(match.start(), match.end(), end, rank))
-        if not self.question.is_numeric:
-            for match in _SPOKEN_AFTER.finditer(self.text, start, end):
-                letters = tuple(sorted(set(re.findall("[a-z]", match["answer"]))))
-                outside = any(letter not in self.question.letters for letter in letters)
-                problem = "a letter outside the choices" if outside else None
-                found.append(Reading(SPOKEN, match.start(), match.end(), letters, None, problem))
-        # One place can be found twice (a style's own marker that is also a usual one); the higher rank holds.
+                if pattern is not _MARKED or not _EXAMPLE.search(self.text[max(start, match.start() - 8) : match.start()]):
+                    rank_here = FINAL if any(match.groups()) else rank
+                    readings.append(self.reader.read(match.start(), match.end(), end, rank_here))
+        for match in _SPOKEN_AFTER.finditer(self.text, start, end) if self.question.choices else ():
+            reading = self.reader.reading_of(re.findall("[a-z]", match[1]), match.end())
+            readings.append(replace(reading, start=match.start(), rank=SPOKEN))
+        # One place can be read twice (a style's own marker that is also a usual one); the higher rank holds.
         by_end: dict[int, Reading] = {}
-        for reading in filter(None, found):
-            if reading.end not in by_end or reading.rank > by_end[reading.end].rank:
+        for reading in readings:
+            if reading and (reading.end not in by_end or reading.rank > by_end[reading.end].rank):
                 by_end[reading.end] = reading
         return sorted(by_end.values(), key=lambda reading: reading.start)
 
-    def _asked(self) -> list[re.Pattern]:
-        """The question's own words: for "...適切なのはどれか" an output's "適切なのは" introduces the answer."""
-        asked, patterns = fold(self.question.problem_text), []
-        if match := re.search(r"([^。、\n,]{3,})は(?:どれか|何か|どれですか)", asked):
-            # The output may leave out what stands before a particle: "この疾患で最も適切なの" comes back as "最も適切なの".
-            words = match[1].strip()
-            starts = [m.end() for m in re.finditer("[でにがを]", words) if len(words) - m.end() >= 4 and words.endswith("の")]
-            patterns.append(re.compile(re.escape(words[max(starts, default=0) :]) + "は"))
-        if match := re.search(r"(?:what|which)(?: of the following)? is (the [a-z][a-z \-]{4,60})\?", asked):
-            patterns.append(re.compile(rf"(?<![a-z]){re.escape(match[1])} is(?: therefore| most likely)?(?![a-z])"))
-        if not _ASKS_FOR_THE_WRONG.search(asked):
-            patterns.append(_RIGHT_CHOICE)
-        return patterns
+    def before_new_question(self, start: int, end: int, cue: bool) -> int:
+        """Where the first question that is not this one begins."""
+        since, answers = start, []
+        for header in _HEADER.finditer(self.text, start, end):
+            answers += self.statements(since, header.start(), cue and since == start)
+            if self._is_new_question(header, answers, since, end):
+                return header.start()
+            since = header.start()
+        return end
 
-    def _bare_lines(self, start: int, end: int) -> list[Reading]:
+    def _is_new_question(self, header: re.Match, answers: list[Reading], since: int, end: int) -> bool:
+        """Whether a header begins another question: it does if this one has been answered before it.
+
+        Without an answer it is judged: a model may restate this question before it answers, and speak of "the
+        question: ..." while it reasons.
+        """
+        if header["inline"]:
+            return bool(answers) and not self.text[answers[-1].end : header.start()].strip(" 。.*")
+        if any(answer.rank >= MARKED for answer in answers) or (not answers and self.bare_lines(since, header.start())):
+            return True
+        if header["numbered"]:
+            return False
+        following = self.text[header.end() : min(end, header.end() + 2000)]
+        restated = squeeze(following[:200]).lstrip("】」]:*").startswith(squeeze(fold(self.question.problem_text))[:16])
+        return not restated and (not header["english"] or bool(_OWN_CHOICES.search(following)))
+
+    def bare_lines(self, start: int, end: int) -> list[Reading]:
         """Readings of an output without statements: a first or last line, or a whole list, of nothing but letters."""
-        spans = [m.span() for m in re.finditer(r"[^\n]+", self.text[start:end]) if m[0].strip()]
-        spans = [(start + a, start + b) for a, b in spans]
-        if self.question.is_numeric and len(spans) > 1 and len(set(SLOTS) & set(self.text[start:end])) > 1:
-            return []  # boxes filled line by line, or calculations numbered like boxes
-        lines = [self.reader.read(a, a, b, BARE) for a, b in spans]
-        bullets = [bool(re.match(r"[ ]*[-*•・]", self.text[a:b])) for a, b in spans]
-        if bullets[-2:] == [True, True] and not all(bullets):
-            return []  # a list after other text: its last line alone is not the answer
-        if len(spans) > 1 and all(bullets):
-            if not all(
-                line and not line.problem and line.letters and self._fills(line, b)
-                for line, (_, b) in zip(lines, spans, strict=True)
-            ):
-                return []
-            letters = tuple(sorted({letter for line in lines for letter in line.letters}))
-            # All the choices, listed, are the question restated.
-            return [Reading(BARE, start, end, letters)] if len(letters) < len(self.question.choices) else []
-        whole = [line for line, (_, b) in zip(lines, spans, strict=True) if line and self._fills(line, b)]
-        if len({line.letters for line in whole}) > 2 or len(whole) == len(self.question.choices) > 1:
+        choices = self.question.choices
+        lines = [line.span() for line in re.compile(r"[^\n]+").finditer(self.text, start, end) if line[0].strip()]
+        if not lines:
             return []
-        ends = [line for line in whole if line in (lines[0], lines[-1])]
+        readings = [self.reader.read(at, at, line_end, BARE) for at, line_end in lines]
+        whole = [reading for reading, line in zip(readings, lines, strict=True) if reading and self._fills(reading, line[1])]
+        bullets = [bool(re.compile(r"[ ]*[-*•・]").match(self.text, *line)) for line in lines]
+        if len(lines) > 1 and not choices and len(set(SLOTS) & set(self.text[start:end])) > 1:
+            return []  # boxes filled line by line, or calculations numbered like boxes
+        if len(lines) > 1 and all(bullets):
+            letters = {letter for reading in whole for letter in reading.letters}
+            # All the choices, listed, are the question restated.
+            is_answer = len(whole) == len(lines) and all(reading.letters for reading in whole) and len(letters) < len(choices)
+            return [Reading(end, tuple(sorted(letters)), start=start)] if is_answer else []
+        if bullets[-2:] == [True, True]:
+            return []  # a list after other text: its last line alone is not the answer
+        if len({reading.letters for reading in whole}) > 2 or len(whole) == len(choices) > 1:
+            return []
+        first, last = readings[0], readings[-1]
+        ends = [reading for reading in whole if reading in (first, last)]
         # "c。腎低形成により..." : the answer opens the first line and a full stop closes it.
-        if lines and lines[0] and lines[0] not in whole and self.text[lines[0].end : lines[0].end + 1] == "。":
-            ends.append(lines[0])
+        if first and first not in whole and self.text[first.end : first.end + 1] == "。":
+            ends.append(first)
         return ends
 
     def _fills(self, reading: Reading, line_end: int) -> bool:
         rest = self.text[reading.end : line_end].strip(" 。.!")
-        return not rest or bool(re.fullmatch(rf"(?:{CLOSE})*[。.]?|です|である", rest)) or self.question.is_numeric
+        return self.question.is_numeric or bool(re.fullmatch(rf"(?:{CLOSE})*|です|である", rest))

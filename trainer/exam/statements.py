@@ -9,27 +9,54 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from medtrain.trainer.exam.questions import SLOTS, Question, answer_boxes
 
+# Ranks of a statement (see medtrain.trainer.exam.parse).
+BARE, SPOKEN, MARKED, FINAL, CUE = range(5)
+
+# Characters from the marker on: no answer is longer, and reading stays linear in the length of the output.
+_LONGEST_STATEMENT = 600
+
 _FOLD = {code: chr(code - 0xFEE0).lower() for code in range(0xFF01, 0xFF5F)}
-_FOLD |= {ord(upper): upper.lower() for upper in string.ascii_uppercase}
-_FOLD |= {0x24B6 + i: letter for i, letter in enumerate(string.ascii_lowercase)}  # Ⓐ
-_FOLD |= {0x24D0 + i: letter for i, letter in enumerate(string.ascii_lowercase)}  # ⓐ
-_FOLD |= {0x249C + i: letter for i, letter in enumerate(string.ascii_lowercase)}  # ⒜
+_FOLD |= {first + i: letter for first in (0x24B6, 0x24D0, 0x249C) for i, letter in enumerate(string.ascii_lowercase)}  # Ⓐ ⓐ ⒜
+_FOLD |= str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 _FOLD |= str.maketrans("\u3000\u00a0\r\t｡､｢｣･〜−‐‑", "    。、「」・~---")
 
+# Before an answer: what may stand between a marker and its answer without being part of either.
 _OPEN = r"""[\s"'`*_$「『(\[【{<〈《“”‘’#>•・]"""
-CLOSE = r"""["'`*_$」』)\]】}>〉》”’]"""
-# What may stand between a marker and its answer without being part of either.
+_OPENERS = re.compile(rf"{_OPEN}*")
 _LEAD = re.compile(
     rf"(?:{_OPEN}|-(?!\d)|\\(?:text|mathrm|boxed|textbf)\{{|\\[(\[]|選択肢の?|記号の?|(?:以下|次)の(?:通り|とおり)(?:です|である)?[。:、]?"
     r"|(?:both|option|choice|options|choices)(?![a-z])|[、:](?=\s*\S))*"
 )
-_CLOSERS = re.compile(rf"(?:[ ]*{CLOSE}|\\[)\]])*")
+_NUMBER_LEAD = re.compile(rf"(?:{_OPEN}|-(?!\.?\d)|[、:](?=\s*\S)|約|およそ|about|approximately)*")
 
-# What may follow an answer. だが, ですが and ですか take it back or leave it open, so they do not end one.
+# The answer itself, and what joins several.
+_LINE = re.compile(r"[^\n]*")
+_LETTER = re.compile(r"[a-z](?![a-z0-9_]|-[a-z0-9])")
+_WORD = re.compile(r"[a-z]{2,}")
+_ONLY_LETTERS = re.compile(r"[a-z](?:[ ,、]+[a-z])*[ ]*[。.]?[ ]*")
+_AND = re.compile(r"[ ]*(?:,|、|・|;|&|\+|と|および|及び|かつ|(?<=[ )])and(?![a-z]))+[ ]*(?:and[ ]+)?")
+_OR = re.compile(
+    r"[ ]*(?:,|、)?[ ]*(?:または|又は|もしくは|あるいは|(?<![a-z])or(?![a-z])|か(?=[ ]*[^らつの])|/|\||~|-|–|→|vs)[ ]*"
+)
+_BULLET = re.compile(r"[ ]*\n[ ]*[-*•・][ ]*\(?(?=[a-z](?![a-z0-9]))")
+_DIGITS = r"[+\-]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|[+\-]?\.[0-9]+"
+_NUMBER = re.compile(_DIGITS)
+_VALUE = re.compile(rf"[ ]*(?:約|およそ|\()?[ ]*({_DIGITS})")
+
+# Beside a letter: closing marks, the text of its choice, a remark in brackets.
+CLOSE = r"""["'`*_$」』)\]】}>〉》”’]"""
+_CLOSERS = re.compile(rf"(?:[ ]*{CLOSE}|\\[)\]])*")
+_GAP = re.compile(r"[ ]*(?:[.:、,)。](?=[ ]*[^ ]))?[ ]*の?[ ]*")
+_REMARK = re.compile(r"[ ]*\([ ]*([^()\n]*?)[ ]*\)")
+_LABEL = re.compile(r"[ ]*\(([a-z])\)")
+_HOW_MANY = re.compile(r"[ ]*(?:の|\()[ ]*([2-5])つ\)?")
+
+# After an answer: what ends it. だが, ですが and ですか take it back or leave it open, so they do not.
 _COPULA = (
     r"(?:です(?!か|が)|である(?!か|が)|となります|となる(?!か)|だ(?!が|け|ろうか|とは)|になります|になる(?!か)|であり|で、"
     r"|と(?:考え(?!が|られが)|判断|思(?!われが)|わか|分か|いえ|言え|なっ)|でしょう(?!か)|を選)"
@@ -39,27 +66,19 @@ _END = re.compile(
     rf"[ ]*(?:$|\n|[。!;](?!のよう)|\.(?![0-9])(?![ ]*[a-z][ ]*(?:$|[.,、。\n)]))|{_COPULA}|[、,:]?[ ]*{_REASON}|<"
     r"|,?[ ]*(?:not|rather than) (?:option )?[a-z](?![a-z]))"
 )
+_BARE_NUMBER_END = re.compile(r"[ ]*(?:[^\d\s。]{0,12}(?:1,?000対)?)[。.]?(?:です|である)?[。.]?")
+# What shows that it is none: an example, a denial, a doubt ("cだと思いますが、...").
 _ECHO = re.compile(rf"(?:{CLOSE}|[ ])*(?:のよう|の形式|という形|の形で|など)")
-_TAKEN_BACK = re.compile(r"[ ]*(?:で(?:は|も)?な|じゃな|とは(?:限|言|い)|は(?:誤|不|間違|適切でな)|以外)")
-# "cだと思いますが、..." leaves the answer open.
+_ALL_BUT = re.compile(r"[ ]*以外")
+_DENIED = re.compile(r"[ ]*(?:で(?:は|も)?な|じゃな|とは(?:限|言|い)|は(?:誤|不|間違|適切でな)|以外)")
 _HEDGED = re.compile(r"[ ]*(?:だ|である|です)?と(?:思|考え)[^。、\n]{0,8}(?:が|けど|けれど)")
-_HOW_MANY = re.compile(r"[ ]*(?:の|\()[ ]*([2-5])つ\)?")
-_AND = re.compile(r"[ ]*(?:,|、|・|;|&|\+|と|および|及び|かつ|(?<=[ )])and(?![a-z]))+[ ]*(?:and[ ]+)?")
-_OR = re.compile(
-    r"[ ]*(?:,|、)?[ ]*(?:または|又は|もしくは|あるいは|(?<![a-z])or(?![a-z])|か(?=[ ]*[^らつの])|/|\||~|-|–|→|vs)[ ]*"
-)
-_NUMBER = re.compile(r"[+\-]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|[+\-]?\.[0-9]+")
-
 # After a number: a range, an alternative, a product, a fraction, one more number.
 _UNFINISHED = re.compile(
     r"[ ]*(?:~|-|–|から|または|又は|もしくは|あるいは|or(?![a-z])|か[^らつ]|×|x[ ]*\d|\*[ ]*\d|\^|/[ ]*\d|±|[, ]\d)"
 )
 
-# Characters from the marker on: no answer is longer, and reading stays linear in the length of the output.
-_LONGEST_STATEMENT = 600
-
-# Ranks of a statement (see medtrain.trainer.exam.parse).
-BARE, SPOKEN, MARKED, FINAL, CUE = range(5)
+_SEVERAL = "several answers offered"
+_ANOTHER_TEXT = "a letter beside the text of another choice"
 
 
 def fold(text: str) -> str:
@@ -67,242 +86,204 @@ def fold(text: str) -> str:
     return text.translate(_FOLD)
 
 
+def squeeze(text: str) -> str:
+    """Text for comparing choices: NFKC, without white space."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
 @dataclass(frozen=True)
 class Reading:
-    """One answer statement: what it says or what is wrong with it, its rank, and where it stands."""
+    """One answer statement: where it ends, what it answers or what is wrong with it, where it begins, and its rank."""
 
-    rank: int
-    start: int
     end: int
     letters: tuple[str, ...] = ()
     number: str | None = None
     problem: str | None = None
+    start: int = 0
+    rank: int = BARE
 
     @property
-    def said(self):
+    def answer(self) -> tuple[tuple[str, ...], str | None]:
         return self.letters, self.number
-
-
-def squeeze(text: str) -> str:
-    """Text for comparing choices: NFKC, without white space."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 class StatementReader:
     """Reads answers to ``question`` at places of ``output``; ``text`` is the folded copy of it."""
 
     def __init__(self, output: str, question: Question):
-        self.output, self.question = output, question
-        self.text = fold(output)
+        self.output, self.text, self.question = output, fold(output), question
         # A text that two choices share, or a blank one, names no choice.
         texts = [squeeze(choice) for choice in question.choices]
-        self.texts = {
-            text: letter for text, letter in zip(texts, question.letters, strict=True) if text and texts.count(text) == 1
-        }
+        lettered = zip(texts, question.letters, strict=True)
+        self.letter_of = {text: letter for text, letter in lettered if text and texts.count(text) == 1}
+        self.longest = max(map(len, self.letter_of), default=0)
 
     def read(self, start: int, at: int, end: int, rank: int) -> Reading | None:
-        """The answer that stands at ``at``: None where none stands, a problem where it says two things."""
+        """The answer that stands at ``at``, behind a marker from ``start``: None where none does, a problem where it is two."""
         end = min(end, at + _LONGEST_STATEMENT)
-        lead = _LEAD.match(self.text, at, end).end()
         if self.question.is_numeric:
-            return self._read_number(start, at, end, rank)
-        named, exact = self._read_texts(start, lead, end, rank), self._read_letters(start, lead, end, rank)
-        together = exact and len(exact.letters) > 1 and exact.end - lead == len(exact.letters)
-        if named and together:
+            reading = self._read_number(self._after(_NUMBER_LEAD, at, end), end, bare=rank == BARE)
+        else:
+            reading = self._read_choices(start, self._after(_LEAD, at, end), end)
+        return replace(reading, start=start, rank=rank) if reading else None
+
+    def reading_of(self, letters: Iterable[str], end: int) -> Reading:
+        """``letters`` as an answer that ends at ``end``."""
+        if not set(letters) <= set(self.question.letters):
+            return Reading(end, problem="a letter outside the choices")
+        return Reading(end, tuple(sorted(set(letters))))
+
+    def _after(self, pattern: re.Pattern, at: int, end: int) -> int:
+        """Where ``pattern`` ends if it stands at ``at``; ``at`` if it does not."""
+        match = pattern.match(self.text, at, end)
+        return match.end() if match else at
+
+    def _ends(self, at: int, end: int, complete: bool = False) -> bool:
+        """Whether a statement ends at ``at``; a ``complete`` one does unless it is taken back."""
+        if any(pattern.match(self.text, at, end) for pattern in (_ECHO, _DENIED, _HEDGED)):
+            return False
+        return complete or bool(_END.match(self.text, at, end))
+
+    def _read_choices(self, start: int, at: int, end: int) -> Reading | None:
+        named, lettered = self._read_texts(at, end), self._read_letters(at, end, bullets="\n" in self.text[start:at])
+        if not named or not lettered:
+            return named or lettered
+        if len(lettered.letters) > 1 and lettered.end - at == len(lettered.letters):
             return named  # "AB" as a choice of its own is not the letters a and b
-        if named and exact and not named.problem and not exact.problem and named.letters != exact.letters:
-            problem = "a letter that is also the text of another choice"
-            return Reading(rank, start, exact.end, problem=problem)
-        if exact and (not exact.problem or not named):
-            return exact
-        return named
+        if named.problem or lettered.problem or named.letters == lettered.letters:
+            return named if lettered.problem else lettered
+        return Reading(lettered.end, problem="a letter that is also the text of another choice")
 
-    def _read_letters(self, start: int, at: int, end: int, rank: int) -> Reading | None:
-        text, letters, position = self.text, [], at
-        line_end = end if (found := text.find("\n", at, end)) < 0 else found
-        run = re.compile(r"[a-z]+").match(text, at, end)
-        if not run:
-            return None
-        if len(run[0]) > 1:
-            # "ac": letters written together, where they can be nothing else.
-            after = _CLOSERS.match(text, run.end(), end).end()
-            together = list(run[0]) == sorted(set(run[0])) and set(run[0]) <= set(self.question.letters)
-            if not together or len(run[0]) > 3 or not _END.match(text, after, end) or _ECHO.match(text, after, end):
+    def _read_letters(self, at: int, end: int, bullets: bool) -> Reading | None:
+        """Letters, each alone or with the text of its choice, joined in one line or, after a line break, in ``bullets``."""
+        if word := _WORD.match(self.text, at, end):
+            return self._read_word(word, end)
+        letters, position, following = [], at, at
+        while following is not None:
+            if not _LETTER.match(self.text, following, end):
                 return None
-            return Reading(rank, start, run.end(), tuple(run[0]))
-        while True:
-            if not re.compile(r"[a-z](?![a-z0-9_]|-[a-z0-9])").match(text, position, end):
-                return None
-            letter = text[position]
-            position, confirmed, problem = self._after_letter(letter, position + 1, line_end)
-            letters.append(letter)
+            letters.append(self.text[following])
+            position, complete, problem = self._after_letter(following, self._after(_LINE, following, end))
             if problem:
-                return Reading(rank, start, position, problem=problem)
-            either = _OR.match(text, position, end)
-            if either and self._isolated_letter(_LEAD.match(text, either.end(), end).end(), end):
-                return Reading(rank, start, either.end() + 1, problem="several answers offered")
-            joined = _AND.match(text, position, line_end)
-            following = _LEAD.match(text, joined.end() if joined else position, line_end).end()
-            if joined and self._isolated_letter(following, end):
-                position = following
-                continue
-            if (
-                following > position
-                and ":" not in text[position:following]
-                and self._isolated_letter(following, end)
-                and self._all_letters(following, line_end)
-            ):
-                position = following
-                continue
-            bullet = re.compile(r"[ ]*\n[ ]*[-*•・][ ]*\(?(?=[a-z](?![a-z0-9]))").match(text, position, end)
-            if bullet and "\n" in text[start:position]:
-                position = bullet.end()
-                line_end = end if (found := text.find("\n", position, end)) < 0 else found
-                continue
-            break
-        if said := _HOW_MANY.match(text, position, line_end):
-            position, confirmed = said.end(), True
-            if int(said[1]) != len(set(letters)):
-                return Reading(rank, start, position, problem="another number of letters than it says")
-        if (
-            _ECHO.match(text, position, end)
-            or _HEDGED.match(text, position, end)
-            or (taken := _TAKEN_BACK.match(text, position, end))
-            and "以外" not in taken[0]
-        ):
-            return None
-        if taken:
-            return Reading(rank, start, taken.end(), problem="all but one choice")
-        if not confirmed and not _END.match(text, position, end) and not _END.match(text, position, line_end):
-            return None
-        if any(letter not in self.question.letters for letter in letters):
-            return Reading(rank, start, position, problem="a letter outside the choices")
-        return Reading(rank, start, position, tuple(sorted(set(letters))))
+                return Reading(position, problem=problem)
+            either = self._after(_OR, position, end)
+            if either > position and _LETTER.match(self.text, self._after(_LEAD, either, end), end):
+                return Reading(either + 1, problem=_SEVERAL)
+            following = self._next_letter(position, end)
+            if following is None and bullets and (bullet := _BULLET.match(self.text, position, end)):
+                following = bullet.end()
+        if count := _HOW_MANY.match(self.text, position, end):
+            position, complete = count.end(), True
+            if int(count[1]) != len(set(letters)):
+                return Reading(position, problem="another number of letters than it says")
+        if but := _ALL_BUT.match(self.text, position, end):
+            return Reading(but.end(), problem="all but one choice")
+        return self.reading_of(letters, position) if self._ends(position, end, complete) else None
 
-    def _after_letter(self, letter: str, position: int, line_end: int) -> tuple[int, bool, str | None]:
-        """Step over what belongs to a letter: closing marks, the text of its choice, a remark in brackets.
+    def _read_word(self, word: re.Match, end: int) -> Reading | None:
+        """ "ac": letters written together, where they can be nothing else."""
+        letters, after = list(word[0]), self._after(_CLOSERS, word.end(), end)
+        distinct = letters == sorted(set(letters) & set(self.question.letters)) and len(letters) <= 3
+        return Reading(word.end(), tuple(letters)) if distinct and _END.match(self.text, after, end) else None
 
-        Returns where it ends, whether it was the letter's own text, and a problem: the text of another choice.
+    def _after_letter(self, at: int, end: int) -> tuple[int, bool, str | None]:
+        """Step over the letter at ``at`` and what belongs to it: closing marks, the text of its choice, a remark in brackets.
+
+        Returns where it ends, whether it has the text of its choice, and a problem: it has that of another one.
         """
-        text = self.text
-        position = _CLOSERS.match(text, position, line_end).end()
-        gap = re.compile(r"[ ]*(?:[.:、,)。](?=[ ]*[^ ]))?[ ]*の?[ ]*").match(text, position, line_end)
-        opening = re.compile(rf"{_OPEN}*").match(text, gap.end(), line_end)
-        match = self._longest_text(opening.end(), line_end)
-        if match is not None:
-            owner, after = match
-            closing = _CLOSERS.match(text, after, line_end).end()
-            plain = gap.group().strip() not in ("、", ",", "。")
-            if owner == letter and not _TAKEN_BACK.match(text, closing, line_end):
-                return closing, True, None
-            if owner != letter and plain and _END.match(text, closing, line_end):
-                return closing, False, "a letter beside the text of another choice"
-        bracket = re.compile(r"[ ]*\(([^()\n]*)\)").match(text, position, line_end)
-        if bracket:
-            if re.fullmatch(r"[ ]*[a-z][ ]*", bracket[1]) and bracket[1].strip() != letter:
-                return bracket.end(), False, "several answers offered"
-            return bracket.end(), False, None
+        letter, position = self.text[at], self._after(_CLOSERS, at + 1, end)
+        gap = self._after(_GAP, position, end)
+        if named := self._longest_text(self._after(_OPENERS, gap, end), end):
+            owner, after = named[0], self._after(_CLOSERS, named[1], end)
+            if owner == letter and not _DENIED.match(self.text, after, end):
+                return after, True, None
+            apart = self.text[position:gap].strip() in ("、", ",", "。")
+            if owner != letter and not apart and _END.match(self.text, after, end):
+                return after, False, _ANOTHER_TEXT
+        if remark := _REMARK.match(self.text, position, end):
+            other = re.fullmatch("[a-z]", remark[1]) and remark[1] != letter
+            return remark.end(), False, _SEVERAL if other else None
         return position, False, None
+
+    def _next_letter(self, position: int, end: int) -> int | None:
+        """Where the next letter of a list in one line stands: after a joint, or after a gap if letters alone fill the line."""
+        line_end = self._after(_LINE, position, end)
+        joined = self._after(_AND, position, line_end)
+        following = self._after(_LEAD, joined, line_end)
+        if not _LETTER.match(self.text, following, end):
+            return None
+        letters_follow = following > position and ":" not in self.text[position:following]
+        if joined > position or (letters_follow and _ONLY_LETTERS.fullmatch(self.text, following, line_end)):
+            return following
+        return None
 
     def _longest_text(self, position: int, end: int) -> tuple[str, int] | None:
         """The longest choice text that stands at ``position``: its letter and where it ends."""
-        best: tuple[str, int] | None = None
-        wanted = max((len(text) for text in self.texts), default=0)
-        seen = ""
+        best, text = None, ""
         for at in range(position, end):
             character = squeeze(self.output[at])
-            seen += character
-            if not character:
-                continue
-            if len(seen) > wanted:
+            text += character
+            if len(text) > self.longest:
                 break
-            if seen in self.texts:
-                best = (self.texts[seen], at + 1)
+            if character and text in self.letter_of:
+                best = (self.letter_of[text], at + 1)
         return best
 
-    def _isolated_letter(self, position: int, end: int) -> bool:
-        return bool(re.compile(r"[a-z](?![a-z0-9_]|-[a-z0-9])").match(self.text, position, end))
-
-    def _all_letters(self, position: int, line_end: int) -> bool:
-        return bool(re.fullmatch(r"[a-z](?:[ ,、]+[a-z])*[ ]*[。.]?[ ]*", self.text[position:line_end]))
-
-    def _read_texts(self, start: int, at: int, end: int, rank: int) -> Reading | None:
+    def _read_texts(self, position: int, end: int) -> Reading | None:
         """An answer given as the exact text of one or more choices."""
-        text, letters, position = self.text, [], at
-        while match := self._longest_text(position, end):
-            letter, position = match
+        letters: list[str] = []
+        while named := self._longest_text(position, end):
+            letter, position = named[0], self._after(_CLOSERS, named[1], end)
             letters.append(letter)
-            position = _CLOSERS.match(text, position, end).end()
-            label = re.compile(r"[ ]*\(([a-z])\)").match(text, position, end)
-            if label:
+            if label := _LABEL.match(self.text, position, end):
                 position = label.end()
                 if label[1] != letter:
-                    return Reading(rank, start, position, problem="a letter beside the text of another choice")
-            either = _OR.match(text, position, end)
-            if either and self._longest_text(_LEAD.match(text, either.end(), end).end(), end):
-                return Reading(rank, start, either.end(), problem="several answers offered")
-            joined = _AND.match(text, position, end)
-            following = _LEAD.match(text, joined.end(), end).end() if joined else position
-            if not joined or not self._longest_text(following, end):
+                    return Reading(position, problem=_ANOTHER_TEXT)
+            either = self._after(_OR, position, end)
+            if either > position and self._longest_text(self._after(_LEAD, either, end), end):
+                return Reading(either, problem=_SEVERAL)
+            joined = self._after(_AND, position, end)
+            following = self._after(_LEAD, joined, end)
+            if joined == position or not self._longest_text(following, end):
                 break
             position = following
-        if not letters or any(p.match(text, position, end) for p in (_ECHO, _TAKEN_BACK, _HEDGED)):
-            return None
-        if not _END.match(text, position, end):
-            return None
-        return Reading(rank, start, position, tuple(sorted(set(letters))))
+        return self.reading_of(letters, position) if letters and self._ends(position, end) else None
 
-    def _read_number(self, start: int, at: int, end: int, rank: int) -> Reading | None:
-        lead = re.compile(rf"(?:{_OPEN}|-(?!\.?\d)|[、:](?=\s*\S)|約|およそ|about|approximately)*").match(self.text, at, end)
-        at = lead.end()
-        line_end = end if (found := self.text.find("\n", at, end)) < 0 else found
+    def _read_number(self, at: int, end: int, bare: bool) -> Reading | None:
+        line_end = self._after(_LINE, at, end)
         line = self.text[at:line_end]
         boxed = re.findall(rf"([{SLOTS}])([^{SLOTS}]*)", line)
         if len(boxed) > 1:
-            return self._read_boxes(start, at, line, boxed, rank)
-        equals = max(line.rfind(sign) for sign in "=≒≈→⇒")
-        if boxed:
-            equals = max(equals, line.index(boxed[0][0]))
-        first = re.compile(r"[ ]*(?:約|およそ|\()?[ ]*").match(line, equals + 1).end()
-        number = _NUMBER.match(line, first)
-        if number is None:
-            if rank == BARE:
-                return None
+            return self._read_boxes(line_end, boxed)
+        result = re.split(rf"[=≒≈→⇒{SLOTS}]", line)[-1]
+        if value := _VALUE.match(result):
+            number, rest = value[1], result[value.end() :]
+        elif bare:
+            return None
+        else:
             # "解答: 総再生産率は1.2です": the only number of the statement. The digits of m2 or PaCO2 are no numbers.
             sentence = re.split(r"。|(?<!\d)\.|\.(?!\d)", line)[0]
             numbers = [m for m in _NUMBER.finditer(sentence) if not re.search(r"[a-z^_0-9]$", sentence[: m.start()])]
             if len(numbers) != 1:
-                problem = "several numbers" if numbers else None
-                return Reading(rank, start, at + len(sentence), problem=problem) if problem else None
-            number = numbers[0]
-        rest = line[number.end() :]
+                return Reading(at + len(sentence), problem="several numbers") if numbers else None
+            number, rest = numbers[0][0], line[numbers[0].end() :]
+        position = line_end - len(rest)
         if _UNFINISHED.match(rest):
-            return Reading(rank, start, at + number.end(), problem="more than one number, or an unfinished calculation")
-        if _ECHO.match(rest) or _TAKEN_BACK.match(rest):
+            return Reading(position, problem="more than one number, or an unfinished calculation")
+        if _ECHO.match(rest) or _DENIED.match(rest) or (bare and not _BARE_NUMBER_END.fullmatch(rest)):
             return None
-        if rank == BARE and not re.fullmatch(r"[ ]*(?:[^\d\s。]{0,12}(?:1,?000対)?)[。.]?(?:です|である)?[。.]?", rest):
-            return None
-        return Reading(rank, start, at + number.end(), number=_plain(number[0]))
+        number = number.replace(",", "").removeprefix("+")
+        return Reading(position, number="0" + number if number.startswith(".") else number.replace("-.", "-0."))
 
-    def _read_boxes(self, start: int, at: int, line: str, boxed: list[tuple[str, str]], rank: int) -> Reading | None:
+    def _read_boxes(self, end: int, boxed: list[tuple[str, str]]) -> Reading | None:
         """An answer written box by box, as on the answer sheet: ``①2 ②6`` or ``①0．②4``."""
-        end = at + len(line)
-        digits = [re.findall(r"\d", after) for _, after in boxed]
-        in_order = "".join(box for box, _ in boxed) == SLOTS[: len(boxed)]
-        if all(not found for found in digits):
+        digits = [re.findall(r"\d(?:[ ]*\.)?", after) for _, after in boxed]  # each with the point behind it
+        if not any(digits):
             return None  # the boxes of the question, restated and not filled in
-        if not in_order or any(len(found) != 1 for found in digits):
-            return Reading(rank, start, end, problem="boxes not filled with one digit each")
-        filling = iter(found[0] for found in digits)
+        if "".join(box for box, _ in boxed) != SLOTS[: len(boxed)] or any(len(found) != 1 for found in digits):
+            return Reading(end, problem="boxes not filled with one digit each")
         boxes = answer_boxes(self.question.problem_text)
         if boxes is not None and sum(c in SLOTS for c in boxes) == len(boxed):
-            number = "".join(next(filling) if c in SLOTS else c for c in boxes)
-        else:
-            point = [bool(re.search(r"\d[ ]*\.", after)) for _, after in boxed]
-            number = "".join(digit + "." * dot for digit, dot in zip(filling, point, strict=True)).rstrip(".")
-        return Reading(rank, start, end, number=number)
-
-
-def _plain(number: str) -> str:
-    number = number.replace(",", "").removeprefix("+")
-    return "0" + number if number.startswith(".") else number.replace("-.", "-0.")
+            filling = iter(found[0][0] for found in digits)
+            return Reading(end, number="".join(next(filling) if c in SLOTS else c for c in boxes))
+        return Reading(end, number="".join(found[0] for found in digits).replace(" ", "").rstrip("."))

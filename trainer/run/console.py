@@ -35,11 +35,11 @@ class _ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def console_logging(*, enabled: bool) -> Iterator[Display]:
-    """Show what medtrain's modules log on stderr, and yield the progress display; ``enabled``: on rank 0 of a run that is
-    not quiet, elsewhere nothing is shown. Lines of INFO stand as they are, warnings begin with "warning: "."""
+def console_logging(*, enabled: bool, name: str = "medtrain") -> Iterator[Display]:
+    """Show what the modules below ``name`` log on stderr, and yield the progress display; ``enabled``: on rank 0 of a run
+    that is not quiet, elsewhere nothing is shown. Lines of INFO stand as they are, warnings begin with "warning: "."""
     display = Display(enabled=enabled)
-    logger = logging.getLogger("medtrain")
+    logger = logging.getLogger(name)
     before = logger.handlers, logger.level, logger.propagate
     logger.handlers = [_ConsoleHandler(display.console) if enabled else logging.NullHandler()]
     logger.setLevel(logging.INFO)

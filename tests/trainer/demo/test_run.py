@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
+from medtrain.benchmarks.evidence import seeds
 from medtrain.trainer.demo import run as run_module
-from medtrain.trainer.demo import seeds
 from medtrain.trainer.demo.recipe import Recipe
-from medtrain.trainer.demo.run import ARMS, run_demo
+from medtrain.trainer.demo.run import ARMS, Demo, run_demo
 from medtrain.trainer.demo.table import conclusions, format_table, gap_interval, interval
 from medtrain.trainer.demo.texts import Corpus, names_in
 from medtrain.trainer.demo.world import WorldSizes, make_world
@@ -85,15 +85,14 @@ def test_further_arms_are_added_to_a_finished_demo(finished, tmp_path):
     out, table = finished
     more = tmp_path / "out"
     shutil.copytree(out, more)
-    longer = run_demo(more, seed=3, quiet=True, recipe=TINY, further=("cpt_ipo", "cpt_simpo"))
+    longer = run_demo(more, seed=3, quiet=True, recipe=TINY, extra_arms=("cpt_ipo", "cpt_simpo"))
     assert list(longer) == [*ARMS, "cpt_ipo", "cpt_simpo"]
     assert {arm: longer[arm] for arm in ARMS} == table
     settings = json.loads((more / "cpt_simpo" / "manifest.json").read_text(encoding="utf-8"))["settings"]
     assert settings["rpo"]["loss"] == "simpo" and settings["rpo"]["alpha"] == 0
-    for arm, row in longer.items():
-        row["stated"] = seeds.stated(more, 3, TINY, arm)
-        assert 0 <= row["stated"] <= 1
-    found = seeds.result({3: longer}, {3: 1.0}, TINY)
+    scores = {arm: seeds.scores(Demo(more, 3, TINY), arm, row) for arm, row in longer.items()}
+    assert all(0 <= row["stated"] <= 1 for row in scores.values())
+    found = seeds.result({3: scores}, [1.0], 25, TINY)
     assert {"cpt_rpo - cpt_ipo", "cpt_rpo - cpt_simpo"} <= set(found["contrasts"])
     assert "CPT + SimPO" in seeds.format_result(found)
 
@@ -160,12 +159,10 @@ def test_an_interrupted_stage_stops_the_demo(tmp_path, monkeypatch):
 
 
 def test_four_arms_averages_over_seeds_and_pairs_arms_by_seed(finished):
-    table = {arm: row | {"stated": 0.5} for arm, row in finished[1].items()}
-    worse = json.loads(json.dumps(table))
-    for row in worse.values():
-        row["answer"]["points_ratio"] -= 0.1
-        row["gap"] -= 0.1
-    found = seeds.result({0: table, 1: worse}, {0: 1.0, 1: 2.0})
+    out, table = finished
+    scores = {arm: seeds.scores(Demo(out, 3, TINY), arm, row) for arm, row in table.items()}
+    worse = {arm: row | {"answer": row["answer"] - 0.1, "gap": row["gap"] - 0.1} for arm, row in scores.items()}
+    found = seeds.result({0: scores, 1: worse}, [1.0, 2.0], 25)
     assert set(found) >= {"device", "date", "commit", "versions", "seeds", "arms"}
     assert found["seeds"] == [0, 1]
     for arm in ARMS:
@@ -201,7 +198,7 @@ def test_seeds_at_the_same_time_give_what_one_alone_gives(finished, tmp_path, ca
     found = seeds.run_seeds(tmp_path, 3, 2, recipe=TINY, jobs=2)
     assert json.loads((tmp_path / "seed-3" / "table.json").read_text(encoding="utf-8")) == finished[1]
     assert found["seeds"] == [3, 4] and all(len(arm["by_seed"]) == 2 for arm in found["arms"].values())
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "seed 3: gap of CPT" in printed and "seed 4: gap of CPT" in printed
 
 
@@ -226,5 +223,5 @@ def test_the_exam_while_training_asks_about_no_tested_disease(finished):
 def test_arms_of_the_table_are_those_of_the_run():
     from medtrain.trainer.demo.table import LABELS
 
-    assert list(LABELS) == [*run_module.ARMS, *run_module.FURTHER]
-    assert set(run_module.ARMS) == {"base", "cpt"} | set(run_module.PREFERENCES)
+    assert list(LABELS) == [*run_module.ARMS, *run_module.EXTRA_ARMS]
+    assert set(run_module.ARMS) == {"base", "cpt"} | set(run_module.PREFERENCE_ARMS)

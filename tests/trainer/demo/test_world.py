@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from medtrain.trainer.demo import texts as texts_module
+from medtrain.benchmarks.evidence.seeds import states_fact
 from medtrain.trainer.demo.texts import (
     STYLE,
     Corpus,
@@ -14,8 +14,8 @@ from medtrain.trainer.demo.texts import (
     make_tokenizer,
     names_in,
     pretraining_texts,
-    states_fact,
     textbook_texts,
+    write_jsonl,
     write_world,
 )
 from medtrain.trainer.demo.world import KINDS, LETTERS, RELATIONS, WorldSizes, make_world, quiz_on_fact
@@ -32,11 +32,13 @@ def world():
 
 
 def test_the_same_seed_writes_the_same_files_and_another_seed_others(tmp_path, world):
-    written = [write_world(make_world(seed, SIZES), CORPUS, tmp_path / str(k)) for k, seed in enumerate((7, 7, 8))]
-    names = sorted(path.name for path in written[0].root.glob("*.jsonl"))
+    roots = [tmp_path / "first", tmp_path / "again", tmp_path / "other"]
+    for root, seed in zip(roots, (7, 7, 8), strict=True):
+        write_world(make_world(seed, SIZES), CORPUS, root)
+    names = sorted(path.name for path in roots[0].glob("*.jsonl"))
     assert len(names) == 7
     for name in names:
-        first, again, other = ((files.root / name).read_bytes() for files in written)
+        first, again, other = ((root / name).read_bytes() for root in roots)
         assert first == again
         assert first != other
 
@@ -73,14 +75,14 @@ def test_check_disjoint_finds_a_leaked_question(world):
 
 def test_pretraining_prose_tells_only_the_met_facts_of_the_textbook(world):
     of_textbook = set(world.textbook)
-    told = set()
+    stated = set()
     for text in pretraining_texts(world, CORPUS)["prose"]:
         for sentence in text.rsplit("\n", 1)[-1].split("。")[:-1]:
             if sentence[:2] in of_textbook:
                 (r,) = [i for i, relation in enumerate(RELATIONS) if relation.word in sentence]
                 assert world.facts[sentence[:2], r] in sentence
-                told.add((sentence[:2], r))
-    assert told and told <= world.met
+                stated.add((sentence[:2], r))
+    assert stated and stated <= world.met
 
 
 def test_the_textbook_tells_true_facts_and_compares_within_a_chapter(world):
@@ -99,9 +101,9 @@ def test_the_textbook_tells_true_facts_and_compares_within_a_chapter(world):
 
 
 def test_exam_files_are_read_back_with_the_right_answer_and_explanation(tmp_path, world):
-    files = write_world(world, CORPUS, tmp_path)
+    write_world(world, CORPUS, tmp_path)
     for kind in KINDS[1:]:
-        for question in load_questions(files.exam(kind)):
+        for question in load_questions(tmp_path / f"exam-{kind}.jsonl"):
             right = question.choices[question.letters.index(question.answer[0])]
             assert right in question.explanation
             for mode in ("answer", "explain"):
@@ -116,20 +118,20 @@ def test_explanations_of_several_steps_are_true_and_end_with_the_fact_that_is_as
     for row in rows:
         disease = row["problem_text"][:2]
         sentences = row["explanation"].split("。")[:-1]
-        told = []
+        stated = []
         for sentence in sentences:
             (r,) = [i for i, relation in enumerate(RELATIONS) if relation.word in sentence]
             assert world.facts[sentence[:2], r] in sentence
-            told.append((sentence[:2], r))
+            stated.append((sentence[:2], r))
         (asked,) = [i for i, relation in enumerate(RELATIONS) if relation.word in row["problem_text"]]
-        own, others = [fact for fact in told if fact[0] == disease], [fact for fact in told if fact[0] != disease]
+        own, others = [fact for fact in stated if fact[0] == disease], [fact for fact in stated if fact[0] != disease]
         assert len(set(own)) == 3 and own[-1] == (disease, asked)
         for other, r in others:
-            assert r == asked and told.index((other, r)) >= 2
+            assert r == asked and stated.index((other, r)) >= 2
             assert world.facts[other, r] in row["choices"] and other in world.neighbours(disease)
         assert len(others) <= 1
         contrasted += len(others)
-        before += bool(others) and told[-1] == own[-1]
+        before += bool(others) and stated[-1] == own[-1]
     assert 0.4 < contrasted / len(rows) < 0.6
     assert 0.35 < before / contrasted < 0.65
 
@@ -157,8 +159,8 @@ def test_papers_about_passing_diseases_name_nothing_that_is_met_elsewhere(world)
     assert len({text[:5] for text in passing}) > 0.8 * len(passing)
     for text in passing:
         explanation, answer = text.split("説明:")[1].split("\n答え:")
-        (told,) = {s for s in explanation.split("。") if s.startswith(text[3:5]) and answer in s}
-        assert told
+        (stated,) = {s for s in explanation.split("。") if s.startswith(text[3:5]) and answer in s}
+        assert stated
 
 
 def test_up_to_three_wrong_options_are_right_for_a_neighbour(world):
@@ -185,8 +187,8 @@ def test_every_text_survives_the_tokenizer_and_holds_no_unknown_token(tmp_path, 
 
 def test_prompt_and_completion_have_the_same_tokens_apart_and_together(tmp_path, world):
     tokenizer = make_tokenizer(world, CORPUS)
-    files = write_world(world, CORPUS, tmp_path)
-    for question in load_questions(files.exam("test")):
+    write_world(world, CORPUS, tmp_path)
+    for question in load_questions(tmp_path / "exam-test.jsonl"):
         for mode in ("answer", "explain"):
             parts = STYLE.prompt(question, mode, tokenizer), STYLE.completion(question, mode)
             apart = [i for part in parts for i in tokenizer(part, add_special_tokens=False).input_ids]
@@ -199,7 +201,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError):
-        texts_module.write_jsonl(tmp_path / "x.jsonl", rows())
+        write_jsonl(tmp_path / "x.jsonl", rows())
     assert not (tmp_path / "x.jsonl").exists()
-    texts_module.write_jsonl(tmp_path / "x.jsonl", [{"text": "ア"}])
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "ア"}])
     assert json.loads((tmp_path / "x.jsonl").read_text(encoding="utf-8")) == {"text": "ア"}
