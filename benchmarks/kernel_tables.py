@@ -155,14 +155,6 @@ def verdicts(rows: list[dict]) -> list[dict[str, Any]]:
         False,
         ".2f",
     )
-
-    def off_formula() -> float:
-        ours = [row for row in whole.values() if row.get("formula_bytes") and row["extra_bytes"]]
-        if not ours:
-            raise LookupError("no row has both")
-        return max(abs(row["extra_bytes"] / row["formula_bytes"] - 1) for row in ours)
-
-    found += judge("extra memory within 10 % of the formula, every mode", off_formula, 0.1, False, ".1%")
     return found
 
 

@@ -20,8 +20,6 @@ from medtrain.benchmarks.kernel_tables import shape_name
 from medtrain.benchmarks.measure import Calls, Memory, Times, clocks, measure_memory, time_rounds, why_not
 from medtrain.benchmarks.peers import IMPLEMENTATIONS, KEEP_ALL, Implementation, Unavailable, floor, floor_flops
 from medtrain.kernels.logps import select_path
-from medtrain.kernels.logps_launch import forced
-from medtrain.kernels.logps_memory import logps_memory
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.files import write_json
 
@@ -188,8 +186,6 @@ def _run_shape(
                     dw_bytes = inputs.weight.nbytes if head == "trained" else 0
                     row |= {"extra_bytes": memory.peak - dw_bytes} | errors
                     row["error_tokens"] = len(wanted.inputs.hidden)
-                    if implementation.impl == "medtrain":
-                        row["formula_bytes"] = _formula(implementation, head, shape, dtype, path, dw_bytes)
                     if floor_ms:
                         row["floor_share"] = floor_ms / measured.median
                 elif stage == "forward":
@@ -200,20 +196,6 @@ def _run_shape(
             rows.append(row | {"floor_share": 1.0, "tflops": floor_flops(inputs) / floor_ms / 1e9})
         echo(f"  {head or 'no gradient'}: timed {', '.join(f'{one.impl} {one.variant}'.strip() for one in times) or 'none'}")
     return rows, seen
-
-
-def _formula(implementation: Implementation, head: str | None, shape: Shape, dtype, path: str, dw_bytes: int) -> int:
-    """What ``extra_bytes`` of our own op should be."""
-    with forced(**({"gemm": implementation.gemm} if implementation.gemm else {})):
-        memory = logps_memory(
-            *shape,
-            dtype,
-            trains_hidden=head is not None,
-            trains_weight=head == "trained",
-            keep_bytes=implementation.keep_bytes,
-            path=path,
-        )
-    return max(memory.forward - dw_bytes, memory.backward)
 
 
 def _check(implementation: Implementation, inputs: Inputs, wanted: Reference, device: torch.device) -> _Found | str:
@@ -275,7 +257,6 @@ def _row(
         "ms_spread": times and times.spread,
         "rounds": times and times.rounds,
         "extra_bytes": None,
-        "formula_bytes": None,
         "kept_bytes": None,
         "floor_share": None,
         "tflops": None,
