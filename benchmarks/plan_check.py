@@ -78,7 +78,6 @@ def compare(stage: str, ranks: int, settings: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Compare all cases."""
     below = False
     with ProcessPoolExecutor(1, clean_context("medtrain.trainer.train.setup"), max_tasks_per_child=1) as pool:
         for case in CASES:

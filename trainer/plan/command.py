@@ -14,8 +14,9 @@ from medtrain.trainer.plan.memory import GIB, adapters_of, micro_batch, plan_mem
 
 # Tried in this order where a configuration does not fit.
 FULL: dict[str, Any] = {"model.activation_checkpointing": "full"}
-EIGHT_BIT, BF16, NF4 = FULL | {"optim.state": "8bit"}, {"precision.weights": "bf16"}, {"lora.base": "nf4"}
+EIGHT_BIT, BF16 = FULL | {"optim.state": "8bit"}, {"precision.compute": "bfloat16", "precision.weights": "bf16"}
 LORA = FULL | {"lora.rank": 16, "precision.weights": "fp32", "precision.fp8": "none", "precision.fp8_all_gather": False}
+NF4 = {"lora.base": "nf4"}
 
 
 def plan_config(config: Config, *, world_size: int, gpu_memory_gib: float, sizes: str | None = None) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def plan_config(config: Config, *, world_size: int, gpu_memory_gib: float, sizes
         raise bad_input("medtrain plan has no formula for it", field="model.compile", found=True, expected="false")
     if world_size % (copies := config.parallel.replicate):
         raise bad_input(
-            "does not divide the ranks", field="parallel.replicate", found=copies, expected=f"a divisor of {world_size}"
+            "does not divide the number of ranks", field="parallel.replicate", found=copies, expected=f"a divisor of {world_size}"
         )
     model, limit = read_sizes(config.model, sizes), gpu_memory_gib * GIB
     plan, adapters = plan_memory(config, model, world_size), adapters_of(config, model)

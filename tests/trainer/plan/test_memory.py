@@ -152,7 +152,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
         (
             config_of("rpo", model=FULL, data={"max_length": 2048}),
             79,
-            "optim.state=8bit precision.weights=bf16 optim.micro_batch_tokens=",
+            "optim.state=8bit precision.compute=bfloat16 precision.weights=bf16",
         ),
         (config_of(model=FULL), 60, "lora.rank=16"),
         (config_of(model=FULL, lora={"rank": 16}), 30, "lora.base=nf4"),
