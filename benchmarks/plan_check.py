@@ -71,7 +71,7 @@ def compare(stage: str, ranks: int, settings: str) -> tuple[float, float]:
                 step = (built.policy, prepared.data, built.loss, built.optimizer)
                 for i in range(2):
                     optimizer_step(*step, i, world, lr=1e-5, grad_clip=1.0, guard=built.guard)
-    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in vars(run)["profiler"].kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     plan = plan_memory(config, read_sizes(config.model), ranks, SLAB_BYTES)
     return max(itertools.accumulate(changes)), plan.peak - plan.parts["allowance"]
