@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 # One server forks all clean children of a session (medtrain.trainer.processes); started, it has imported all they need.
 forkserver.set_forkserver_preload(
-    ["medtrain.benchmarks.plan_error", "medtrain.benchmarks.evidence.seeds", "medtrain.trainer.data.tokens", "torch._dynamo"]
+    ["medtrain.benchmarks.plan_check", "medtrain.benchmarks.evidence.seeds", "medtrain.trainer.data.tokens", "torch._dynamo"]
 )
 forkserver.set_forkserver_preload = lambda modules: None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -177,10 +178,10 @@ def check(config: str, overrides: tuple[str, ...], samples: int) -> None:
         click.echo(summary)
 
 
-@main.command(short_help="Memory a rank by formula, without GPU, weights or data.")
+@main.command(short_help="Memory per rank by formula, without GPU, weights or data.")
 @CONFIG
 @OVERRIDES
-@click.option("--world-size", type=click.IntRange(1, 65536), default=8, show_default=True, help="Ranks, one a GPU.")
+@click.option("--world-size", type=click.IntRange(1, 65536), default=8, show_default=True, help="Ranks, one per GPU.")
 @click.option(
     "--gpu-memory-gib",
     type=click.FloatRange(min=1),
@@ -204,19 +205,23 @@ def plan(
     peak_tflops: float,
     as_json: bool,
 ) -> None:
-    """Memory a rank by formula, without GPU, weights or data, and what to change; exit status 1 where it does not fit."""
+    """Memory per rank by formula, without GPU, weights or data, and what to change; exit status 1 where it does not fit."""
     from medtrain.trainer.config.settings import load_config
 
     settings = load_config(None, config, overrides)
-    from medtrain.trainer.plan.command import as_text, plan_config
+    from medtrain.trainer.plan.command import plan_config
 
-    result = plan_config(
-        settings, world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes, mfu=mfu, peak_tflops=peak_tflops
-    )
+    result = plan_config(settings, world_size=world_size, gpu_memory_gib=gpu_memory_gib, sizes=sizes)
+    if mfu is not None:
+        rate = mfu * peak_tflops * 1e12 * world_size / result["flops_a_token"]
+        result["expected_speed"] = {"tokens_per_second": rate, "mfu": mfu, "peak_tflops": peak_tflops}
     if as_json:
         exam.print_json(result)
     else:
-        click.echo(as_text(result))
+        import yaml
+
+        rounded = json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 2))
+        click.echo(yaml.safe_dump(rounded, sort_keys=False, width=120), nl=False)
     if not result["fits"]:
         sys.exit(1)
 

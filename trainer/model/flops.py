@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from medtrain.trainer.model.lora import Adapters
 
 # Dense bf16 peaks, FLOP/s, from the makers' data sheets. Elsewhere mfu is null.
@@ -39,5 +39,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of this device, where known."""
     if device.type != "cuda":
         return None
+    import torch  # here, for ``medtrain plan`` does without
+
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
