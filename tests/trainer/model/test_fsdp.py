@@ -12,7 +12,8 @@ from medtrain.trainer.config.settings import ModelConfig, ParallelConfig, config
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import join_world
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.model.policy import build_model, load_model_config, load_tokenizer
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.weights.checkpoint import Saver
 from medtrain.trainer.weights.load import init_weights
 

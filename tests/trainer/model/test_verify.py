@@ -9,7 +9,7 @@ from medtrain.trainer.errors import InputError
 from medtrain.trainer.model import attention
 from medtrain.trainer.model import verify as architecture_proof
 from medtrain.trainer.model.policy import build_model
-from medtrain.trainer.model.verify import prove_architecture, small_config
+from medtrain.trainer.model.verify import small_config, verify_architecture
 
 # Qwen2.5-72B's sizes.
 SIZES = {
@@ -43,7 +43,7 @@ def config_of(model_type="qwen2", rope="default", **sizes):
 
 
 def proved(config, longest=4096):
-    return prove_architecture(config, longest, {"file": "config.json"})
+    return verify_architecture(config, longest, {"file": "config.json"})
 
 
 @pytest.mark.parametrize("tied", [False, True])
