@@ -1,22 +1,18 @@
 """Causal attention over packed documents by three backends; documents never see each other.
 
 The model is called on one flat row of tokens [1, T], cut into segments. A segment's tokens attend causally to each other,
-and to a shared prompt elsewhere in the row, if it has one. The backend is chosen once by :func:`select_backend`, printed,
-and written into the manifest:
+and to a shared prompt elsewhere in the row, if it has one. The backend is printed and written into the manifest:
 
-- ``flash_attn``: the flash-attn package, where installed, on CUDA in half precision;
-- ``torch_varlen``: torch's own variable-length flash attention, on CUDA in half precision;
-- ``sdpa``, on any device and dtype: prompt and segment gathered, those of like length into padded rows, each row plain
-  causal attention. Padding stands at the end of a row, where no real token attends to it; the prompt's queries are computed
-  again and dropped. In compiled layers, where other groups would be another graph, one mask over all tokens does it.
-
-The flash backends gather the keys and values of (prompt, segment) and leave the queries where they are. With fewer queries
-than keys, both kernels align their causal mask to the bottom right (flash-attn by its documentation; torch's bundled copy
-by ``row_idx + max_seqlen_k - max_seqlen_q`` in ATen's flash_attn/mask.h).
+- ``flash_attn`` (the package) and ``torch_varlen`` (torch's own), on CUDA in half precision: the keys and values of (prompt,
+  segment) are gathered, the queries stay. With fewer queries than keys, both kernels align their causal mask to the bottom
+  right (flash-attn by its documentation; torch by ``row_idx + max_seqlen_k - max_seqlen_q`` in ATen's flash_attn/mask.h).
+- ``sdpa``, on any device: (prompt, segment) of like length gathered into padded rows, each row plain causal attention; no
+  real token attends to the padding at a row's end, and the prompt's queries are computed again and dropped. In compiled
+  layers, where other groups would be another graph, one mask over all tokens.
 
 A gathered prompt gets gradients from several segments, added by the backward of ``index_select``: in a fixed order on the
-CPU and under ``torch.use_deterministic_algorithms``, else by atomics, where the sum of two (a pair) is still the same in any
-order and that of more may differ in its last bit.
+CPU and under ``torch.use_deterministic_algorithms``, else by atomics, where the sum of more than two may differ in its last
+bit.
 """
 
 from __future__ import annotations
@@ -58,8 +54,8 @@ class PackedLayout:
     """Where the segments of one packed row lie, prepared once per micro-batch and used by every layer.
 
     ``cu_seqlens``, ``key_cu_seqlens``, ``key_index`` and the two maxima: as in the micro-batch.
-    ``groups``, for ``sdpa``: one (rows, length, index) per group of segments of like key length; index [rows * length] gives
-    the token at each place, a segment's last token standing in for padding.
+    ``groups``, for ``sdpa``: per group of segments of like key length, int64 [segments, length]: the token at each place, a
+    segment's last token standing in for padding.
     ``inverse``, for ``sdpa``: [T], the place of each token in the groups laid end to end.
     """
 
@@ -69,8 +65,12 @@ class PackedLayout:
     key_cu_seqlens: torch.Tensor
     max_key_seqlen: int
     key_index: torch.Tensor | None = None
-    groups: tuple[tuple[int, int, torch.Tensor], ...] = ()
+    groups: tuple[torch.Tensor, ...] = ()
     inverse: torch.Tensor | None = None
+
+    @property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        return self.cu_seqlens, self.key_cu_seqlens, self.max_seqlen, self.max_key_seqlen
 
 
 def packed_layout(batch: MicroBatch, backend: str) -> PackedLayout:
@@ -99,7 +99,7 @@ def packed_layout(batch: MicroBatch, backend: str) -> PackedLayout:
         index = tokens[starts[segments, None] + torch.minimum(column, length - 1)]
         place = placed + torch.arange(index.numel()).view_as(index)
         inverse[index[wanted]] = place[wanted]
-        groups.append((last - first, longest, index.reshape(-1).to(device)))
+        groups.append(index.to(device))
         placed += index.numel()
         first = last
     return PackedLayout(backend, batch.cu_seqlens, batch.max_seqlen, *keys, tuple(groups), inverse.to(device))
@@ -107,13 +107,10 @@ def packed_layout(batch: MicroBatch, backend: str) -> PackedLayout:
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
     """q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim]."""
-    if len(layout.groups) == 1 and layout.groups[0][0] == 1:  # one segment: nothing to gather
-        return _attend_in_rows(q, k, v, 1, scale, is_causal=True)
-    pieces = []
-    for rows, _, index in layout.groups:
-        padded = (t.index_select(0, index) for t in (q, k, v))
-        pieces.append(_attend_in_rows(*padded, rows, scale, is_causal=True))
+    if len(layout.groups) == 1 and len(layout.groups[0]) == 1:  # one segment: nothing to gather
+        return _attend(q, k, v, scale, is_causal=True)
     assert layout.inverse is not None
+    pieces = [_attend(q, k, v, scale, index, is_causal=True) for index in layout.groups]
     return torch.cat(pieces).index_select(0, layout.inverse)
 
 
@@ -126,24 +123,24 @@ def _masked_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Pack
     first = key_bounds[segment]
     own = token - bounds[segment + 1] + key_bounds[segment + 1]  # a token's own key: segments end together
     mask = (key >= first.unsqueeze(1)) & (key <= own.unsqueeze(1))
-    return _attend_in_rows(q, k, v, 1, scale, attn_mask=mask)
+    return _attend(q, k, v, scale, attn_mask=mask)
 
 
-def _attend_in_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int, scale: float, **mask: Any) -> torch.Tensor:
-    """q [rows * length, heads, dim] -> the same, each of ``rows`` attending to itself under ``mask``."""
-    per_row = (t.view(rows, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(*per_row, scale=scale, enable_gqa=k.shape[1] != q.shape[1], **mask)
-    return out.transpose(1, 2).reshape(q.shape)
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, index: torch.Tensor | None = None, **mask: Any
+) -> torch.Tensor:
+    """Attention among the tokens of each row of ``index`` [rows, length], by default of all, one row after the other."""
+    if index is not None:
+        q, k, v = (t.index_select(0, index.view(-1)) for t in (q, k, v))
+    shape, grouped, rows = q.shape, k.shape[1] != q.shape[1], 1 if index is None else len(index)
+    q, k, v = (t.view(rows, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **mask).transpose(1, 2).reshape(shape)
 
 
 def _gather(k: torch.Tensor, v: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
     if layout.key_index is None:
         return k, v
     return k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
-
-
-def _bounds(layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    return layout.cu_seqlens, layout.key_cu_seqlens, layout.max_seqlen, layout.max_key_seqlen
 
 
 def _torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
@@ -156,7 +153,7 @@ def _torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Pac
             repeat = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     # window_size=(-1, 0) is how this function spells causal; without return_aux its result is one tensor.
-    return cast(torch.Tensor, varlen_attn(q, k, v, *_bounds(layout), scale=scale, window_size=(-1, 0), **options))
+    return cast(torch.Tensor, varlen_attn(q, k, v, *layout.bounds, scale=scale, window_size=(-1, 0), **options))
 
 
 def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
@@ -165,7 +162,7 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Packe
     k, v = _gather(k, v, layout)
     # Its backward adds up in any order unless told to be deterministic.
     options = {"softmax_scale": scale, "causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
-    return flash_attn_varlen_func(q, k, v, *_bounds(layout), **options)
+    return flash_attn_varlen_func(q, k, v, *layout.bounds, **options)
 
 
 _BACKENDS = {"sdpa": _sdpa, "torch_varlen": _torch_varlen, "flash_attn": _flash_attn}

@@ -1,8 +1,8 @@
 """Decoder layers compiled one by one by torch.compile: one graph for all of them, whatever the length of a pack.
 
-A layer's ``forward`` is replaced, not the layer: its parameters keep their names, and FSDP's hooks, which stand around
-``forward``, stay outside of the graph (torchtitan's order: checkpoint, compile, shard). The checkpointing that wraps a
-layer is compiled with it. ``fullgraph``: what would break the graph is an error in the first step, not a slower run.
+A layer's ``forward`` is replaced, not the layer: parameters keep their names, and FSDP's hooks, which stand around
+``forward``, stay outside of the graph. The checkpointing that wraps a layer is compiled with it. ``fullgraph``: what would
+break the graph is an error in the first step, not a slower run.
 """
 
 from __future__ import annotations

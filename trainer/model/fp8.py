@@ -1,8 +1,8 @@
 """FP8 in the policy: linear layers by torchao, their weights as plain tensors, and the guard that watches them.
 
-torchao scales each tensor (tensorwise) or each row (rowwise) by its largest magnitude just before every product, so finite
-numbers never overflow. What can go wrong is a number that is not finite, one so small compared with the largest that it
-becomes zero, and a model that drifts from what it would be without FP8. The guard measures all three.
+torchao scales each tensor (tensorwise) or row (rowwise) by its largest magnitude just before every product, so finite numbers
+never overflow. The guard measures what can go wrong: a number that is not finite, one so small compared with the largest
+that it becomes zero, and a model that drifts from what it would be without FP8.
 
 Import this file after :func:`medtrain.trainer.model.precision.load_torchao`.
 """
@@ -76,16 +76,14 @@ class Guard:
         self.layers = [module for module in policy.modules() if isinstance(module, FP8Linear)]
 
     def check(self, step: int, batch: MicroBatch) -> dict[str, float]:
-        """Before step ``step`` (from 0), where it is due, compute one micro-batch per rank with and without FP8 and compare;
+        """Where a check is due before step ``step`` (from 0), compute ``batch``, one micro-batch per rank, with and without FP8;
         all ranks must call this.
 
-        Returns ``fp8/shadow_loss_difference`` (nats per counted token: the loss with FP8 less the loss without), the share of
-        the FP8 layers' inputs and outputs that are not finite (``fp8/nonfinite_share``), and of the inputs those at FP8's
-        largest number after scaling (``fp8/saturated_share``) and those that are not zero but become it
-        (``fp8/underflow_share``); nothing where no check is due.
+        Returns ``fp8/shadow_loss_difference`` (nats per counted token, the loss with FP8 less the one without) and shares:
+        ``fp8/nonfinite_share`` of the FP8 layers' inputs and outputs; of the inputs, ``fp8/saturated_share`` at FP8's largest
+        number after scaling and ``fp8/underflow_share`` that become zero.
 
-        Raises:
-            RuntimeError: something is wrong and ``precision.fp8_guard`` is ``stop``.
+        Raises RuntimeError: something is wrong and ``precision.fp8_guard`` is ``stop``.
         """
         every, tolerance = self.config.fp8_check_every, self.config.fp8_tolerance
         if every == 0 or step % every:
@@ -98,11 +96,11 @@ class Guard:
         if not abs(difference) <= tolerance:  # so that NaN is wrong too
             limit = f"more than precision.fp8_tolerance={tolerance:g}"
             problems.append(f"the loss is {difference:+.4f} nats per token from the one without FP8, {limit}")
+        message = f"step {step + 1}: FP8: {'; '.join(problems)}"
+        if problems and self.config.fp8_guard == "stop":
+            ending = "stopped before the step, the last checkpoint stands (precision.fp8_guard=warn goes on)"
+            raise RuntimeError(f"{message}; {ending}")
         if problems:
-            message = f"step {step + 1}: FP8: {'; '.join(problems)}"
-            if self.config.fp8_guard == "stop":
-                stops = "stopped before the step, the last checkpoint stands (precision.fp8_guard=warn goes on)"
-                raise RuntimeError(f"{message}; {stops}")
             log.warning(message)
         return metrics
 
@@ -158,20 +156,14 @@ class Guard:
 
 
 def _counts(x: torch.Tensor, y: torch.Tensor, config: Float8LinearConfig) -> torch.Tensor:
-    """float64 [5]: how many numbers are in x and y, in x, not finite in both; of x at FP8's largest, and rounded to zero.
-
-    Scales are computed from the finite numbers, so that one that is not finite does not hide the rest.
-    """
-    cast, axiswise = config.cast_config_input, ScalingGranularity.AXISWISE
-    dtype = cast.target_dtype
+    """float64 [5]: how many numbers are in x and y, in x, not finite in both; of x at FP8's largest, and rounded to zero."""
+    granularity, dtype = config.cast_config_input.scaling_granularity, config.cast_config_input.target_dtype
     assert dtype is not None  # every recipe names one
-    known = torch.where(x.isfinite(), x, 0.0)
+    known = torch.where(x.isfinite(), x, 0.0)  # one number that is not finite would hide the rest
+    dim = -1 if granularity is ScalingGranularity.AXISWISE else None
+    powers_of_2 = config.round_scales_to_power_of_2
     scale = tensor_to_scale(
-        known,
-        dtype,
-        scaling_granularity=cast.scaling_granularity,
-        axiswise_dim=-1 if cast.scaling_granularity is axiswise else None,
-        round_scales_to_power_of_2=config.round_scales_to_power_of_2,
+        known, dtype, scaling_granularity=granularity, axiswise_dim=dim, round_scales_to_power_of_2=powers_of_2
     )
     rounded = to_fp8_saturated(known.float() * scale, dtype).float()
     counts = [

@@ -16,28 +16,20 @@ from medtrain.trainer.errors import bad_input, user_path
 # Decoders whose weights are named model.* and lm_head.weight and whose layers all attend to the whole document.
 SUPPORTED_TYPES = ("qwen2", "qwen3", "llama", "mistral")
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
+_WIDTHS = ("hidden_size", "intermediate_size", "head_dim", "vocab_size")
+_NUMBERS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of ``model.tokenizer`` or of the checkpoint, with ``model.eos_token`` applied.
 
-    Raises:
-        InputError: no such folder, no tokenizer in it, unknown or missing end-of-sequence token.
+    Raises InputError: no such folder, no tokenizer in it, unknown or missing end-of-sequence token.
     """
     field = "model.path" if config.tokenizer is None else "model.tokenizer"
     folder = config.tokenizer or config.path or ""
-    tokenizer = read_tokenizer(folder, field=field)
+    tokenizer: Any = read_tokenizer(folder, field=field)  # the base class does not declare get_added_vocab
     if config.eos_token is not None:
-        where = {"field": "model.eos_token", "found": config.eos_token}
+        where: dict[str, Any] = {"field": "model.eos_token", "found": config.eos_token}
         if config.eos_token not in tokenizer.get_vocab():
             raise bad_input("not in the vocabulary", **where, expected=f"a token of {folder}")
         if config.eos_token not in tokenizer.get_added_vocab():
@@ -52,8 +44,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
     """The Hugging Face config of ``model.path`` or ``model.init``, checked against the tokenizer where one is given.
 
-    Raises:
-        InputError: unreadable or unsupported config, unknown size in ``model.init``, a tokenizer that does not fit.
+    Raises InputError: unreadable or unsupported config, unknown size in ``model.init``, a tokenizer that does not fit.
     """
     if config.path is not None:
         where: dict[str, Any] = {"file": Path(config.path) / "config.json"}
@@ -73,8 +64,7 @@ def load_model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | 
 def parameter_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's parameters, a tied head once, under the embedding's name.
 
-    Raises:
-        InputError: transformers builds no model from this config.
+    Raises InputError: transformers builds no model from this config.
     """
     try:
         with torch.device("meta"):
@@ -127,7 +117,7 @@ def _check_type(model_type: str, where: dict[str, Any]) -> None:
 
 
 def _check_sizes(hf_config: PreTrainedConfig, where: dict[str, Any]) -> None:
-    for name in _SIZES:
+    for name in (*_WIDTHS, *_NUMBERS):
         size = getattr(hf_config, name, None)
         if size is not None and not (isinstance(size, int) and size >= 1):
             raise bad_input(f"{name} is no size", **where, found=size, expected="a whole number, 1 or more")

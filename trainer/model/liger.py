@@ -1,10 +1,9 @@
 """Liger's Triton kernels for norms, rotary embedding and SwiGLU, put into one decoder by Liger's own
 ``apply_liger_kernel_to_MODEL_TYPE``.
 
-Liger patches the modules of the model it is given and, for models yet to come, the classes and the rotary function in
-transformers' modeling module. Every other model of the process must stay as it is, Hugging Face's own forward that verifies
-the weights among them: the module gets its own names back at once, and has Liger's rotary function only while an attention
-of this decoder runs.
+Liger patches the model it is given and, for models yet to come, the classes and the rotary function in transformers' modeling
+module. Every other model of the process must stay as it is, among them the one that verifies the weights: the module gets its
+own names back at once, and has Liger's rotary function only while an attention of this decoder runs.
 """
 
 from __future__ import annotations
@@ -32,17 +31,16 @@ def select_layers(config: ModelConfig, hf_config: PreTrainedConfig, device: torc
     """Whose layers these settings take on this device: ``torch``, ``liger`` or ``compiled``. Where ``auto`` would take
     Liger's on this device and cannot, the reason is logged.
 
-    Raises:
-        InputError: Liger asked for where it cannot be; layers compiled in a way that this torch cannot.
+    Raises InputError: Liger asked for where it cannot be; layers compiled in a way that this torch cannot.
     """
+    if config.compile and config.activation_checkpointing == "selective" and torch.__version__ < "2.13":
+        raise bad_input(
+            "compiled with this torch, it makes new graphs for new lengths until the compiler gives up",
+            field="model.activation_checkpointing",
+            found=f"selective, torch {torch.__version__}",
+            expected="full or budget with model.compile, or torch 2.13",
+        )
     if config.compile:
-        if config.activation_checkpointing == "selective" and torch.__version__ < "2.13":
-            raise bad_input(
-                "compiled with this torch, it makes new graphs for new lengths until the compiler gives up",
-                field="model.activation_checkpointing",
-                found=f"selective, torch {torch.__version__}",
-                expected="full or budget with model.compile, or torch 2.13",
-            )
         return "compiled"
     if config.kernels == "torch" or (config.kernels == "auto" and device.type != "cuda"):
         return "torch"
@@ -74,8 +72,7 @@ def _obstacle(hf_config: PreTrainedConfig, device: torch.device) -> str | None:
 def use_liger(decoder: Any) -> None:
     """Let Liger replace the forwards of a decoder's norms, MLPs and rotary embedding; parameters and names stay.
 
-    Raises:
-        Exception: Liger has nothing for this model type, or no longer patches what this relies on.
+    Raises whatever Liger does where it has nothing for this model type, or no longer patches what this relies on.
     """
     import liger_kernel.transformers
 

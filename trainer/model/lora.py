@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -29,18 +29,8 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER = "default"  # PEFT's name for a model's first adapter
 
 # Settings of adapter_config.json that make an adapter more than plain LoRA.
-_BEYOND_PLAIN_LORA = (
-    "use_rslora",
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_bias",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "bias",
-)
+_OTHER_FORMULAS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication")
+_OTHER_WEIGHTS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 _CHANGES_THE_BASE = ("pissa", "corda", "olora", "lora_ga")  # initialisations that subtract the adapters from the base
 
 
@@ -78,7 +68,7 @@ class Adapters:
 
         return PeftLoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha if self.alpha % 1 else int(self.alpha),
+            lora_alpha=cast(int, self.alpha if self.alpha % 1 else int(self.alpha)),  # any number, whatever its type says
             target_modules=list(self.targets),
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
@@ -88,9 +78,8 @@ class Adapters:
 def plan_adapters(config: LoraConfig, shapes: dict[str, tuple[int, ...]]) -> Adapters | None:
     """The adapters that ``lora`` asks for on a model of these parameter shapes; None where it is off.
 
-    Raises:
-        InputError: target modules that the model does not have, rows that NF4 cannot cut into blocks, an adapter in
-            ``lora.path`` that is unreadable, of another kind than plain LoRA, or of another model.
+    Raises InputError: target modules that the model does not have, rows that NF4 cannot cut into blocks, an adapter in
+    ``lora.path`` that is unreadable, of another kind than plain LoRA, or of another model.
     """
     if not config.on:
         return None
@@ -136,7 +125,7 @@ def _read_config(file: Path) -> tuple[int, float]:
         raise bad_input("unreadable", file=file, found=f"{type(error).__name__}: {error}", expected=expected) from None
     if kind != "LORA":
         raise bad_input("another kind of adapter", file=file, field="peft_type", found=kind, expected="LORA")
-    for name in _BEYOND_PLAIN_LORA:
+    for name in (*_OTHER_FORMULAS, *_OTHER_WEIGHTS):
         if content.get(name) and content[name] != "none":
             raise bad_input("only plain LoRA can be trained on", file=file, field=name, found=content[name])
     initialisation = str(content.get("init_lora_weights")).lower()

@@ -46,8 +46,7 @@ def packed_shape(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int]
 def quantize(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Pack a weight [rows, columns] (any float dtype, columns a multiple of BLOCK) as :func:`packed_shape` says.
 
-    Raises:
-        ValueError: other shapes, or a weight that is not finite.
+    Raises ValueError: other shapes, or a weight that is not finite.
     """
     rows, columns = weight.shape
     if columns % BLOCK:

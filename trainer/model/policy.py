@@ -62,10 +62,9 @@ class PolicyModel(nn.Module):
         """Log-probabilities (nats, float32 [N]) of ``batch.targets`` at positions ``batch.counted``; ``batch`` is on the
         model's device.
 
-        Args:
-            padded: instead, what transformers' ``generate`` hands a backbone: rows padded on the left, and their KV cache.
-                Gives the logits [rows, 1, V] of the last position, and the decoder's other outputs, its KV cache, by name
-                (medtrain.trainer.exam.during).
+        ``padded``: instead, what transformers' ``generate`` hands a backbone: rows padded on the left, and their KV cache.
+        Gives the logits [rows, 1, V] of the last position, and the decoder's other outputs, its KV cache, by name
+        (medtrain.trainer.exam.during).
         """
         if batch is None:
             rest = dict(self.model(**padded or {}))

@@ -59,8 +59,7 @@ def plan_fp8(
 
     Head and embedding never compute in FP8, nor do weights with a dim that is no multiple of 16.
 
-    Raises:
-        InputError: a device without FP8 where emulation was not asked for, no layer that could compute in FP8.
+    Raises InputError: a device without FP8 where emulation was not asked for, no layer that could compute in FP8.
     """
     if config.fp8 == "none":
         return None
@@ -95,8 +94,7 @@ def _check_device(device: torch.device, compute_dtype: torch.dtype) -> None:
 def load_torchao(setting: str) -> None:
     """Import torchao, without its warnings about kernels that a machine without CUDA cannot load.
 
-    Raises:
-        InputError: it is not installed, or not in a version that is known to work; names ``setting``, which needs it.
+    Raises InputError: it is not installed, or not in a version that is known to work; names ``setting``, which needs it.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")

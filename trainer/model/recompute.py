@@ -12,6 +12,7 @@ before attention are not kept: Liger's rotary kernel overwrites its inputs, so a
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch.nn as nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -35,7 +36,7 @@ def checkpoint_layers(layers: nn.ModuleList, mode: str, rank: int | None = None)
     """Wrap each layer as ``model.activation_checkpointing`` says; nothing for ``none`` and ``budget``. ``rank``: of adapters."""
     if mode not in ("full", "selective"):
         return
-    options = {} if mode == "full" else {"context_fn": functools.partial(_selective_contexts, rank)}
+    options: dict[str, Any] = {} if mode == "full" else {"context_fn": functools.partial(_selective_contexts, rank)}
     for i, layer in enumerate(layers):
         # No layer draws random numbers, so their state need not be brought back.
         layers[i] = checkpoint_wrapper(layer, preserve_rng_state=False, **options)

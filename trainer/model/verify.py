@@ -39,12 +39,10 @@ def verify_architecture(hf_config: PreTrainedConfig, longest: int, where: dict[s
     Returns what the manifest keeps: ``model_type``; ``tokens`` compared; ``positions`` that they reach;
     ``largest_difference`` and ``tolerance`` in nats; ``seconds``.
 
-    Args:
-        longest: tokens of the run's longest document or pair. Two sequences leave out positions to reach as far.
-        where: says in an error whose config it is (arguments of :func:`bad_input`).
+    ``longest``: tokens of the run's longest document or pair. Two sequences leave out positions to reach as far.
+    ``where``: says in an error whose config it is (arguments of :func:`bad_input`).
 
-    Raises:
-        InputError: the packed path computes another model than Hugging Face does, or that computes none of this config.
+    Raises InputError: the packed path computes another model than Hugging Face does, or that computes none of this config.
     """
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
@@ -89,15 +87,9 @@ def small_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
     heads = kv_heads * min(2, hf_config.num_attention_heads // hf_config.num_key_value_heads)
     kinds = list(dict.fromkeys(getattr(hf_config, "layer_types", None) or []))
     layers = max(2, len(kinds))
-    sizes = {
-        "hidden_size": hf_config.hidden_size * heads // hf_config.num_attention_heads,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": VOCABULARY,
-        "rms_norm_eps": 1.0,
-    }
+    hidden = hf_config.hidden_size * heads // hf_config.num_attention_heads
+    sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": 96, "vocab_size": VOCABULARY, "rms_norm_eps": 1.0}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     sizes |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if kinds:
         sizes["layer_types"] = (kinds * layers)[:layers]
@@ -150,10 +142,9 @@ def _hugging_face_logps(model: torch.nn.Module, pairs: PairSet, last: int) -> to
 def _mismatch(hf_config: PreTrainedConfig, where: dict[str, Any], difference: float, last: int, share: bool) -> InputError:
     rope = getattr(hf_config, "rope_parameters", None) or {}
     if last > REACH:
-        cause = (
-            f"rope_type {rope.get('rope_type')} has other frequencies for long documents, and all lengths are packed together; "
-            f"right up to original_max_position_embeddings, {rope.get('original_max_position_embeddings')}"
-        )
+        original = rope.get("original_max_position_embeddings")
+        cause = f"rope_type {rope.get('rope_type')} has other frequencies for long documents, and all lengths are packed together"
+        cause += f"; right up to original_max_position_embeddings, {original}"
     elif share:
         cause = "attention to a shared prompt; separate sequences agree"
     else:

@@ -4,8 +4,8 @@
 own shards; frozen weights stay where they came from) and ``trainer.json``. It is written under a name ending in
 ``.partial`` and renamed when every rank has written, so a folder without that ending is complete.
 
-Training is held up while each rank copies its shards to host memory; a thread of each rank then writes the copy while
-training goes on. The threads talk over a gloo group of their own, for two threads of a rank must not use one group.
+Training is held up while each rank copies its shards to host memory; a thread of each rank then writes the copy. The threads
+talk over a gloo group of their own, for two threads of a rank must not use one group.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from medtrain.trainer.distributed import TIMEOUT, World, local_tensor, unwrapped
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # torch warns in every run of one process, where it is right and nothing is wrong.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-# dcp.load is strict: it fails where the checkpoint lacks what the model trains.
+# Loading is strict: it fails where the checkpoint lacks what the model trains.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -48,14 +48,13 @@ class Saver:
     ``begin`` takes what is to be saved, ``commit`` lets it become a checkpoint; training may go on at once. One that was
     not written is an error of the next ``begin`` or ``finish``, on every rank; ``failed`` tells it earlier.
 
-    Args:
-        background: copy to host memory and write from there in a thread; else write in ``begin``. The host memory (this
-            rank's shards of trained weights and optimizer state, pinned on a GPU machine) is kept for the next checkpoint.
+    ``background``: copy to host memory and write from there in a thread; else write in ``begin``. The host memory (this
+    rank's shards of trained weights and optimizer state, pinned on a GPU machine) is kept for the next checkpoint.
     """
 
     def __init__(self, root: Path, world: World, *, keep: int, background: bool):
         self.root, self.world, self.keep = root, world, keep
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None  # a process group, on several ranks
         self._thread: ThreadPoolExecutor | None = None
         if background:
             if world.size > 1:
@@ -77,8 +76,7 @@ class Saver:
         """Take ``policy`` and ``optimizer`` as they are now; returns the seconds that training was held up. Waits for the
         checkpoint before this one.
 
-        Raises:
-            RuntimeError: that one was not written; without ``background``, this one.
+        Raises RuntimeError: that one was not written; without ``background``, this one.
         """
         started = time.perf_counter()
         self.finish()
@@ -118,8 +116,7 @@ class Saver:
     def finish(self) -> None:
         """Wait until the last checkpoint is written.
 
-        Raises:
-            RuntimeError: it was not, on this rank or another.
+        Raises RuntimeError: it was not, on this rank or another.
         """
         pending, self._pending = self._pending, None
         step, error = (pending[0], pending[1].exception()) if pending is not None else (0, None)
@@ -130,8 +127,9 @@ class Saver:
         """Wait for this rank's thread, also after an error elsewhere; a failure that nothing else has reported is logged."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
+        cudart: Any = torch.cuda.cudart() if self._pinned else None
         for memory in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+            cudart.cudaHostUnregister(memory.data_ptr())
         self._pinned, self._copy = [], None
         if self._pending is not None and self.failed:
             step, future = self._pending
@@ -142,8 +140,8 @@ class Saver:
         num_bytes = memory.numel() * memory.element_size()
         if not num_bytes:
             return
-        error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
-        if error:
+        cudart: Any = torch.cuda.cudart()  # typed as a module that may be missing
+        if error := int(cudart.cudaHostRegister(memory.data_ptr(), num_bytes, 0)):
             raise RuntimeError(
                 f"CUDA error {error}: no more host memory can be pinned for the copy of a checkpoint; "
                 "checkpoint.async_save=false needs none"
@@ -153,7 +151,7 @@ class Saver:
     def _write(self, step: int, tree: dict) -> None:
         """Returns, or raises, on every rank when all have written."""
         writer = FileSystemWriter(_partial(self.root, step), single_file_per_rank=True, sync_files=True)
-        dcp.save(tree, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1)
+        state_dict_saver.save(tree, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1)
 
     def _publish(self, step: int, state: dict) -> None:
         if not self.world.is_main:
@@ -171,13 +169,10 @@ class Saver:
 
 def load_checkpoint(folder: Path, policy: PolicyModel, optimizer: torch.optim.Optimizer | None, world: World) -> dict[str, Any]:
     """Fill what ``policy`` trains (and ``optimizer``) from a complete checkpoint, each rank its own shards; returns its state.
-
-    Raises:
-        InputError: a damaged checkpoint.
-    """
+    InputError for a damaged one."""
     tree = _trained_state(policy, optimizer)
     try:
-        dcp.load(tree, storage_reader=FileSystemReader(folder), no_dist=world.size == 1)
+        state_dict_loader.load(tree, storage_reader=FileSystemReader(folder), no_dist=world.size == 1)
         state = json.loads((folder / "trainer.json").read_text())
     except (CheckpointException, OSError, ValueError, RuntimeError) as error:
         found, expected = _last_line(error), "remove this folder to go on from the one before"
@@ -196,16 +191,14 @@ def _trained_state(policy: PolicyModel, optimizer: torch.optim.Optimizer | None)
     """Trained weights, as plain tensors so that a checkpoint can be read without torchao, and optimizer state."""
     policy.reshard_all()
     weights, moments = get_state_dict(policy, [] if optimizer is None else optimizer, options=_TRAINED)
-    tree: dict[str, Any] = {"model": {name: unwrapped(weight) for name, weight in weights.items()}}
+    tree: dict[str, Any] = {"model": {name: unwrapped(cast(torch.Tensor, weight)) for name, weight in weights.items()}}
     return tree if optimizer is None else tree | {"optim": moments}
 
 
 @torch.no_grad()
 def _copied(value: Any, memory: Any, pin: Callable[[torch.Tensor], None] | None) -> Any:
-    """A copy of nested ``value`` in host memory that shares nothing with it: in ``memory``, an earlier copy, where given.
-
-    Of a DTensor this rank's part is copied. From a GPU the copies are done when its current stream is.
-    """
+    """A copy of nested ``value``, of DTensors this rank's part, in host memory: in ``memory``, an earlier copy, where given.
+    From a GPU the copies are done when its current stream is."""
     if isinstance(value, torch.Tensor):
         if memory is None:
             memory = torch.empty_like(value, device="cpu")

@@ -45,8 +45,7 @@ def export_model(
     The folder appears whole or not at all, with the sha256 of each weights file, which is read back and compared before.
     ``source``: the checkpoint the run began with, or the run's copy of its small files, whose other settings are kept.
 
-    Raises:
-        RuntimeError: what was read back is not what was written.
+    Raises RuntimeError: what was read back is not what was written.
     """
     policy.reshard_all()
     out = Path(out)

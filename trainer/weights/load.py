@@ -31,8 +31,7 @@ class Checkpoint:
 
     Attributes: ``folder``; ``files`` (sorted paths); ``tensors`` by name.
 
-    Raises:
-        InputError: no weights, a damaged file, a tensor in two files, an index that is not of these files.
+    Raises InputError: no weights, a damaged file, a tensor in two files, an index that is not of these files.
     """
 
     def __init__(self, folder: str | Path):
@@ -64,8 +63,7 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 over the files' contents (in name order).
 
-        Raises:
-            InputError: contents other than a ``SHA256SUMS`` next to them says.
+        Raises InputError: contents other than a ``SHA256SUMS`` next to them says.
         """
         digests = sha256_of(self.files)
         sums = self.folder / CHECKSUMS
@@ -80,8 +78,7 @@ class Checkpoint:
     def check(self, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
         """Compare with the model's parameter shapes before anything is allocated.
 
-        Raises:
-            InputError: a parameter without a tensor, or of another shape; a tied head of which the files hold another.
+        Raises InputError: a parameter without a tensor, or of another shape; a tied head of which the files hold another.
         """
         for name, shape in shapes.items():
             if name == HEAD and tied:
@@ -105,8 +102,7 @@ class Checkpoint:
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, as the folder's index says; empty without one.
 
-    Raises:
-        InputError: no readable index, a name outside the folder, a ``model.safetensors`` that is read instead of it.
+    Raises InputError: no readable index, a name outside the folder, a ``model.safetensors`` that is read instead of it.
     """
     path = folder / INDEX
     if not os.path.lexists(path):

@@ -34,9 +34,8 @@ class StoredTensor:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name. That the file is whole, opening it with the library tells.
 
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it has no such header.
+    Raises OSError: it cannot be opened.
+    Raises ValueError: it has no such header.
     """
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

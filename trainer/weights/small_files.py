@@ -1,7 +1,7 @@
 """What a Hugging Face folder holds besides its weights: config.json, generation_config.json and the tokenizer.
 
-Written by one function for the rehearsal before the first step, for the copy in the run folder, and for the export; for
-every reader: transformers 4 and 5, vLLM, llama.cpp's converter.
+Written by one function, in the rehearsal before the first step, the run folder and the export, for every reader:
+transformers 4 and 5, vLLM, llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -27,21 +27,10 @@ from medtrain.trainer.data.tokenizer import PROBES, read_tokenizer
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import write_json
 
-# All that readers look for in a tokenizer folder; of folders there is one, of chat templates by name.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "tekken.json",
-)
-_TEMPLATES = "additional_chat_templates"
+# All that readers look for in a tokenizer folder; _TEMPLATES is a folder, of chat templates by name.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_OLDER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "tekken.json")
+_TEMPLATE_FILES, _TEMPLATES = ("chat_template.jinja", "chat_template.json"), "additional_chat_templates"
 # Where an old config.json has these, they are about the model, not about how it generates.
 _NOT_GENERATION = {"transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
 
@@ -54,14 +43,13 @@ def write_small_files(
     dtype: torch.dtype,
     source: str | Path | None,
 ) -> bool:
-    """Write config, generation config and tokenizer into ``folder``, which must exist.
+    """Write config, generation config and tokenizer into ``folder``, which must exist; returns whether transformers'
+    AutoTokenizer makes of them the tokens that ``tokenizer`` makes. Of some model types transformers 5 builds a tokenizer of
+    its own, whatever class is named and whatever tokenizer.json says.
 
     ``dtype``: of the weights next to them. ``source``: the checkpoint the run began with, whose other settings are kept.
-    Returns whether transformers' AutoTokenizer makes of them the tokens that ``tokenizer`` makes. Of some model types
-    transformers 5 builds a tokenizer of its own, whatever class is named and whatever tokenizer.json says.
 
-    Raises:
-        InputError: a file of ``source`` that cannot be read.
+    Raises InputError: a file of ``source`` that cannot be read.
     """
     write_json(folder / "config.json", _model_config(hf_config, dtype, source))
     write_json(folder / "generation_config.json", generation_config(tokenizer, source))
@@ -73,8 +61,7 @@ def rehearse(
 ) -> bool:
     """:func:`write_small_files` to a scratch folder, read back; returns the same.
 
-    Raises:
-        InputError: it cannot be written or read, or what is read is not what this run trains with.
+    Raises InputError: it cannot be written or read, or what is read is not what this run trains with.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -128,8 +115,9 @@ def _model_config(hf_config: PreTrainedConfig, dtype: torch.dtype, source: str |
     rope = dict(read["rope_parameters"])
     theta, kind = rope.pop("rope_theta"), rope["rope_type"]
     name = str(dtype).removeprefix("torch.")
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
     others = {
-        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__],
+        "architectures": [architecture.__name__],
         "dtype": name,
         "torch_dtype": name,
         "rope_theta": theta,
@@ -143,10 +131,7 @@ def _model_config(hf_config: PreTrainedConfig, dtype: torch.dtype, source: str |
 
 def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict[str, Any]:
     """generation_config.json: that of ``source`` (or the settings in its config.json), with the end token that is trained.
-
-    Raises:
-        InputError: a file that is not a JSON object.
-    """
+    InputError for a file that is not a JSON object."""
     # As plain JSON: transformers refuses to save many a published file once it has been changed.
     file = None if source is None else Path(source) / "generation_config.json"
     if file is not None and file.is_file():
@@ -164,11 +149,7 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | N
 
 
 def end_tokens(value: Any, file: str | Path | None) -> list[int]:
-    """The ids of ``eos_token_id`` as a generation config has it: none, one or a list.
-
-    Raises:
-        InputError: something else; ``file`` is named.
-    """
+    """The ids of ``eos_token_id`` as a generation config has it: none, one or a list; InputError for anything else."""
     ends = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(end) is int and end >= 0 for end in ends):
         raise bad_input("not token ids", file=file, field="eos_token_id", found=value, expected="a whole number or a list")
@@ -176,11 +157,11 @@ def end_tokens(value: Any, file: str | Path | None) -> list[int]:
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """The files it was read from, byte for byte but for what was changed or only transformers 5 understands; where it has
-    none (a slow one, or made in memory), as transformers writes it."""
+    """The files it was read from, byte for byte but for what was changed or only transformers 5 understands; of one that was
+    made in memory, what transformers writes."""
     source = Path(tokenizer.name_or_path)
     if tokenizer.name_or_path and (source / "tokenizer.json").is_file():
-        for name in _TOKENIZER_FILES:
+        for name in (*_TOKENIZER_FILES, *_OLDER_FILES, *_TEMPLATE_FILES):
             if (source / name).is_file():
                 with user_path(source / name):
                     content = (source / name).read_bytes()
@@ -206,17 +187,17 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _name_class(folder: Path, settings: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Name a class by which AutoTokenizer, which goes by it and by the model type, makes the tokens that are trained on: the
-    one that stands there, or that of a tokenizer.json and nothing more, by the name that transformers 4 and 5 know. Returns
-    whether there is one."""
+    """Name a class by which AutoTokenizer makes the tokens that are trained on: the one that stands there, or that of a plain
+    tokenizer.json, by the name that transformers 4 and 5 know. Returns whether there is one."""
     content = _read_json(settings)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # of a fast tokenizer
     for name in (content.get("tokenizer_class"), "PreTrainedTokenizerFast"):
         if name == "TokenizersBackend":
             continue
         if name != content.get("tokenizer_class"):
             write_json(settings, content | {"tokenizer_class": name})
             if opening(read_tokenizer(folder)) != opening(tokenizer):  # BOS was put by the class that stood there
-                tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+                backend.save(str(folder / "tokenizer.json"))
         try:
             auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception:  # it raises many kinds

@@ -44,11 +44,9 @@ def verify_weights(
     Returns what the manifest keeps: ``tensors`` compared; ``unused``, names in the files that the model has no place for;
     ``forward``, the differences in nats per token or why there are none; ``seconds``.
 
-    Args:
-        forward: compare with Hugging Face's forward too, where the model fits and is not rounded to 4 bits.
+    ``forward``: compare with Hugging Face's forward too, where the model fits and is not rounded to 4 bits.
 
-    Raises:
-        InputError: the policy is not the checkpoint; says what differs and the likely cause.
+    Raises InputError: the policy is not the checkpoint; says what differs and the likely cause.
     """
     started = time.perf_counter()
     names = _check_tensors(policy, checkpoint, world)
