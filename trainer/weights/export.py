@@ -62,7 +62,8 @@ def export_model(
         pair = [whole(factors[factor]) for factor in adapter_names(hf_name) if factor in factors]
         if world.is_main and is_packed(name):
             tensor = dequantize(tensor, torch.float32)
-        if world.is_main and pair and adapters is not None:
+        if world.is_main and pair:
+            assert adapters is not None, "a policy with adapters is exported with them"
             a, b = pair
             tensor = tensor.float() + adapters.scaling * (b @ a)
         return tensor

@@ -197,8 +197,8 @@ def test_copies_that_do_not_divide_the_ranks_are_refused(cpt_tree, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel": {"replicate": 0}}, "parallel.replicate.*1 .* or more"),
-        ({"parallel": {"prefetch": -1}}, "parallel.prefetch.*0 .* or more"),
+        ({"parallel": {"replicate": 0}}, "parallel.replicate.*expected 1 or more"),
+        ({"parallel": {"prefetch": -1}}, "parallel.prefetch.*expected 0 or more"),
         ({"parallel": {"replicate": 2}, "precision": {"fp8": "tensorwise", "fp8_all_gather": True}}, "fp8_all_gather"),
     ],
 )
