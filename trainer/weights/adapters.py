@@ -40,7 +40,7 @@ def adapter_parameters(policy: PolicyModel) -> dict[str, torch.Tensor]:
 
 
 def adapter_names(weight: str) -> tuple[str, str]:
-    """The names of A and B beside the weight ``model.layers.0.mlp.up_proj.weight``."""
+    """The names of A and B of the weight ``model.layers.0.mlp.up_proj.weight``."""
     layer = weight.removesuffix(".weight")
     return f"{layer}.lora_A.{ADAPTER}.weight", f"{layer}.lora_B.{ADAPTER}.weight"
 
