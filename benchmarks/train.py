@@ -30,8 +30,8 @@ from medtrain.benchmarks.tables import name_of
 from medtrain.benchmarks.train_inputs import CPT_MODELS, MODELS, Arm, Inputs, Job, Measured, Model, config, make_inputs
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.model.flops import FlopsPerToken, num_parameters, peak_flops
+from medtrain.trainer.model.hf_config import parameter_shapes
 from medtrain.trainer.model.lora import plan_adapters
-from medtrain.trainer.model.policy import parameter_shapes
 from medtrain.trainer.model.precision import LEAST_CAPABILITY
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """One process or many: who this process is, and the few collectives the trainer needs.
 
-Alone there is no process group. Under torchrun there is one (gloo on CPU, NCCL on GPU). The rest of the trainer asks
-:class:`World` and never looks at the environment.
+Alone there is no process group, under torchrun there is one (gloo on CPU, NCCL on GPU). The rest of the trainer asks
+:class:`World` and never reads the environment.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class World:
-    """Attributes: ``rank`` and ``size`` over all nodes; ``device`` this process computes on; ``mesh`` over all ranks where
+    """The ranks and what they do together; but for the properties, all ranks must make the same calls.
+
+    Attributes: ``rank`` and ``size`` over all nodes; ``device`` this process computes on; ``mesh`` over all ranks where
     there is a process group, else None: ("shard",), or ("replicate", "shard") where the model has several copies; ``stop``:
-    whether this process was asked to stop."""
+    whether this process was asked to stop.
+    """
 
     rank: int
     size: int
@@ -56,11 +59,12 @@ class World:
         return 1 if self.mesh is None or self.mesh.ndim == 1 else self.mesh.size(0)
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks of a float64 vector, on the CPU; the same bits on every rank."""
+        """float64 [N] on any device -> its sum over all ranks, float64 [N] on the CPU; the same bits on every rank."""
         if self.size == 1:
             return values.cpu()
         on_device = values.to(self.device)
@@ -94,12 +98,12 @@ class World:
             self.stop.interruptible = False
 
     def raise_if_stopping(self) -> None:
-        """Raise :class:`StopRequested` on every rank where any was asked to stop; all ranks must call this."""
+        """Raise :class:`StopRequested` on every rank where any was asked to stop."""
         if self.sum(torch.tensor([float(self.stop.requested)], dtype=torch.float64))[0] > 0:
             raise StopRequested
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's ``value``, in the order of the ranks, on every rank; for small things that can be pickled."""
+        """Every rank's ``value``, in the order of the ranks, on every rank; for small objects that can be pickled."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -108,7 +112,7 @@ class World:
 
 
 def local_part(param: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
-    """This rank's storage of a parameter, and which part of the whole tensor it holds."""
+    """This rank's storage of a parameter, and which part of the whole tensor it holds: one slice per dim."""
     if not isinstance(param, DTensor):
         return param.data, tuple(slice(0, n) for n in param.shape)
     shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
@@ -130,7 +134,7 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return getattr(tensor, "_tensor", tensor)
     local = tensor.to_local()
-    inner = getattr(local, "_tensor", local)
+    inner: torch.Tensor = getattr(local, "_tensor", local)
     if inner is local:
         return tensor
     return DTensor.from_local(
@@ -147,44 +151,31 @@ def local_size() -> int:
 def join_world(*, needs_group: bool = False, device_type: str | None = None, replicate: int = 1) -> Iterator[World]:
     """Join torchrun's process group if there is one, and leave it in good order.
 
-    Args:
-        needs_group: make a group of one process where torchrun made none (FSDP's mixed precision needs a mesh).
-        device_type: ``cpu`` or ``cuda``; by default a GPU where there is one.
-        replicate: copies of the model; ranks that share one are neighbours, so that one lies within a node where it fits.
+    ``needs_group``: make a group of one process where torchrun made none (FSDP's mixed precision needs a mesh).
+    ``device_type``: ``cpu`` or ``cuda``; by default a GPU where there is one.
+    ``replicate``: copies of the model; ranks that share one are neighbours, so that one lies within a node where it fits.
 
-    Raises:
-        InputError: the copies do not divide the ranks.
+    Raises InputError: the copies do not divide the ranks.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
-    if device_type != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    on_gpu = device_type != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    mesh = None
     already_in_group = dist.is_initialized()
     in_group = launched or needs_group or already_in_group
-    if in_group:
-        if not already_in_group:
-            options = {"timeout": TIMEOUT}
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            if device.type == "cuda":
-                options["device_id"] = device
-            if launched:
-                dist.init_process_group(backend, **options)
-            else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
-        rank, size = dist.get_rank(), dist.get_world_size()
+    if in_group and not already_in_group:
+        # torch exports HashStore without saying so.
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # pyright: ignore[reportPrivateImportUsage]
+        backend, device_id = ("nccl", device) if on_gpu else ("gloo", None)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id, **({} if launched else alone))
+    rank, size = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
     ended_well = False
     try:
         if size % replicate:
-            raise bad_input(
-                "does not divide the number of ranks",
-                field="parallel.replicate",
-                found=replicate,
-                expected=f"a divisor of {size}",
-            )
+            expected = f"a divisor of {size}, the number of ranks"
+            raise bad_input("does not divide the ranks", field="parallel.replicate", found=replicate, expected=expected)
+        mesh = None
         if replicate > 1:
             mesh = init_device_mesh(device.type, (replicate, size // replicate), mesh_dim_names=("replicate", "shard"))
         elif in_group:
@@ -194,6 +185,6 @@ def join_world(*, needs_group: bool = False, device_type: str | None = None, rep
             dist.barrier()
         ended_well = True
     finally:
-        # After an error the others may sit in a collective; leaving the group in good order would wait for them.
+        # After an error the others may wait in a collective; leaving the group in good order would wait for them.
         if in_group and not already_in_group and (ended_well or size == 1):
             dist.destroy_process_group()

@@ -19,7 +19,7 @@ from medtrain.benchmarks.train_arms import run_medtrain
 from medtrain.benchmarks.train_inputs import CPT_MODELS, MODELS, Arm, Job, config, make_inputs, token_ids
 from medtrain.trainer.cli import main
 from medtrain.trainer.model.flops import num_parameters
-from medtrain.trainer.model.policy import parameter_shapes
+from medtrain.trainer.model.hf_config import parameter_shapes
 from medtrain.trainer.train.loop import train
 
 CPU = torch.device("cpu")

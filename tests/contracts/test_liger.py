@@ -11,10 +11,12 @@ from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import InputError
+from medtrain.trainer.model.hf_config import load_model_config
 from medtrain.trainer.model.liger import select_layers
-from medtrain.trainer.model.lora import Adapters, fill_adapters
-from medtrain.trainer.model.policy import build_model, load_model_config
+from medtrain.trainer.model.lora import Adapters
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.train.setup import check
+from medtrain.trainer.weights.adapters import fill_adapters
 from medtrain.trainer.weights.load import init_weights
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")

@@ -7,8 +7,11 @@ from helpers import SIZES, documents
 from medtrain.trainer.config.settings import ModelConfig
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
-from medtrain.trainer.model.lora import Adapters, fill_adapters, is_adapter, without_adapters
-from medtrain.trainer.model.policy import build_model, load_model_config
+from medtrain.trainer.model.hf_config import load_model_config
+from medtrain.trainer.model.lora import Adapters, without_adapters
+from medtrain.trainer.model.names import is_adapter
+from medtrain.trainer.model.policy import build_model
+from medtrain.trainer.weights.adapters import fill_adapters
 from medtrain.trainer.weights.load import init_weights
 
 ADAPTERS = Adapters(4, 8.0, ("q_proj", "down_proj"), None, "dense", 0)

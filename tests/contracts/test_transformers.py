@@ -16,7 +16,8 @@ from medtrain.trainer.distributed import World
 from medtrain.trainer.exam import during
 from medtrain.trainer.exam.generate import HFEngine
 from medtrain.trainer.model import attention
-from medtrain.trainer.model.policy import SUPPORTED_TYPES, build_model, load_model_config
+from medtrain.trainer.model.hf_config import SUPPORTED_TYPES, load_model_config
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.weights.load import init_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)

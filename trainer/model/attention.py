@@ -1,36 +1,33 @@
-"""Causal attention over packed documents, one face over three backends; documents never see each other.
+"""Causal attention over packed documents by three backends; documents never see each other.
 
-The model is called on one flat row of tokens [1, T], cut into segments. A segment's tokens attend to a shared prompt
-that stands elsewhere in the row, if it has one, and causally to each other; a plain document is a segment without a
-prompt. The backend is chosen once by :func:`select_backend`, printed, and written into the manifest:
+The model is called on one flat row of tokens [1, T], cut into segments. A segment's tokens attend causally to each other,
+and to a shared prompt elsewhere in the row, if it has one. The backend is printed and written into the manifest:
 
-- ``flash_attn``: the flash-attn package, where installed, on CUDA in half precision;
-- ``torch_varlen``: torch's own variable-length flash attention, on CUDA in half precision;
-- ``sdpa``: prompt and segment gathered, those of like length into padded rows, each row plain causal attention. Padding
-  stands at the end of a row, where causality alone keeps it out of every real token's sight. Right on any device and
-  dtype. The prompt's queries ride along and are dropped: attention alone is computed twice, and no mask is needed.
-  In compiled layers the groups would be another graph for each micro-batch: there one mask over all tokens does it.
+- ``flash_attn`` (the package) and ``torch_varlen`` (torch's own), on CUDA in half precision: the keys and values of (prompt,
+  segment) are gathered, the queries stay. With fewer queries than keys, both kernels align their causal mask to the bottom
+  right (flash-attn by its documentation; torch by ``row_idx + max_seqlen_k - max_seqlen_q`` in ATen's flash_attn/mask.h).
+- ``sdpa``, on any device: (prompt, segment) of like length gathered into padded rows, each row plain causal attention; no
+  real token attends to the padding at a row's end, and the prompt's queries are computed again and dropped. In compiled
+  layers, where other groups would be another graph, one mask over all tokens.
 
-The flash backends gather the keys and values of (prompt, segment) and leave the queries where they are. Fewer queries
-than keys: both kernels align their causal mask to the bottom right (flash-attn from 2.1 on by its documentation;
-torch's bundled copy by ``row_idx + max_seqlen_k - max_seqlen_q`` in ATen's flash_attn/mask.h).
-
-A gathered prompt gets gradients from several segments. The gather is ``index_select``, whose backward adds in a fixed
-order on the CPU and, on CUDA, under ``torch.use_deterministic_algorithms``; otherwise CUDA adds by atomics, where the sum
-of two (a pair) is still the same in any order and that of more may differ in its last bit.
+A gathered prompt gets gradients from several segments, added by the backward of ``index_select``: in a fixed order on the
+CPU and under ``torch.use_deterministic_algorithms``, else by atomics, where the sum of more than two may differ in its last
+bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
+
+from medtrain.trainer.data.batch import MicroBatch
 
 _KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 NAME = "medtrain_varlen"  # the attn_implementation of every model that medtrain builds
@@ -40,34 +37,26 @@ def select_backend(device: torch.device, dtype: torch.dtype, compiled: bool = Fa
     """The backend for this device and compute dtype: ``flash_attn``, ``torch_varlen`` or ``sdpa``. In compiled layers torch's
     own comes first: the compiler knows its shapes and its gradient."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        own = torch.cuda.get_device_capability(device) >= (8, 0)
-        if compiled and own:
+        has_varlen = torch.cuda.get_device_capability(device) >= (8, 0)
+        if compiled and has_varlen:
             return "torch_varlen"
-        with contextlib.suppress(
-            ImportError, AttributeError
-        ):  # other packages share the name flash_attn; only the function counts
-            importlib.import_module("flash_attn").flash_attn_varlen_func  # noqa: B018
+        with contextlib.suppress(ImportError, AttributeError):  # other packages share the name; only the function counts
+            from flash_attn import flash_attn_varlen_func  # noqa: F401  # pyright: ignore[reportMissingImports] (optional)
+
             return "flash_attn"
-        if own:
+        if has_varlen:
             return "torch_varlen"
     return "sdpa"
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the segments of one packed row lie, prepared once a micro-batch and used by every layer.
+    """Where the segments of one packed row lie, prepared once per micro-batch and used by every layer.
 
-    Attributes:
-        backend: one of the names above.
-        cu_seqlens: int32 [S + 1], segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1] of the row.
-        max_seqlen: tokens of the longest segment.
-        key_cu_seqlens: int32 [S + 1], segment s attends to key_index[key_cu_seqlens[s]:key_cu_seqlens[s + 1]], the last
-            of which are its own tokens.
-        max_key_seqlen: the longest of these.
-        key_index: int64 [K], tokens of the row; None: every segment attends to its own tokens alone.
-        groups: for ``sdpa``: one (rows, length, index) a group of segments of like key length; index [rows * length]
-            gives the token at each place, a segment's last token standing in for padding.
-        inverse: for ``sdpa``: [T], the place of each token in the groups laid end to end.
+    ``cu_seqlens``, ``key_cu_seqlens``, ``key_index`` and the two maxima: as in the micro-batch.
+    ``groups``, for ``sdpa``: per group of segments of like key length, int64 [segments, length]: the token at each place, a
+    segment's last token standing in for padding.
+    ``inverse``, for ``sdpa``: [T], the place of each token in the groups laid end to end.
     """
 
     backend: str
@@ -76,12 +65,16 @@ class PackedLayout:
     key_cu_seqlens: torch.Tensor
     max_key_seqlen: int
     key_index: torch.Tensor | None = None
-    groups: tuple[tuple[int, int, torch.Tensor], ...] = ()
+    groups: tuple[torch.Tensor, ...] = ()
     inverse: torch.Tensor | None = None
 
+    @property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        return self.cu_seqlens, self.key_cu_seqlens, self.max_seqlen, self.max_key_seqlen
 
-def packed_layout(batch, backend: str) -> PackedLayout:
-    """Build the layout of the packed row of a :class:`~medtrain.trainer.data.batch.MicroBatch`, on its device."""
+
+def packed_layout(batch: MicroBatch, backend: str) -> PackedLayout:
+    """The layout of the packed row of ``batch``, on its device."""
     keys = (batch.key_cu_seqlens, batch.max_key_seqlen, batch.key_index)
     if backend != "sdpa":
         return PackedLayout(backend, batch.cu_seqlens, batch.max_seqlen, *keys)
@@ -106,7 +99,7 @@ def packed_layout(batch, backend: str) -> PackedLayout:
         index = tokens[starts[segments, None] + torch.minimum(column, length - 1)]
         place = placed + torch.arange(index.numel()).view_as(index)
         inverse[index[wanted]] = place[wanted]
-        groups.append((last - first, longest, index.reshape(-1).to(device)))
+        groups.append(index.to(device))
         placed += index.numel()
         first = last
     return PackedLayout(backend, batch.cu_seqlens, batch.max_seqlen, *keys, tuple(groups), inverse.to(device))
@@ -114,16 +107,10 @@ def packed_layout(batch, backend: str) -> PackedLayout:
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
     """q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim]."""
-    grouped = k.shape[1] != q.shape[1]
-    if len(layout.groups) == 1 and layout.groups[0][0] == 1:  # one segment: nothing to gather
-        rows = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=grouped)
-        return out.squeeze(0).transpose(0, 1)
-    pieces = []
-    for rows, length, index in layout.groups:
-        padded = [t.index_select(0, index).view(rows, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=grouped)
-        pieces.append(out.transpose(1, 2).reshape(rows * length, *q.shape[1:]))
+    if len(layout.groups) == 1 and len(layout.groups[0]) == 1:  # one segment: nothing to gather
+        return _attend(q, k, v, scale, is_causal=True)
+    assert layout.inverse is not None
+    pieces = [_attend(q, k, v, scale, index, is_causal=True) for index in layout.groups]
     return torch.cat(pieces).index_select(0, layout.inverse)
 
 
@@ -136,10 +123,18 @@ def _masked_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Pack
     first = key_bounds[segment]
     own = token - bounds[segment + 1] + key_bounds[segment + 1]  # a token's own key: segments end together
     mask = (key >= first.unsqueeze(1)) & (key <= own.unsqueeze(1))
-    rows = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
-    grouped = k.shape[1] != q.shape[1]
-    out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out.squeeze(0).transpose(0, 1)
+    return _attend(q, k, v, scale, attn_mask=mask)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, index: torch.Tensor | None = None, **mask: Any
+) -> torch.Tensor:
+    """Attention among the tokens of each row of ``index`` [rows, length], by default of all, one row after the other."""
+    if index is not None:
+        q, k, v = (t.index_select(0, index.view(-1)) for t in (q, k, v))
+    shape, grouped, rows = q.shape, k.shape[1] != q.shape[1], 1 if index is None else len(index)
+    q, k, v = (t.view(rows, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **mask).transpose(1, 2).reshape(shape)
 
 
 def _gather(k: torch.Tensor, v: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,36 +143,26 @@ def _gather(k: torch.Tensor, v: torch.Tensor, layout: PackedLayout) -> tuple[tor
     return k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
 
 
-def _bounds(layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    return layout.cu_seqlens, layout.key_cu_seqlens, layout.max_seqlen, layout.max_key_seqlen
-
-
 def _torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
     k, v = _gather(k, v, layout)
-    options = {}
+    options: dict[str, Any] = {}
     if k.shape[1] != q.shape[1]:
         if _KNOWS_GROUPS:
             options["enable_gqa"] = True
         else:  # torch 2.11
             repeat = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    # window_size=(-1, 0) is how this function spells causal.
-    return varlen_attn(q, k, v, *_bounds(layout), scale=scale, window_size=(-1, 0), **options)
+    # window_size=(-1, 0) is how this function spells causal; without return_aux its result is one tensor.
+    return cast(torch.Tensor, varlen_attn(q, k, v, *layout.bounds, scale=scale, window_size=(-1, 0), **options))
 
 
 def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports] (optional)
 
     k, v = _gather(k, v, layout)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        *_bounds(layout),
-        softmax_scale=scale,
-        causal=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward adds up in any order otherwise
-    )
+    # Its backward adds up in any order unless told to be deterministic.
+    options = {"softmax_scale": scale, "causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    return flash_attn_varlen_func(q, k, v, *layout.bounds, **options)
 
 
 _BACKENDS = {"sdpa": _sdpa, "torch_varlen": _torch_varlen, "flash_attn": _flash_attn}

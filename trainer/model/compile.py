@@ -1,14 +1,14 @@
 """Decoder layers compiled one by one by torch.compile: one graph for all of them, whatever the length of a pack.
 
-A layer's ``forward`` is replaced, not the layer: its parameters keep their names, and FSDP's hooks, which stand around
-``forward``, stay outside of the graph (the order of torchtitan: checkpoint, compile, shard). Whatever checkpointing wraps
-round the layer is compiled with it. ``fullgraph``: attention is an operation that the compiler knows, and what would
-break the graph is an error in the first step rather than a slower run.
+A layer's ``forward`` is replaced, not the layer: parameters keep their names, and FSDP's hooks, which stand around
+``forward``, stay outside of the graph. The checkpointing that wraps a layer is compiled with it. ``fullgraph``: what would
+break the graph is an error in the first step, not a slower run.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,11 +33,11 @@ def compile_layers(layers: nn.ModuleList, *, budget: float | None = None) -> Non
 
 
 def _forward(
-    written, compiled, hidden_states: torch.Tensor, *, layout: PackedLayout | None = None, **kwargs: Any
+    eager: Callable, compiled: Callable, hidden_states: torch.Tensor, *, layout: PackedLayout | None = None, **kwargs: Any
 ) -> torch.Tensor:
-    if layout is None:  # an exam during training, with a KV cache that grows by a token a call
-        return written(hidden_states, **kwargs)
-    # Said beforehand, lest the first lengths be compiled for in vain.
+    if layout is None:  # generation, with a KV cache that grows by one token per call
+        return eager(hidden_states, **kwargs)
+    # Marked in advance, so that no graph is compiled for the first lengths alone.
     for tensor in (hidden_states, kwargs["position_ids"], *kwargs["position_embeddings"]):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)
     for tensor in (layout.cu_seqlens, layout.key_cu_seqlens, layout.key_index):

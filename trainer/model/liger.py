@@ -1,10 +1,9 @@
 """Liger's Triton kernels for norms, rotary embedding and SwiGLU, put into one decoder by Liger's own
 ``apply_liger_kernel_to_MODEL_TYPE``.
 
-Liger patches the modules of the model it is given and, for models yet to come, the classes and the rotary function in
-transformers' modeling module. Every other model of the process is to stay as it is, Hugging Face's own forward on the CPU
-that proves the weights among them: the module gets its own names back at once, and has Liger's rotary function only while
-an attention of this decoder runs.
+Liger patches the model it is given and, for models yet to come, the classes and the rotary function in transformers' modeling
+module. Every other model of the process must stay as it is, among them the one that verifies the weights: the module gets its
+own names back at once, and has Liger's rotary function only while an attention of this decoder runs.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import logging
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
-import torch.nn as nn
 from transformers import AutoModel, PreTrainedConfig
 
 from medtrain.trainer.config.settings import ModelConfig
@@ -30,32 +29,31 @@ ROTARY = "apply_rotary_pos_emb"
 
 def select_layers(config: ModelConfig, hf_config: PreTrainedConfig, device: torch.device) -> str:
     """Whose layers these settings take on this device: ``torch``, ``liger`` or ``compiled``. Where ``auto`` would take
-    Liger's on this device and cannot, it says why.
+    Liger's on this device and cannot, the reason is logged.
 
-    Raises:
-        InputError: Liger asked for where it cannot be; layers compiled in a way that this torch cannot.
+    Raises InputError: Liger asked for where it cannot be; layers compiled in a way that this torch cannot.
     """
+    if config.compile and config.activation_checkpointing == "selective" and torch.__version__ < "2.13":
+        raise bad_input(
+            "compiled with this torch, it makes new graphs for new lengths until the compiler gives up",
+            field="model.activation_checkpointing",
+            found=f"selective, torch {torch.__version__}",
+            expected="full or budget with model.compile, or torch 2.13",
+        )
     if config.compile:
-        if config.activation_checkpointing == "selective" and torch.__version__ < "2.13":
-            raise bad_input(
-                "compiled with this torch, it makes new graphs for new lengths until the compiler gives up",
-                field="model.activation_checkpointing",
-                found=f"selective, torch {torch.__version__}",
-                expected="full or budget with model.compile, or torch 2.13",
-            )
         return "compiled"
     if config.kernels == "torch" or (config.kernels == "auto" and device.type != "cuda"):
         return "torch"
-    missing = _missing(hf_config, device)
-    if missing is None:
+    obstacle = _obstacle(hf_config, device)
+    if obstacle is None:
         return "liger"
     if config.kernels == "liger":
-        raise bad_input("Liger's kernels cannot be used", field="model.kernels", found=missing, expected="auto or torch")
-    log.info(f"note: model.kernels=auto takes torch's layers, not Liger's: {missing}")
+        raise bad_input("Liger's kernels cannot be used", field="model.kernels", found=obstacle, expected="auto or torch")
+    log.info(f"note: model.kernels=auto takes torch's layers, not Liger's: {obstacle}")
     return "torch"
 
 
-def _missing(hf_config: PreTrainedConfig, device: torch.device) -> str | None:
+def _obstacle(hf_config: PreTrainedConfig, device: torch.device) -> str | None:
     """Why Liger's kernels cannot be used; None where they can: they are put into such a decoder, on meta, to see."""
     if device.type != "cuda":
         return f"{device.type}: its kernels are for CUDA"
@@ -71,32 +69,31 @@ def _missing(hf_config: PreTrainedConfig, device: torch.device) -> str | None:
     return None
 
 
-def use_liger(decoder: nn.Module) -> None:
+def use_liger(decoder: Any) -> None:
     """Let Liger replace the forwards of a decoder's norms, MLPs and rotary embedding; parameters and names stay.
 
-    Raises:
-        Exception: Liger has nothing for this model type, or no longer patches what this relies on.
+    Raises whatever Liger does where it has nothing for this model type, or no longer patches what this relies on.
     """
     import liger_kernel.transformers
 
     apply = getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{decoder.config.model_type}")
     modeling = sys.modules[type(decoder).__module__]  # before it is sharded: FSDP changes the class
-    own = dict(vars(modeling))
+    before = dict(vars(modeling))
     try:
         apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=decoder)
         rotary = getattr(modeling, ROTARY)
     finally:
-        vars(modeling).update(own)
-    if rotary is own.get(ROTARY):
+        vars(modeling).update(before)
+    if rotary is before.get(ROTARY):
         raise RuntimeError(f"Liger left {modeling.__name__}.{ROTARY} as it was")
     for layer in decoder.layers:
         layer.self_attn.forward = functools.partial(_with_rotary, modeling, rotary, layer.self_attn.forward)
 
 
 def _with_rotary(modeling: ModuleType, rotary: Callable, forward: Callable, *args, **kwargs):
-    own = getattr(modeling, ROTARY)
+    before = getattr(modeling, ROTARY)
     setattr(modeling, ROTARY, rotary)
     try:
         return forward(*args, **kwargs)
     finally:
-        setattr(modeling, ROTARY, own)
+        setattr(modeling, ROTARY, before)

@@ -1,12 +1,12 @@
 """NF4: frozen weights of linear layers in 4 bits, widened to the compute precision where they are used.
 
-The format of QLoRA (arXiv 2305.14314, section 3 and appendix E): each 64 neighbours in a row share one float32 scale,
-their largest magnitude, and every weight is the nearest of 16 levels times it: 0.5 + 4/64 = 0.5625 bytes a weight. A row
-is quantized by itself, so rows can be shared out over ranks before or after with the same result.
+The format of QLoRA (arXiv 2305.14314, section 3 and appendix E): 64 neighbours in a row share one float32 scale, their
+largest magnitude, and every weight is the nearest of 16 levels times it: 0.5 + 4/64 = 0.5625 bytes per weight. Each row is
+quantized by itself, so sharding rows before or after gives the same bits.
 
-A layer has one parameter, ``packed`` [out, in * 9/16 bytes]: a row's codes (two a byte, the first in the high half), then
-its scales. The bytes are declared as numbers of the compute precision, for FSDP gathers a parameter bit by bit only where
-it has nothing to cast (torch 2.11 would cast bytes too); so shards and gathers are 4 bits wide. Nobody computes with them.
+A layer has one parameter, ``packed`` [out, in * 9/16 bytes]: a row's codes (two per byte, the first in the high half), then
+its scales. The bytes are declared as the compute dtype: FSDP gathers a parameter bit by bit only where it has nothing to
+cast (torch 2.11 would cast bytes too). So shards and gathers are 4 bits wide; nobody computes with these numbers.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def packed_shape(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int]
 def quantize(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Pack a weight [rows, columns] (any float dtype, columns a multiple of BLOCK) as :func:`packed_shape` says.
 
-    Raises:
-        ValueError: other shapes, or a weight that is not finite.
+    Raises ValueError: other shapes, or a weight that is not finite.
     """
     rows, columns = weight.shape
     if columns % BLOCK:
@@ -65,7 +64,7 @@ def quantize(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def dequantize(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [rows, columns] in ``dtype`` that ``packed`` stands for: level times scale in float32, rounded once."""
+    """The weight [rows, columns] that ``packed`` stands for: level times scale in float32, rounded once to ``dtype``."""
     data = packed.detach().contiguous().view(torch.uint8)
     rows = len(data)
     num_blocks = data.shape[1] // (BLOCK // 2 + 4)
@@ -93,20 +92,15 @@ class _Linear(torch.autograd.Function):
 class NF4Linear(nn.Module):
     """A frozen linear layer with its weight in NF4: ``forward(x [..., in]) -> [..., out]`` in x's dtype.
 
-    Args:
-        linear: the layer it stands for, whose weight is not read (it may be on meta); its bias is taken over.
+    It takes over the bias of ``linear``; the weight, which may be on meta, is not read.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight
-        shape = packed_shape(self.out_features, self.in_features, weight.dtype)
+        shape = packed_shape(linear.out_features, linear.in_features, weight.dtype)
         self.packed = nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device), requires_grad=False)
         self.register_parameter("bias", linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Linear.apply(x, self.packed, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"

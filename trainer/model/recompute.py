@@ -1,18 +1,18 @@
 """Activation checkpointing: what a decoder layer keeps from forward to backward, and what it computes again there.
 
 - ``full`` keeps a layer's input.
-- ``selective`` (torch's selective checkpointing, the approach of torchtitan's "op" mode) keeps also what attention gives, the
-  output of ``o_proj`` and that of ``up_proj``: computed again are norms, rotary, the query, key and value projections,
-  ``gate_proj`` and SwiGLU. ``down_proj`` is in neither list: nothing needs its output.
+- ``selective`` (torch's selective checkpointing, as torchtitan's "op" mode) also keeps the outputs of attention, ``o_proj``
+  and ``up_proj``. Computed again are norms, rotary embedding, the query, key and value projections, ``gate_proj`` and
+  SwiGLU; not ``down_proj``, since nothing needs its output.
 
-The products after attention are counted, those of adapters left out, and every second kept, beginning with the first.
-Those before attention are not kept, for Liger's rotary kernel overwrites what it is given: a kept query or key would be
-rotated a second time.
+The products after attention are counted, those of adapters left out, and every second one is kept, from the first on. Those
+before attention are not kept: Liger's rotary kernel overwrites its inputs, so a kept query or key would be rotated twice.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch.nn as nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -36,24 +36,23 @@ def checkpoint_layers(layers: nn.ModuleList, mode: str, rank: int | None = None)
     """Wrap each layer as ``model.activation_checkpointing`` says; nothing for ``none`` and ``budget``. ``rank``: of adapters."""
     if mode not in ("full", "selective"):
         return
-    options = {} if mode == "full" else {"context_fn": functools.partial(_selective_contexts, rank)}
+    options: dict[str, Any] = {} if mode == "full" else {"context_fn": functools.partial(_selective_contexts, rank)}
     for i, layer in enumerate(layers):
         # No layer draws random numbers, so their state need not be brought back.
         layers[i] = checkpoint_wrapper(layer, preserve_rng_state=False, **options)
 
 
 def _selective_contexts(rank: int | None):
-    # One count for the forward, another for the second one in the backward.
-    after_attention: dict[bool, int | None] = {False: None, True: None}
-    return create_selective_checkpoint_contexts(functools.partial(_kept, after_attention, rank))
+    products_seen: dict[bool, int | None] = {False: None, True: None}  # since attention, by whether it is the second forward
+    return create_selective_checkpoint_contexts(functools.partial(_choose, products_seen, rank))
 
 
-def _kept(after_attention: dict[bool, int | None], rank: int | None, ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    name, count = op._schema.name, after_attention[ctx.is_recompute]
+def _choose(products_seen: dict[bool, int | None], rank: int | None, ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    name, seen = op._schema.name, products_seen[ctx.is_recompute]
     keep = name in _ATTENTION
     if keep:
-        after_attention[ctx.is_recompute] = 0
-    elif name in _PRODUCTS and count is not None and rank not in args[-1 if name != "aten::_scaled_mm" else 1].shape:
-        after_attention[ctx.is_recompute] = count + 1
-        keep = count % 2 == 0
+        products_seen[ctx.is_recompute] = 0
+    elif name in _PRODUCTS and seen is not None and rank not in args[-1 if name != "aten::_scaled_mm" else 1].shape:
+        products_seen[ctx.is_recompute] = seen + 1
+        keep = seen % 2 == 0
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

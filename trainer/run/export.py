@@ -13,11 +13,14 @@ from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import check_can_make, complete_checkpoints
 from medtrain.trainer.libraries import quiet_libraries
-from medtrain.trainer.model.lora import export_adapters, plan_adapters
-from medtrain.trainer.model.policy import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.model.lora import plan_adapters
+from medtrain.trainer.model.policy import PolicyModel, build_model
 from medtrain.trainer.run.folder import RunFolder
+from medtrain.trainer.weights.adapters import export_adapters
 from medtrain.trainer.weights.checkpoint import load_checkpoint
-from medtrain.trainer.weights.load import Checkpoint, export_model, init_weights, load_weights
+from medtrain.trainer.weights.export import export_model
+from medtrain.trainer.weights.load import Checkpoint, init_weights, load_weights
 
 
 def export_dtype(config: Config, compute_dtype: torch.dtype) -> torch.dtype:

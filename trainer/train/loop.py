@@ -26,8 +26,7 @@ from medtrain.trainer.exam.during import evaluate_policy
 from medtrain.trainer.files import PARTIAL, replace_folder, write_json
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.model.flops import num_parameters
-from medtrain.trainer.model.lora import export_adapters
-from medtrain.trainer.model.policy import load_tokenizer
+from medtrain.trainer.model.hf_config import load_tokenizer
 from medtrain.trainer.run.console import Display, console_logging, count, evaluation_lines, summary
 from medtrain.trainer.run.export import export_dtype
 from medtrain.trainer.run.folder import RunFolder, commit, device_name, last_step, versions
@@ -36,8 +35,9 @@ from medtrain.trainer.train.schedule import lr_factor
 from medtrain.trainer.train.setup import Prepared, build, compute_dtype_of, prepare
 from medtrain.trainer.train.signals import stop_on_signals
 from medtrain.trainer.train.step import optimizer_step
+from medtrain.trainer.weights.adapters import export_adapters
 from medtrain.trainer.weights.checkpoint import Saver, load_checkpoint
-from medtrain.trainer.weights.load import export_model
+from medtrain.trainer.weights.export import export_model
 from medtrain.trainer.weights.small_files import write_small_files
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from medtrain.trainer.config.settings import Config
 from medtrain.trainer.distributed import local_part, local_tensor, unwrapped
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.model.lora import weight_name
+from medtrain.trainer.model.names import weight_name
 from medtrain.trainer.model.policy import PolicyModel
 from medtrain.trainer.model.precision import MOMENT_BLOCK as BLOCK
 from medtrain.trainer.model.precision import load_torchao

@@ -28,11 +28,12 @@ from medtrain.trainer.exam.prepare import Exam
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.model.attention import select_backend
 from medtrain.trainer.model.flops import num_parameters
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer, parameter_shapes
 from medtrain.trainer.model.liger import select_layers
-from medtrain.trainer.model.lora import Adapters, adapter_digest, fill_adapters, plan_adapters, rehearse_adapters, start_digest
-from medtrain.trainer.model.policy import PolicyModel, build_model, load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.model.lora import Adapters, plan_adapters
+from medtrain.trainer.model.policy import PolicyModel, build_model
 from medtrain.trainer.model.precision import Fp8, plan_fp8
-from medtrain.trainer.model.verify import prove_architecture
+from medtrain.trainer.model.verify import verify_architecture
 from medtrain.trainer.run.console import console_logging, count
 from medtrain.trainer.run.export import export_dtype
 from medtrain.trainer.run.folder import RunFolder, device_name
@@ -40,9 +41,10 @@ from medtrain.trainer.train import cpt, rpo
 from medtrain.trainer.train.optimizer import check_state, make_optimizer
 from medtrain.trainer.train.samples import decoded_samples
 from medtrain.trainer.train.stage import RunIdentity, StageData, StageLoss
+from medtrain.trainer.weights.adapters import adapter_digest, fill_adapters, start_digest
 from medtrain.trainer.weights.load import Checkpoint, digest_of_init, init_weights, load_weights
 from medtrain.trainer.weights.small_files import rehearse
-from medtrain.trainer.weights.verify import describe, prove
+from medtrain.trainer.weights.verify import describe, verify_weights
 
 if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
     from medtrain.trainer.model.fp8 import Guard
@@ -111,7 +113,7 @@ def prepare(config: Config, world: World, *, verify: bool = False) -> Prepared:
     if checkpoint is not None:
         world.from_main(lambda: checkpoint.check(shapes, tied=hf_config.tie_word_embeddings))
     adapters = plan_adapters(config.lora, shapes)
-    _rehearse_export(config, tokenizer, hf_config, adapters, compute_dtype, model, world)
+    _rehearse_export(config, tokenizer, hf_config, compute_dtype, model, world)
     fp8 = plan_fp8(config.precision, shapes, world.device, compute_dtype)
     check_state(config.optim.state, shapes)
     if config.precision.weights == "bf16" and compute_dtype != torch.bfloat16:
@@ -125,7 +127,7 @@ def prepare(config: Config, world: World, *, verify: bool = False) -> Prepared:
     architecture = None
     if config.model.proof != "none":
         where = {"field": "model.init"} if path is None else {"file": Path(path) / "config.json"}
-        architecture = world.from_main(lambda: prove_architecture(hf_config, length, where))
+        architecture = world.from_main(lambda: verify_architecture(hf_config, length, where))
     first_start = world.from_main(folder.first_start)
     renderer = fix_time(tokenizer, first_start)
     exam = world.from_main(lambda: read_training_exam(config, renderer, hf_config))
@@ -212,7 +214,7 @@ def build(config: Config, prepared: Prepared, world: World, reference: Path, *, 
         if verification is not None:
             if verify and prepared.checkpoint is not None:
                 forward = config.model.proof == "auto"
-                verification |= prove(policy, prepared.checkpoint, prepared.adapters, world, forward=forward)
+                verification |= verify_weights(policy, prepared.checkpoint, prepared.adapters, world, forward=forward)
             log.info(describe(verification))
         loss = STAGES[config.stage].make_loss(config, prepared.data, policy, world, prepared.identity, reference)
     return Built(policy, loss, make_optimizer(policy, config), guard, verification)
@@ -284,9 +286,7 @@ def _find_model(config: Config, folder: RunFolder, world: World) -> tuple[ModelC
     return model, gone
 
 
-def _rehearse_export(
-    config: Config, tokenizer, hf_config, adapters: Adapters | None, compute_dtype: torch.dtype, model: ModelConfig, world: World
-) -> None:
+def _rehearse_export(config: Config, tokenizer, hf_config, compute_dtype: torch.dtype, model: ModelConfig, world: World) -> None:
     """Write and read back what the export will hold besides weights, so that it fails now or not at all."""
     dtype = export_dtype(config, compute_dtype)
     if not world.from_main(lambda: rehearse(hf_config, tokenizer, dtype=dtype, source=model.path)):
@@ -294,8 +294,6 @@ def _rehearse_export(
             f"note: transformers' AutoTokenizer makes other tokens of this tokenizer.json in a {hf_config.model_type} "
             "folder: read what is exported with PreTrainedTokenizerFast"
         )
-    if adapters is not None:
-        world.from_main(lambda: rehearse_adapters(adapters, config.model.path))
 
 
 def _check_positions(config: Config, hf_config) -> int:

@@ -1,7 +1,7 @@
-"""What a Hugging Face folder holds beside its weights: config.json, generation_config.json and the tokenizer.
+"""What a Hugging Face folder holds besides its weights: config.json, generation_config.json and the tokenizer.
 
-Written by one function for the rehearsal before the first step, for the copy in the run folder, and for the export; so
-that every reader understands them: transformers 4 and 5, vLLM, llama.cpp's converter.
+Written by one function, in the rehearsal before the first step, the run folder and the export, for every reader:
+transformers 4 and 5, vLLM, llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -27,21 +27,10 @@ from medtrain.trainer.data.tokenizer import PROBES, read_tokenizer
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import write_json
 
-# All that readers look for in a tokenizer folder; of folders there is one, of chat templates by name.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "tekken.json",
-)
-_TEMPLATES = "additional_chat_templates"
+# All that readers look for in a tokenizer folder; _TEMPLATES is a folder, of chat templates by name.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_OLDER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "tekken.json")
+_TEMPLATE_FILES, _TEMPLATES = ("chat_template.jinja", "chat_template.json"), "additional_chat_templates"
 # Where an old config.json has these, they are about the model, not about how it generates.
 _NOT_GENERATION = {"transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
 
@@ -54,14 +43,13 @@ def write_small_files(
     dtype: torch.dtype,
     source: str | Path | None,
 ) -> bool:
-    """Write config, generation config and tokenizer into ``folder``, which must be there.
+    """Write config, generation config and tokenizer into ``folder``, which must exist; returns whether transformers'
+    AutoTokenizer makes of them the tokens that ``tokenizer`` makes. Of some model types transformers 5 builds a tokenizer of
+    its own, whatever class is named and whatever tokenizer.json says.
 
-    ``dtype``: of the weights beside them. ``source``: the checkpoint the run began with, whose other settings are kept.
-    Returns whether transformers' AutoTokenizer makes of them the tokens that ``tokenizer`` makes. Of some model types
-    transformers 5 builds a tokenizer of its own, whatever class is named and whatever tokenizer.json says.
+    ``dtype``: of the weights next to them. ``source``: the checkpoint the run began with, whose other settings are kept.
 
-    Raises:
-        InputError: a file of ``source`` that cannot be read.
+    Raises InputError: a file of ``source`` that cannot be read.
     """
     write_json(folder / "config.json", _model_config(hf_config, dtype, source))
     write_json(folder / "generation_config.json", generation_config(tokenizer, source))
@@ -71,29 +59,27 @@ def write_small_files(
 def rehearse(
     hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, source: str | Path | None
 ) -> bool:
-    """Write what an export holds beside its weights to a scratch folder and read it back; returns what
-    :func:`write_small_files` returns.
+    """:func:`write_small_files` to a scratch folder, read back; returns the same.
 
-    Raises:
-        InputError: it cannot be written or read, or what is read is not what this run trains with.
+    Raises InputError: it cannot be written or read, or what is read is not what this run trains with.
     """
-    where = source or tokenizer.name_or_path
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        readers = {
-            "config.json": lambda: _different(_comparable(hf_config), _comparable(AutoConfig.from_pretrained(folder))),
+        read_back = {
+            "config.json": lambda: _difference(_comparable(hf_config), _comparable(AutoConfig.from_pretrained(folder))),
             "generation_config.json": lambda: GenerationConfig.from_pretrained(folder) and None,
-            "tokenizer_config.json": lambda: _different(_sample(tokenizer), _sample(read_tokenizer(folder))),
+            "tokenizer_config.json": lambda: _difference(_sample(tokenizer), _sample(read_tokenizer(folder))),
         }
         read_alike = write_small_files(folder, hf_config, tokenizer, dtype=dtype, source=source)
-        for name, read in readers.items():
+        for name, read in read_back.items():
             try:
                 different = read()
             except Exception as error:  # transformers raises many kinds here
                 different = f"{type(error).__name__}: {error}".split("\n")[0].replace(f"{folder}/", "")
             if different:
-                file = Path(tokenizer.name_or_path if name == "tokenizer_config.json" else where) / name
-                raise bad_input("not the same after writing and reading it as the export does", file=file, found=different)
+                origin = tokenizer.name_or_path if name == "tokenizer_config.json" else source or tokenizer.name_or_path
+                problem = "not the same after writing and reading it as the export does"
+                raise bad_input(problem, file=Path(origin) / name, found=different)
     return read_alike
 
 
@@ -109,7 +95,7 @@ def _sample(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return ids | tokenizer.special_tokens_map | {"chat_template": tokenizer.chat_template, "tokens": len(tokenizer)}
 
 
-def _different(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
+def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
     """The first entry that differs, in words."""
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
@@ -123,44 +109,38 @@ def _model_config(hf_config: PreTrainedConfig, dtype: torch.dtype, source: str |
     transformers 5 reads the rope from ``rope_parameters``; 4 and others from ``rope_theta`` and ``rope_scaling``, and
     would take their defaults where these are missing. Likewise ``dtype`` and ``torch_dtype``.
     """
-    config = _read_json(Path(source) / "config.json") if source is not None else {}
-    # Its code does not come along, and the model is transformers' own.
-    config = {key: value for key, value in config.items() if key != "auto_map" and not key.startswith("_")}
+    config = {} if source is None else _read_json(Path(source) / "config.json")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
     read = json.loads(hf_config.to_json_string())
-    read.pop("auto_map", None)
     rope = dict(read["rope_parameters"])
     theta, kind = rope.pop("rope_theta"), rope["rope_type"]
-    # Where the source has it, without the defaults that transformers 5 adds.
-    scaling = config.get("rope_scaling") or (None if kind == "default" else rope)
     name = str(dtype).removeprefix("torch.")
-    return (
-        config
-        | read
-        | {
-            "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__],
-            "dtype": name,
-            "torch_dtype": name,
-            "rope_theta": theta,
-            "rope_scaling": scaling,
-        }
-    )
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+    others = {
+        "architectures": [architecture.__name__],
+        "dtype": name,
+        "torch_dtype": name,
+        "rope_theta": theta,
+        # Where the source has it, without the defaults that transformers 5 adds.
+        "rope_scaling": config.get("rope_scaling") or (None if kind == "default" else rope),
+    }
+    config |= read | others
+    config.pop("auto_map", None)  # its code does not come along, and the model is transformers' own
+    return config
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> dict[str, Any]:
     """generation_config.json: that of ``source`` (or the settings in its config.json), with the end token that is trained.
-
-    Raises:
-        InputError: a file that is not a JSON object.
-    """
+    InputError for a file that is not a JSON object."""
     # As plain JSON: transformers refuses to save many a published file once it has been changed.
-    file = Path(source) / "generation_config.json" if source is not None else None
+    file = None if source is None else Path(source) / "generation_config.json"
     if file is not None and file.is_file():
         config = _read_json(file)
     else:
-        old = _read_json(Path(source) / "config.json") if source is not None else {}
-        names = GenerationConfig().to_dict().keys() - _NOT_GENERATION
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         config = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+        old = {} if source is None else _read_json(Path(source) / "config.json")
+        names = GenerationConfig().to_dict().keys() - _NOT_GENERATION
         config |= {name: value for name, value in old.items() if name in names and value is not None}
     ends = end_tokens(config.get("eos_token_id"), file)
     if tokenizer.eos_token_id not in ends:  # the end this run taught must end generation
@@ -169,11 +149,7 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, source: str | Path | N
 
 
 def end_tokens(value: Any, file: str | Path | None) -> list[int]:
-    """The ids of ``eos_token_id`` as a generation config has it: none, one or a list.
-
-    Raises:
-        InputError: something else; ``file`` is named.
-    """
+    """The ids of ``eos_token_id`` as a generation config has it: none, one or a list; InputError for anything else."""
     ends = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(end) is int and end >= 0 for end in ends):
         raise bad_input("not token ids", file=file, field="eos_token_id", found=value, expected="a whole number or a list")
@@ -181,11 +157,11 @@ def end_tokens(value: Any, file: str | Path | None) -> list[int]:
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """The files it was read from, byte for byte but for what was changed or only transformers 5 understands; where it has
-    none (a slow one, or made in memory), as transformers writes it."""
+    """The files it was read from, byte for byte but for what was changed or only transformers 5 understands; of one that was
+    made in memory, what transformers writes."""
     source = Path(tokenizer.name_or_path)
     if tokenizer.name_or_path and (source / "tokenizer.json").is_file():
-        for name in _TOKENIZER_FILES:
+        for name in (*_TOKENIZER_FILES, *_OLDER_FILES, *_TEMPLATE_FILES):
             if (source / name).is_file():
                 with user_path(source / name):
                     content = (source / name).read_bytes()
@@ -201,20 +177,27 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
         after = {key: value for key, value in before.items() if key != "auto_map"}  # its code does not come along
         if isinstance(after.get("extra_special_tokens"), list):  # 4 knows a dict of that name alone
             after["additional_special_tokens"] = after.pop("extra_special_tokens")
-        if _text(after.get("eos_token")) != tokenizer.eos_token and (file == settings or "eos_token" in after):
+        end = after.get("eos_token")  # with or without how it is matched
+        end = end["content"] if isinstance(end, dict) else end
+        if end != tokenizer.eos_token and (file == settings or "eos_token" in after):
             after["eos_token"] = tokenizer.eos_token
         if after != before:
             write_json(file, after)
-    # A class by which AutoTokenizer, which goes by it and by the model type, makes the tokens that are trained on: the one
-    # that stands there, or that of a tokenizer.json and nothing more, by the name that transformers 4 and 5 know.
+    return _name_class(folder, settings, tokenizer)
+
+
+def _name_class(folder: Path, settings: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Name a class by which AutoTokenizer makes the tokens that are trained on: the one that stands there, or that of a plain
+    tokenizer.json, by the name that transformers 4 and 5 know. Returns whether there is one."""
     content = _read_json(settings)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # of a fast tokenizer
     for name in (content.get("tokenizer_class"), "PreTrainedTokenizerFast"):
         if name == "TokenizersBackend":
             continue
         if name != content.get("tokenizer_class"):
             write_json(settings, content | {"tokenizer_class": name})
             if opening(read_tokenizer(folder)) != opening(tokenizer):  # BOS was put by the class that stood there
-                tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+                backend.save(str(folder / "tokenizer.json"))
         try:
             auto = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception:  # it raises many kinds
@@ -222,11 +205,6 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
         if all(auto(text).input_ids == tokenizer(text).input_ids for text in PROBES):
             return True
     return False
-
-
-def _text(token: str | dict[str, Any] | None) -> str | None:
-    """A token as these files write it, with or without how it is matched."""
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _read_json(file: Path) -> dict[str, Any]:

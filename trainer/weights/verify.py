@@ -1,4 +1,4 @@
-"""Proof, before the first step, that the loaded policy is the checkpoint: its bytes, and Hugging Face's own forward.
+"""Verification, before the first step, that the loaded policy is the checkpoint: its bytes, and Hugging Face's own forward.
 
 Every tensor is gathered as the forward gathers it and compared bit for bit with the files' bytes, which are read anew and
 without the code that loaded them. Where the model is small enough for the host, log-probabilities of a few tokens are
@@ -8,94 +8,88 @@ of any size, medtrain.trainer.model.verify compares a small one of its kind.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World, whole
 from medtrain.trainer.errors import bad_input
-from medtrain.trainer.model.lora import Adapters, is_adapter, is_packed, weight_name, without_adapters
+from medtrain.trainer.model.lora import Adapters, without_adapters
+from medtrain.trainer.model.names import is_adapter, is_packed, weight_name
 from medtrain.trainer.model.nf4 import quantize
 from medtrain.trainer.model.policy import PolicyModel
-from medtrain.trainer.weights.load import DTYPES, Checkpoint
+from medtrain.trainer.weights.load import HEAD, Checkpoint
+from medtrain.trainer.weights.safetensors import read_rows
 
 NUM_TOKENS = 32
 FORWARD_BYTES = 40_000_000_000  # of the float32 model on rank 0's host; loading a larger one would keep all ranks waiting
 FORWARD_SHARE = 0.5  # of the host memory that is free
-# Mean absolute difference, nats a token, to float32: this much in float32; in a lower precision, so many times what Hugging
-# Face's own forward loses in it. A bias left out or another rope base changes trained weights' log-probabilities by far more.
+# Mean absolute difference, nats per token, to float32: this much in float32; in a lower precision, this multiple of what
+# Hugging Face's own forward loses in it. A bias left out or another rope base changes trained weights' log-probabilities by far more.
 TOLERANCE = 1e-3
 TIMES_THEIR_LOSS = 3.0
-BLOCK_BYTES = 64 * 2**20  # read and compared at once
 
 
-def prove(policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapters | None, world: World, *, forward: bool) -> dict:
+def verify_weights(
+    policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapters | None, world: World, *, forward: bool
+) -> dict[str, Any]:
     """Compare ``policy`` as loaded with ``checkpoint``; all ranks must call this. Adapters are left out of it.
 
     Returns what the manifest keeps: ``tensors`` compared; ``unused``, names in the files that the model has no place for;
-    ``forward``, the differences in nats a token or why there are none; ``seconds``.
+    ``forward``, the differences in nats per token or why there are none; ``seconds``.
 
-    Args:
-        forward: compare with Hugging Face's forward too, where the model fits and is not rounded to 4 bits.
+    ``forward``: compare with Hugging Face's forward too, where the model fits and is not rounded to 4 bits.
 
-    Raises:
-        InputError: the policy is not the checkpoint; says what differs and the likely cause.
+    Raises InputError: the policy is not the checkpoint; says what differs and the likely cause.
     """
     started = time.perf_counter()
     names = _check_tensors(policy, checkpoint, world)
-    known = {*names, "lm_head.weight"}  # of tied models some files hold it all the same
-    found: dict[str, Any] = {"tensors": len(names), "unused": sorted(set(checkpoint.where) - known)}
-    found["forward"] = _check_forward(policy, checkpoint, adapters, world) if forward else "not asked for"
-    return found | {"seconds": time.perf_counter() - started}
+    return {
+        "tensors": len(names),
+        "unused": sorted(checkpoint.tensors.keys() - {*names, HEAD}),  # some files hold the head of tied models too
+        "forward": _check_forward(policy, checkpoint, adapters, world) if forward else "not asked for",
+        "seconds": time.perf_counter() - started,
+    }
 
 
-def describe(proof: dict) -> str:
-    """One line for a person, of what :func:`prove` and ``prove_architecture`` (under ``architecture``) found."""
-    parts = []
-    if "architecture" in proof:
-        small = proof["architecture"]
+def describe(verification: dict[str, Any]) -> str:
+    """One line for the user, of what :func:`verify_weights` and ``verify_architecture`` (under ``architecture``) returned."""
+    parts, seconds = [], verification.get("seconds", 0.0)
+    if small := verification.get("architecture"):
+        seconds += small["seconds"]
         parts.append(
             f"a small {small['model_type']}, packed and up to position {small['positions'] - 1:,}, agrees with Hugging Face's "
-            f"within {small['largest_difference']:.1e} nats a token"
+            f"within {small['largest_difference']:.1e} nats per token"
         )
-    if "tensors" in proof:
-        parts.append(_describe_checkpoint(proof))
-    seconds = sum(part.get("seconds", 0.0) for part in (proof, proof.get("architecture", {})))
+    if "tensors" in verification:
+        unused = f", {len(verification['unused'])} tensors of the files unused" if verification["unused"] else ""
+        parts.append(f"{verification['tensors']} tensors are the files' own{unused}")
+        if isinstance(forward := verification["forward"], str):
+            parts.append(f"not compared with Hugging Face's forward: {forward}")
+        else:
+            parts.append(
+                f"log-probabilities of {forward['tokens']} tokens agree with Hugging Face's within "
+                f"{forward['mean_difference']:.1e} nats (allowed: {forward['tolerance']:.1e})"
+            )
     return f"proof: {'; '.join(parts)}; {seconds:.1f} s"
-
-
-def _describe_checkpoint(proof: dict) -> str:
-    forward = proof["forward"]
-    if isinstance(forward, dict):
-        forward = (
-            f"log-probabilities of {forward['tokens']} tokens agree with Hugging Face's within "
-            f"{forward['mean_difference']:.1e} nats (allowed: {forward['tolerance']:.1e})"
-        )
-    else:
-        forward = f"no forward beside Hugging Face's: {forward}"
-    unused = f", {len(proof['unused'])} tensors of the files unused" if proof["unused"] else ""
-    return f"{proof['tensors']} tensors are the files' own{unused}; {forward}"
 
 
 @torch.no_grad()
 def _check_tensors(policy: PolicyModel, checkpoint: Checkpoint, world: World) -> list[str]:
-    """Names of the tensors compared. Ranks that share a tensor out share the comparing out, tensor by tensor."""
+    """Names of the tensors compared. The ranks that share one copy of the model take turns in comparing."""
     policy.reshard_all()
     named = [(name, p) for name, p in policy.named_parameters() if not is_adapter(name)]
     wrong = torch.zeros(len(named), dtype=torch.float64)
+    num_sharers = world.size // world.replicas
     for i, (name, param) in enumerate(named):
         tensor = whole(param)
-        index, size = _place_among_shards(param)
-        if i % size == index:
+        if i % num_sharers == world.rank % num_sharers:
             wrong[i] = not _is_stored(tensor, checkpoint, weight_name(name), packed=is_packed(name))
         del tensor
     names = [weight_name(name) for name, _ in named]
@@ -110,20 +104,9 @@ def _check_tensors(policy: PolicyModel, checkpoint: Checkpoint, world: World) ->
     return names
 
 
-def _place_among_shards(param: torch.Tensor) -> tuple[int, int]:
-    """This rank's number among the ranks that hold the parts of one copy of ``param``, and how many they are."""
-    index, size = 0, 1
-    if isinstance(param, DTensor):
-        for dim, placement in enumerate(param.placements):
-            if placement.is_shard():
-                index = index * param.device_mesh.size(dim) + param.device_mesh.get_local_rank(dim)
-                size *= param.device_mesh.size(dim)
-    return index, size
-
-
 def _is_stored(tensor: torch.Tensor, checkpoint: Checkpoint, name: str, *, packed: bool) -> bool:
     """Whether ``tensor`` has the bits of the stored one, cast to its dtype (packed: quantized)."""
-    for first, rows in _stored_rows(checkpoint.where[name], name):
+    for first, rows in read_rows(checkpoint.tensors[name]):
         rows = rows.to(tensor.device)
         expected = quantize(rows, tensor.dtype) if packed else rows.to(tensor.dtype)
         held = tensor[first : first + len(rows)]
@@ -132,26 +115,11 @@ def _is_stored(tensor: torch.Tensor, checkpoint: Checkpoint, name: str, *, packe
     return True
 
 
-def _stored_rows(path: Path, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows) of a tensor, block by block, from a file's bytes: the safetensors format, read without its library."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[name]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        per_block = max(1, BLOCK_BYTES // row_bytes)
-        file.seek(8 + length + entry["data_offsets"][0])
-        for first in range(0, shape[0], per_block):
-            content = bytearray(min(per_block, shape[0] - first) * row_bytes)
-            file.readinto(content)
-            yield first, torch.frombuffer(content, dtype=dtype).view(-1, *shape[1:])
-
-
 @torch.no_grad()
 def _check_forward(policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapters | None, world: World) -> dict[str, Any] | str:
     if adapters is not None and adapters.base == "nf4":
         return "the base is rounded to 4 bits"
-    needed = 4 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.shapes)
+    needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     allowed = world.from_main(lambda: min(FORWARD_BYTES, int(FORWARD_SHARE * free_host_bytes())))
     if needed > allowed:
         return f"{needed / 1e9:,.1f} GB in float32, of {allowed / 1e9:,.1f} GB allowed"
@@ -159,21 +127,18 @@ def _check_forward(policy: PolicyModel, checkpoint: Checkpoint, adapters: Adapte
     with without_adapters(policy):
         ours = policy(windows_batch([ids.numpy().astype("uint32")]).to(policy.device)).cpu()
     policy.reshard_all()
-
     return world.from_main(lambda: _compare(ours, ids, policy, checkpoint))
 
 
 def _compare(ours: torch.Tensor, ids: torch.Tensor, policy: PolicyModel, checkpoint: Checkpoint) -> dict[str, Any]:
-    """On rank 0, beside transformers' own model in float32 on the CPU."""
+    """On rank 0, with transformers' own model in float32 on the CPU."""
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
         theirs, their_loss = _hugging_face_logps(model, ids, policy.compute_dtype)
     except Exception as error:  # whatever it is, the other ranks wait for an answer
-        raise bad_input(
-            "Hugging Face's forward failed; model.proof=tensors goes without it",
-            file=checkpoint.folder,
-            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        ) from error
+        problem = "Hugging Face's forward failed; model.proof=tensors goes without it"
+        first_line = str(error).partition("\n")[0]
+        raise bad_input(problem, file=checkpoint.folder, found=f"{type(error).__name__}: {first_line}") from error
     difference = (ours.double() - theirs).abs()
     mean, largest = float(difference.mean()), float(difference.max())
     tolerance = max(TOLERANCE, TIMES_THEIR_LOSS * their_loss)
@@ -182,16 +147,16 @@ def _compare(ours: torch.Tensor, ids: torch.Tensor, policy: PolicyModel, checkpo
             f"the loaded policy is not Hugging Face's model; likely cause: {_cause(model, policy, checkpoint)}; "
             "model.proof=tensors goes without this comparison",
             file=checkpoint.folder,
-            found=f"log-probabilities of {len(ours)} tokens {mean:.2e} nats apart in the mean, {largest:.2e} at most",
-            expected=f"at most {tolerance:.1e} in the mean",
+            found=f"log-probabilities of {len(ours)} tokens {mean:.2e} nats apart on average, {largest:.2e} at most",
+            expected=f"at most {tolerance:.1e} on average",
         )
     return {"tokens": len(ours), "mean_difference": mean, "largest_difference": largest, "tolerance": tolerance}
 
 
 def _cause(model: torch.nn.Module, policy: PolicyModel, checkpoint: Checkpoint) -> str:
-    """Where ``model``, as Hugging Face loaded it, and ``policy``, whose tensors are the files', part."""
+    """What ``model``, as Hugging Face loaded it, and ``policy``, whose tensors are the files', have not in common."""
     for name, param in model.named_parameters():
-        if name not in checkpoint.where:
+        if name not in checkpoint.tensors:
             return f"transformers has a tensor {name} that the files lack"
         if not _is_stored(param, checkpoint, name, packed=False):
             return f"transformers reads {name} otherwise than the files have it"
@@ -206,8 +171,8 @@ def _cause(model: torch.nn.Module, policy: PolicyModel, checkpoint: Checkpoint) 
 
 
 def _hugging_face_logps(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """float64 log-probabilities of ``ids`` after the first, by ``model`` in float32; and how far, in the mean, it is from them
-    itself when it computes in ``dtype``, in which it is left."""
+    """float64 log-probabilities of ``ids`` after the first, by ``model`` in float32; and their mean distance from those that it
+    computes in ``dtype``, in which it is left."""
 
     def logps() -> torch.Tensor:
         logits = model(ids[:-1].unsqueeze(0), use_cache=False).logits[0].double()

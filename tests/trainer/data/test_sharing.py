@@ -16,7 +16,8 @@ from medtrain.trainer.data.pairs import PairSet
 from medtrain.trainer.data.sharing import plan_pairs
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model.attention import packed_layout
-from medtrain.trainer.model.policy import build_model, load_model_config, load_tokenizer
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.train.loop import train
 from medtrain.trainer.weights.load import init_weights
 

@@ -14,7 +14,8 @@ from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.model import compile as compiling
-from medtrain.trainer.model.policy import build_model, load_model_config
+from medtrain.trainer.model.hf_config import load_model_config
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.train.setup import check
 from medtrain.trainer.weights.load import init_weights
 

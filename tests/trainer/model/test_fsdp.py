@@ -12,7 +12,8 @@ from medtrain.trainer.config.settings import ModelConfig, ParallelConfig, config
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import join_world
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.model.policy import build_model, load_model_config, load_tokenizer
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.weights.checkpoint import Saver
 from medtrain.trainer.weights.load import init_weights
 
@@ -196,8 +197,8 @@ def test_copies_that_do_not_divide_the_ranks_are_refused(cpt_tree, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel": {"replicate": 0}}, "parallel.replicate.*1 .* or more"),
-        ({"parallel": {"prefetch": -1}}, "parallel.prefetch.*0 .* or more"),
+        ({"parallel": {"replicate": 0}}, "parallel.replicate.*expected 1 or more"),
+        ({"parallel": {"prefetch": -1}}, "parallel.prefetch.*expected 0 or more"),
         ({"parallel": {"replicate": 2}, "precision": {"fp8": "tensorwise", "fp8_all_gather": True}}, "fp8_all_gather"),
     ],
 )

@@ -28,10 +28,13 @@ from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import InputError
 from medtrain.trainer.model.flops import num_parameters
-from medtrain.trainer.model.lora import fill_adapters, plan_adapters, weight_name
+from medtrain.trainer.model.hf_config import SUPPORTED_TYPES, load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.model.lora import plan_adapters
+from medtrain.trainer.model.names import weight_name
 from medtrain.trainer.model.nf4 import dequantize, quantize
-from medtrain.trainer.model.policy import SUPPORTED_TYPES, build_model, load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.run.export import export_run
+from medtrain.trainer.weights.adapters import fill_adapters
 from medtrain.trainer.weights.load import Checkpoint, load_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)

@@ -13,9 +13,11 @@ from medtrain.trainer.config.settings import ModelConfig
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.model.policy import build_model, load_model_config, load_tokenizer, parameter_shapes
-from medtrain.trainer.weights import load as weights
-from medtrain.trainer.weights.load import Checkpoint, export_model, init_weights, load_weights
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.model.policy import build_model
+from medtrain.trainer.weights import safetensors
+from medtrain.trainer.weights.export import export_model
+from medtrain.trainer.weights.load import Checkpoint, init_weights, load_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -64,7 +66,7 @@ def test_export_is_the_loaded_weights_bit_for_bit(hf_folder, tmp_path, tied):
 
 
 def test_export_in_several_files_loads_the_same(hf_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("medtrain.trainer.weights.load.MAX_FILE_BYTES", 4000)
+    monkeypatch.setattr("medtrain.trainer.weights.export.MAX_FILE_BYTES", 4000)
     folder = hf_folder()
     policy, tokenizer = policy_of(ModelConfig(path=str(folder)))
     load_weights(policy, Checkpoint(folder))
@@ -78,8 +80,8 @@ def test_export_in_several_files_loads_the_same(hf_folder, tmp_path, monkeypatch
 
 
 def test_exported_weights_carry_their_sha256_and_are_refused_when_they_differ(hf_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("medtrain.trainer.weights.load.MAX_FILE_BYTES", 4000)
-    monkeypatch.setattr("medtrain.trainer.weights.load.BLOCK_BYTES", 100)
+    monkeypatch.setattr("medtrain.trainer.weights.export.MAX_FILE_BYTES", 4000)
+    monkeypatch.setattr("medtrain.trainer.weights.safetensors.BLOCK_BYTES", 100)
     folder = hf_folder()
     policy, tokenizer = policy_of(ModelConfig(path=str(folder)))
     load_weights(policy, Checkpoint(folder))
@@ -100,14 +102,14 @@ def test_exported_weights_carry_their_sha256_and_are_refused_when_they_differ(hf
 
 
 def _spoiled_on_the_way(folder, out):
-    sync = weights.sync
+    sync = safetensors.sync
 
     def spoiling(path):
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(content)
 
-    weights.sync = spoiling
+    safetensors.sync = spoiling
     try:
         with join_world() as world:
             policy, tokenizer = policy_of(ModelConfig(path=str(folder)), world)
@@ -115,7 +117,7 @@ def _spoiled_on_the_way(folder, out):
             with pytest.raises(RuntimeError, match=r"model\.safetensors: what was read back is not what was written"):
                 export_model(policy, tokenizer, out, world, dtype=torch.float32)
     finally:
-        weights.sync = sync
+        safetensors.sync = sync
 
 
 def test_an_export_that_reads_back_otherwise_leaves_no_folder(hf_folder, tmp_path):

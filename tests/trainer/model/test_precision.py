@@ -269,7 +269,7 @@ def test_settings_that_cannot_work_or_have_no_effect_are_refused(tree):
     refused(tree, r"'precision\.fp8': this device has no FP8 \(found cpu", precision={"fp8": "rowwise"})
     refused(tree, "has no effect without FP8", precision={"fp8_check_every": 5})
     refused(tree, "has no effect without FP8", precision={"fp8_emulate": True})
-    refused(tree, "one scale a weight", precision=ROWWISE | {"fp8_all_gather": True})
+    refused(tree, "one scale per weight", precision=ROWWISE | {"fp8_all_gather": True})
     refused(tree, "not supported with adapters", precision=ROWWISE, lora={"rank": 4})
     refused(tree, "no effect with adapters", precision=BF16, lora={"rank": 4})
     refused(tree, "computed with as they are", precision={"weights": "bf16", "compute": "float32"})

@@ -10,9 +10,11 @@ from transformers import AutoConfig
 from medtrain.trainer.config.settings import ModelConfig
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
-from medtrain.trainer.model.lora import Adapters, fill_adapters
-from medtrain.trainer.model.policy import build_model, load_model_config
+from medtrain.trainer.model.hf_config import load_model_config
+from medtrain.trainer.model.lora import Adapters
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.model.precision import Fp8
+from medtrain.trainer.weights.adapters import fill_adapters
 from medtrain.trainer.weights.load import init_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)

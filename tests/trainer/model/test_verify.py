@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from transformers import AutoConfig
 
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.model import attention
-from medtrain.trainer.model import verify as architecture_proof
+from medtrain.trainer.model import attention, verify
 from medtrain.trainer.model.policy import build_model
-from medtrain.trainer.model.verify import prove_architecture, small_config
+from medtrain.trainer.model.verify import small_config, verify_architecture
 
 # Qwen2.5-72B's sizes.
 SIZES = {
@@ -42,40 +41,40 @@ def config_of(model_type="qwen2", rope="default", **sizes):
     return AutoConfig.for_model(**{**SIZES, "rope_parameters": rope_parameters, **sizes, "model_type": model_type})
 
 
-def proved(config, longest=4096):
-    return prove_architecture(config, longest, {"file": "config.json"})
+def verified(config, longest=4096):
+    return verify_architecture(config, longest, {"file": "config.json"})
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
 def test_every_family_passes_at_any_size_and_draws_nothing(model_type, tied):
     state = torch.get_rng_state()
-    found = proved(config_of(model_type, tie_word_embeddings=tied))
+    found = verified(config_of(model_type, tie_word_embeddings=tied))
     assert found["model_type"] == model_type and found["tokens"] == 64 and found["positions"] == 4096
-    assert found["largest_difference"] < architecture_proof.TOLERANCE / 4
+    assert found["largest_difference"] < verify.TOLERANCE / 4
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_every_kind_of_rope_passes_where_it_does_not_depend_on_the_documents_beside(rope):
-    assert proved(config_of("llama", rope))["positions"] == 4096
+    assert verified(config_of("llama", rope))["positions"] == 4096
     if rope == "longrope":
         with pytest.raises(InputError, match=r"rope_type longrope has other frequencies for long .*, 4096 \(found llama"):
-            proved(config_of("llama", rope), 4097)
+            verified(config_of("llama", rope), 4097)
     else:
-        assert proved(config_of("llama", rope), 131072)["positions"] == 131072
+        assert verified(config_of("llama", rope), 131072)["positions"] == 131072
 
 
 def test_other_flags_pass_and_stay():
     config = config_of("llama", attention_bias=True, mlp_bias=True, hidden_act="gelu", pad_token_id=152000)
-    proved(config)
+    verified(config)
     small = small_config(config)
     assert small.attention_bias and small.mlp_bias and small.hidden_act == "gelu" and small.head_dim == 128
     assert small.rope_parameters == config.rope_parameters and config.hidden_size == 8192
     apart = small_config(config_of("qwen3", head_dim=64))
     assert apart.head_dim == 64 and apart.hidden_size == 2 * apart.head_dim * apart.num_attention_heads
-    proved(config_of("qwen3", head_dim=64))
-    proved(config_of(num_attention_heads=1, num_key_value_heads=1, hidden_size=16, num_hidden_layers=1), 1)
+    verified(config_of("qwen3", head_dim=64))
+    verified(config_of(num_attention_heads=1, num_key_value_heads=1, hidden_size=16, num_hidden_layers=1), 1)
 
 
 def _other_attention(change):
@@ -118,7 +117,7 @@ def _built_otherwise(change):
             policy.forward = changed
             return policy
 
-        monkeypatch.setattr(architecture_proof, "build_model", build)
+        monkeypatch.setattr(verify, "build_model", build)
 
     return plant
 
@@ -137,26 +136,24 @@ def _other_base(policy):
 
 
 def _positions_go_on(monkeypatch):
-    make = architecture_proof.pair_batch
+    make = verify.pair_batch
 
     def batch(*args, **options):
         made = make(*args, **options)
-        return architecture_proof.dataclasses.replace(made, position_ids=torch.arange(len(made.position_ids)))
+        return verify.dataclasses.replace(made, position_ids=torch.arange(len(made.position_ids)))
 
-    monkeypatch.setattr(architecture_proof, "pair_batch", batch)
+    monkeypatch.setattr(verify, "pair_batch", batch)
 
 
 def _no_prompt(monkeypatch):
     """A further completion sees itself alone."""
-    make = architecture_proof.pair_batch
+    make = verify.pair_batch
 
     def batch(*args, share):
         made = make(*args, share=share)
-        return architecture_proof.dataclasses.replace(
-            made, key_cu_seqlens=made.cu_seqlens, max_key_seqlen=made.max_seqlen, key_index=None
-        )
+        return verify.dataclasses.replace(made, key_cu_seqlens=made.cu_seqlens, max_key_seqlen=made.max_seqlen, key_index=None)
 
-    monkeypatch.setattr(architecture_proof, "pair_batch", batch)
+    monkeypatch.setattr(verify, "pair_batch", batch)
 
 
 FAULTS = {
@@ -185,7 +182,7 @@ FAULTS = {
 def test_what_is_computed_otherwise_is_refused_and_named(monkeypatch, fault):
     FAULTS[fault](monkeypatch)
     with pytest.raises(InputError, match=r"config\.json: this architecture is not computed .*found qwen2") as caught:
-        proved(config_of())
+        verified(config_of())
     assert "\n" not in str(caught.value)
 
 
@@ -194,13 +191,13 @@ def test_a_head_that_is_not_tied_is_refused(monkeypatch):
         small.tie_word_embeddings = False
         return build_model(settings, small, *args, **options)
 
-    monkeypatch.setattr(architecture_proof, "build_model", untied)
+    monkeypatch.setattr(verify, "build_model", untied)
     with pytest.raises(InputError, match=r"qwen2, whose parameters have other names here: lm_head\.weight"):
-        proved(config_of(tie_word_embeddings=True))
+        verified(config_of(tie_word_embeddings=True))
 
 
 def test_what_hugging_face_cannot_compute_is_refused():
     config = config_of()
     config.rope_parameters["rope_theta"] = 0.0
     with pytest.raises(InputError, match=r"computes no model of this config .*not finite"):
-        proved(config)
+        verified(config)

@@ -13,7 +13,8 @@ from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.batch import pair_batch
 from medtrain.trainer.data.pairs import load_pairs
 from medtrain.trainer.distributed import World
-from medtrain.trainer.model.policy import build_model, load_model_config, load_tokenizer
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.weights.load import Checkpoint, load_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)

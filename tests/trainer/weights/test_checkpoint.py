@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from medtrain.trainer.config.settings import config_from_dict
 from medtrain.trainer.data.batch import windows_batch
 from medtrain.trainer.distributed import World
-from medtrain.trainer.model.policy import build_model, load_model_config, load_tokenizer
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.run.folder import RunFolder
 from medtrain.trainer.train.cpt import CptData
 from medtrain.trainer.train.optimizer import make_optimizer

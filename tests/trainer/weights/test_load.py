@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.distributed import World
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.model.policy import load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer, parameter_shapes
 from medtrain.trainer.train.setup import prepare
-from medtrain.trainer.weights import load as weights
+from medtrain.trainer.weights import safetensors
 from medtrain.trainer.weights.load import INDEX, SINGLE, Checkpoint
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -64,8 +64,8 @@ def tensors_of(folder):
 
 def as_transformers(folder):
     checkpoint, theirs = checked(folder), tensors_of(folder)
-    assert checkpoint.where.keys() == checkpoint.shapes.keys() == checkpoint.dtypes.keys() == theirs.keys()
-    return all(torch.equal(load_file(path)[name], theirs[name]) for name, path in checkpoint.where.items())
+    assert checkpoint.tensors.keys() == theirs.keys()
+    return all(torch.equal(load_file(stored.file)[name], theirs[name]) for name, stored in checkpoint.tensors.items())
 
 
 def test_the_files_are_those_that_transformers_reads(sharded, tmp_path):
@@ -154,7 +154,7 @@ def test_a_tied_head_is_the_embedding_to_the_last_bit(folder, monkeypatch):
     tensors = load_file(folder / SINGLE)
     with pytest.raises(InputError, match=rf"'{HEAD}': another head than the embedding, .*tie_word_embeddings: false"):
         checked(folder, tied=True)
-    monkeypatch.setattr(weights, "BLOCK_BYTES", 5 * 16 * 4)  # 24 rows: four blocks of 5 and one of 4
+    monkeypatch.setattr(safetensors, "BLOCK_BYTES", 5 * 16 * 4)  # 24 rows: four blocks of 5 and one of 4
     save(folder / SINGLE, tensors | {HEAD: tensors[EMBEDDING].clone()})
     checked(folder, tied=True)
     last_bit = tensors[EMBEDDING].clone()

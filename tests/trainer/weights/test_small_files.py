@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.data.tokenizer import PROBES, read_tokenizer
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.model.policy import load_model_config, load_tokenizer
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer
 from medtrain.trainer.run.export import export_run
 from medtrain.trainer.train import loop
 from medtrain.trainer.train import setup as prepare

@@ -1,4 +1,4 @@
-"""The proof before the first step: it passes what was loaded rightly and finds whatever was not, on any number of ranks."""
+"""Verification before the first step passes what was loaded rightly and finds whatever was not, on any number of ranks."""
 
 import builtins
 import json
@@ -16,11 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from medtrain.trainer.config.settings import LoraConfig, ModelConfig
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import InputError
-from medtrain.trainer.model.lora import fill_adapters, plan_adapters
-from medtrain.trainer.model.policy import build_model, load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer, parameter_shapes
+from medtrain.trainer.model.lora import plan_adapters
+from medtrain.trainer.model.policy import build_model
 from medtrain.trainer.weights import load as weights
-from medtrain.trainer.weights import verify as proof
-from medtrain.trainer.weights.load import Checkpoint, export_model, load_weights
+from medtrain.trainer.weights import safetensors, verify
+from medtrain.trainer.weights.adapters import fill_adapters
+from medtrain.trainer.weights.export import export_model
+from medtrain.trainer.weights.load import Checkpoint, load_weights
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -55,7 +58,7 @@ def loaded(folder, world=ALONE, compute=torch.float32, lora=None, weights_dtype=
 
 def proved(folder, world=ALONE, **options):
     policy, adapters = loaded(folder, world, **options)
-    return proof.prove(policy, Checkpoint(folder), adapters, world, forward=True)
+    return verify.verify_weights(policy, Checkpoint(folder), adapters, world, forward=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -100,7 +103,7 @@ def test_tensors_that_have_no_place_are_told(hf_folder):
     save_file(tensors | {"model.layers.2.mlp.up_proj.weight": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
     found = proved(folder)
     assert found["unused"] == ["model.layers.2.mlp.up_proj.weight"]
-    assert "1 tensors of the files unused" in proof.describe(found)
+    assert "1 tensors of the files unused" in verify.describe(found)
 
 
 # What a loader may get wrong of one tensor.
@@ -171,7 +174,7 @@ def test_each_copy_of_a_replicated_model_is_compared(hf_folder, tmp_path):
 
 
 def test_blocks_of_rows_are_compared_to_the_last(hf_folder, monkeypatch):
-    monkeypatch.setattr(proof, "BLOCK_BYTES", 5 * 64 * 4)  # 128 rows: 25 blocks of 5 and one of 3
+    monkeypatch.setattr(safetensors, "BLOCK_BYTES", 5 * 64 * 4)  # 128 rows: 25 blocks of 5 and one of 3
     proved(hf_folder())
     _planted(hf_folder(), "one bit", nf4=False)
 
@@ -181,8 +184,8 @@ def _used_wrongly(folder, change, cause):
         policy, adapters = loaded(folder, world)
         change(policy)
         with pytest.raises(InputError, match=f"is not Hugging Face's model; likely cause: {cause}"):
-            proof.prove(policy, Checkpoint(folder), adapters, world, forward=True)
-        proof.prove(policy, Checkpoint(folder), adapters, world, forward=False)
+            verify.verify_weights(policy, Checkpoint(folder), adapters, world, forward=True)
+        verify.verify_weights(policy, Checkpoint(folder), adapters, world, forward=False)
 
 
 def _other_rope(policy):
@@ -210,9 +213,9 @@ def test_what_transformers_reads_otherwise_is_the_likely_cause(hf_folder, monkey
     policy, _ = loaded(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     theirs.model.layers[1].mlp.up_proj.weight.data.mul_(2)
-    monkeypatch.setattr(proof.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: theirs)
+    monkeypatch.setattr(verify.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: theirs)
     with pytest.raises(InputError, match=r"transformers reads model\.layers\.1\.mlp\.up_proj\.weight otherwise"):
-        proof.prove(policy, Checkpoint(folder), None, ALONE, forward=True)
+        verify.verify_weights(policy, Checkpoint(folder), None, ALONE, forward=True)
 
 
 def _failing_elsewhere(folder):
@@ -220,7 +223,7 @@ def _failing_elsewhere(folder):
         policy, _ = loaded(folder, world)
         (folder / "config.json").unlink(missing_ok=True)
         with pytest.raises(InputError, match=r"Hugging Face's forward failed; model\.proof=tensors .*found ValueError"):
-            proof.prove(policy, Checkpoint(folder), None, world, forward=True)
+            verify.verify_weights(policy, Checkpoint(folder), None, world, forward=True)
 
 
 def test_what_rank_0_cannot_load_ends_every_rank(hf_folder, tmp_path):
@@ -228,10 +231,10 @@ def test_what_rank_0_cannot_load_ends_every_rank(hf_folder, tmp_path):
 
 
 def test_a_model_too_large_for_the_host_is_compared_by_its_tensors(hf_folder, monkeypatch):
-    monkeypatch.setattr(proof, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(verify, "free_host_bytes", lambda: 1000)
     found = proved(hf_folder())
     assert found["forward"].endswith("GB in float32, of 0.0 GB allowed") and found["tensors"] == 27
-    assert "no forward beside Hugging Face's" in proof.describe(found)
+    assert "not compared with Hugging Face's forward" in verify.describe(found)
 
 
 @pytest.mark.parametrize("says", [True, False])
@@ -274,7 +277,7 @@ def test_a_run_of_random_weights_proves_its_architecture(cpt_tree, tmp_path):
     run("cpt", cpt_tree, tmp_path / "run", optim__steps=3)
     (found,) = proofs(tmp_path / "run")
     assert found.keys() == {"architecture"} and found["architecture"]["largest_difference"] < 1e-4
-    assert "a small qwen2, packed and up to position" in proof.describe(found)
+    assert "a small qwen2, packed and up to position" in verify.describe(found)
     run("cpt", cpt_tree, tmp_path / "none", optim__steps=3, model__proof="none")
     assert proofs(tmp_path / "none") == [None]
 
