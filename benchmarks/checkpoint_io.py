@@ -26,18 +26,20 @@ from medtrain.benchmarks.train_inputs import qwen, write_tokenizer
 from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.distributed import World, join_world, local_part
 from medtrain.trainer.files import write_json
-from medtrain.trainer.model.policy import PolicyModel, build_model, load_model_config, load_tokenizer
+from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer
+from medtrain.trainer.model.policy import PolicyModel, build_model
 from medtrain.trainer.train.optimizer import make_optimizer
+from medtrain.trainer.weights import export
 from medtrain.trainer.weights import load as weights
 from medtrain.trainer.weights.checkpoint import Saver
-from medtrain.trainer.weights.verify import prove
+from medtrain.trainer.weights.verify import verify_weights
 
 SIZES = qwen(1024, 16, 16, 16, 4096, 32_768) | {"tie_word_embeddings": False}
 SMALL = SIZES | {"num_hidden_layers": 4, "vocab_size": 8192}  # of what is saved with its moments
 MIB = 2**20
 CAP_BYTES = 1200 * MIB  # beyond the bare process
 CPU = torch.device("cpu")
-weights.MAX_FILE_BYTES = 200 * MIB
+export.MAX_FILE_BYTES = 200 * MIB
 
 
 def _build(settings: ModelConfig, world: World) -> PolicyModel:
@@ -50,7 +52,7 @@ def write_checkpoint(folder: Path, sizes: dict[str, Any] = SIZES) -> int:
     settings, world = ModelConfig(init=sizes, tokenizer=str(folder / "tokenizer")), World(0, 1, CPU, None)
     policy = _build(settings, world)
     weights.init_weights(policy, 0)
-    weights.export_model(policy, load_tokenizer(settings), folder / "source", world, dtype=torch.float32)
+    export.export_model(policy, load_tokenizer(settings), folder / "source", world, dtype=torch.float32)
     return sum(4 * p.numel() for p in policy.parameters())
 
 
@@ -87,8 +89,8 @@ def load_prove_export(world: World, folder: Path, cap: int) -> dict[str, int]:
     policy = part("load", load)
     found["read"] = _proc("io", "read_bytes") - read
     found["share"] = sum(local_part(p)[0].numel() * 4 for p in policy.parameters())
-    part("prove", lambda: prove(policy, checkpoint, None, world, forward=False))
-    part("export", lambda: weights.export_model(policy, tokenizer, folder / "out", world, dtype=torch.float32))
+    part("prove", lambda: verify_weights(policy, checkpoint, None, world, forward=False))
+    part("export", lambda: export.export_model(policy, tokenizer, folder / "out", world, dtype=torch.float32))
     return found
 
 

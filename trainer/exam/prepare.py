@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -22,8 +21,9 @@ from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.prompts import PromptStyle, load_style
 from medtrain.trainer.exam.questions import Question, load_questions
 from medtrain.trainer.files import file_sha256
-from medtrain.trainer.model.policy import SUPPORTED_TYPES, check_vocabulary, parameter_shapes
+from medtrain.trainer.model.hf_config import SUPPORTED_TYPES, check_vocabulary, parameter_shapes
 from medtrain.trainer.weights.load import CHECKSUMS, Checkpoint
+from medtrain.trainer.weights.safetensors import read_header
 
 log = logging.getLogger(__name__)
 
@@ -183,14 +183,13 @@ def _samples(path: Path) -> Iterator[bytes]:
         if path.suffix != ".safetensors":
             yield file.read(64 << 20)
             return
-        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
-        header = file.read(min(length, path.stat().st_size))
-        yield header
         try:
-            spans = [tensor["data_offsets"] for name, tensor in json.loads(header).items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            spans = sorted((tensor.start, tensor.end) for tensor in read_header(path).values())
+        except ValueError as error:
             raise bad_input("not a safetensors file", file=path) from error
-        for begin, end in sorted(spans):
+        file.seek(8)
+        yield file.read(spans[0][0] - 8 if spans else -1)  # the header
+        for begin, end in spans:
             for at in sorted({begin, (begin + end) // 2, max(begin, end - _SAMPLE)}):
-                file.seek(8 + length + at)
+                file.seek(at)
                 yield file.read(min(_SAMPLE, end - at))

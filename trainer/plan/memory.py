@@ -65,7 +65,7 @@ def read_sizes(model: ModelConfig, source: str | None = None) -> SimpleNamespace
         content.get("tie_word_embeddings"), bool
     )
     if not plain or any(type(content.get(name)) is not int or content[name] < 1 for name in _NUMBERS):
-        from medtrain.trainer.model.policy import load_model_config, load_tokenizer  # transformers: seconds
+        from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer  # transformers: seconds
 
         by_tokenizer = model.tokenizer is not None and "vocab_size" not in content
         content = load_model_config(model, load_tokenizer(model) if by_tokenizer else None).to_dict()

@@ -31,7 +31,7 @@ NUM_TOKENS = 32
 FORWARD_BYTES = 40_000_000_000  # of the float32 model on rank 0's host; loading a larger one would keep all ranks waiting
 FORWARD_SHARE = 0.5  # of the host memory that is free
 # Mean absolute difference, nats per token, to float32: this much in float32; in a lower precision, this multiple of what
-# Hugging Face's own forward loses in it. A bias left out or another rope base changes trained weights' log-probabilities by far more.
+# Hugging Face's own forward loses in it. A bias left out or another rope base makes a far larger one.
 TOLERANCE = 1e-3
 TIMES_THEIR_LOSS = 3.0
 

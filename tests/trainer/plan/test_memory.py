@@ -19,8 +19,8 @@ from medtrain.kernels.logps import DEFAULT_KEEP_BYTES
 from medtrain.trainer.cli import main
 from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.errors import InputError
+from medtrain.trainer.model.hf_config import load_model_config, parameter_shapes
 from medtrain.trainer.model.nf4 import packed_shape
-from medtrain.trainer.model.policy import load_model_config, parameter_shapes
 from medtrain.trainer.model.precision import MOMENT_BLOCK
 from medtrain.trainer.plan import memory
 from medtrain.trainer.plan.command import changed, largest_micro_batch, plan_config
