@@ -377,7 +377,7 @@ except SystemExit as end:
         *((f"{command} missing.yaml", 2) for command in ("cpt", "check", "plan", "pairs")),
         ("check cpt.yaml optim.lrr=1", 2),
         ("plan cpt.yaml optim.lrr=1", 2),
-        ("plan cpt.yaml --sizes qwen2.5-7b", 0),  # torch alone
+        ("plan cpt.yaml --sizes qwen2.5-7b", 0),
         (SCORE, 0),
         ("compare scored.jsonl scored.jsonl", 0),
         ("report run", 0),
@@ -386,4 +386,4 @@ except SystemExit as end:
 )
 def test_what_reads_no_model_imports_none_of_its_libraries(finished, words, status):
     done = subprocess.run([sys.executable, "-c", IMPORTS, *words.split()], cwd=finished, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == f"{status} {['torch'] if '--sizes' in words else []}", done.stderr
+    assert done.stdout.splitlines()[-1] == f"{status} []", done.stderr

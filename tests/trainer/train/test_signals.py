@@ -96,7 +96,7 @@ def test_an_exam_that_is_broken_off_is_taken_up_again(request, tmp_path, monkeyp
     tree["eval"] = {"exam_every": 3, "exam_max_new_tokens": 4, "exam_max_answer_tokens": 3}
     run("rpo", tree, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        _signal_once(patch, during, "answer_exam", 3)  # two modes at the start; then that of step 3
+        _signal_once(patch, during, "_evaluate_mode", 3)  # two modes at the start; then that of step 3
         assert run("rpo", tree, tmp_path / "run").interrupted
     assert [path.name for path in (tmp_path / "run" / "exam").iterdir()] == ["step-00000000.jsonl"]
     run("rpo", tree, tmp_path / "run")
