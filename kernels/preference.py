@@ -138,7 +138,7 @@ def preference_loss(
         ratios = logps - reference_logps.detach().to(device, dtype).view(-1, 2)
     preference = row.per_pair(Pairs(ratios, tokens), settings).sum()
     if nll_norm == "sequence":
-        nll, nll_denominator = -(logps[:, 0] / tokens[:, 0]).sum(), num_pairs
+        nll, nll_denominator = -(logps / tokens)[:, 0].sum(), num_pairs
     else:
         nll, nll_denominator = -logps[:, 0].sum(), num_chosen_tokens
         if nll_denominator is None:
