@@ -46,6 +46,18 @@ def made_up_text(seed: int, num_words: int) -> str:
     return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (num_words,), generator=generator).tolist())
 
 
+# A prompt style for exams in WORDS; the tokenizer of the tests splits at blanks.
+EXAM_STYLE = {
+    "question": "{text} {choices}",
+    "choice": "{letter} {text}",
+    "choice_joint": " ",
+    "joint": " ",
+    "answer_marker": "答え :",
+    "explain_marker": "理由 :",
+    "instruction_answer": "",
+    "instruction_explain": "",
+}
+
 SIZES = {
     "model_type": "qwen2",
     "hidden_size": 16,

@@ -7,22 +7,12 @@ import math
 
 import pytest
 import torch
-from helpers import SIZES, assert_same_curve, read_metrics, run, run_on_ranks, stopped_after, write_jsonl
+from helpers import EXAM_STYLE, SIZES, assert_same_curve, read_metrics, run, run_on_ranks, stopped_after, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from medtrain.trainer.run.export import export_run
 
 WIDE = SIZES | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-STYLE = {
-    "question": "{text} {choices}",
-    "choice": "{letter} {text}",
-    "choice_joint": " ",
-    "joint": " ",
-    "answer_marker": "答え :",
-    "explain_marker": "理由 :",
-    "instruction_answer": "",
-    "instruction_explain": "",
-}
 
 
 @pytest.fixture
@@ -32,7 +22,7 @@ def base(cpt_tree, tmp_path):
         {"problem_id": str(i), "problem_text": text, "choices": ["熱", "咳"], "answer": ["a"], "points": "1"}
         for i, text in enumerate(["熱 の 薬 は", "咳 は", "病 は"])
     ]
-    (tmp_path / "style.yaml").write_text(json.dumps(STYLE))
+    (tmp_path / "style.yaml").write_text(json.dumps(EXAM_STYLE))
     cpt_tree["model"]["init"] = dict(WIDE)
     cpt_tree["optim"] |= {"steps": 4, "lr": 2e-3}
     cpt_tree["data"]["exam"] = str(write_jsonl(tmp_path / "exam.jsonl", rows))

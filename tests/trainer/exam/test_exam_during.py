@@ -5,7 +5,17 @@ import json
 
 import pytest
 import torch
-from helpers import TIMING, kill_in_a_child, read_metrics, run, run_on_ranks, stopped_after, without_timing, write_jsonl
+from helpers import (
+    EXAM_STYLE,
+    TIMING,
+    kill_in_a_child,
+    read_metrics,
+    run,
+    run_on_ranks,
+    stopped_after,
+    without_timing,
+    write_jsonl,
+)
 
 from medtrain.trainer.config.exam import EvalSettings
 from medtrain.trainer.errors import InputError
@@ -17,17 +27,6 @@ from medtrain.trainer.run.console import evaluation_lines
 from medtrain.trainer.run.folder import RunFolder
 from medtrain.trainer.train import loop
 
-# The tokenizer of the tests splits at blanks and knows few words.
-STYLE = {
-    "question": "{text} {choices}",
-    "choice": "{letter} {text}",
-    "choice_joint": " ",
-    "joint": " ",
-    "answer_marker": "答え :",
-    "explain_marker": "理由 :",
-    "instruction_answer": "",
-    "instruction_explain": "",
-}
 TEXTS = ["熱 の 薬 は", "咳 の 患者 に 薬 を 与える 病 は", "病 は", "患者 の 理由 は 熱 。 薬 を 与えない 病 は", "咳 は"]
 
 
@@ -42,9 +41,9 @@ def exam(tmp_path):
 
 @pytest.fixture
 def style(tmp_path):
-    """STYLE as a YAML file, which JSON is too."""
+    """EXAM_STYLE as a YAML file, which JSON is too."""
     path = tmp_path / "style.yaml"
-    path.write_text(json.dumps(STYLE))
+    path.write_text(json.dumps(EXAM_STYLE))
     return str(path)
 
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from browser import find_browser, look_at
 from click.testing import CliRunner
-from helpers import read_metrics, run, write_jsonl
+from helpers import EXAM_STYLE, read_metrics, run, write_jsonl
 
 from medtrain.trainer.cli import main
 from medtrain.trainer.run import report
@@ -15,16 +15,6 @@ from medtrain.trainer.run.report_charts import Series, line_chart, series, short
 from medtrain.trainer.run.report_exam import points_interval
 from medtrain.trainer.train import loop
 
-STYLE = {
-    "question": "{text} {choices}",
-    "choice": "{letter} {text}",
-    "choice_joint": " ",
-    "joint": " ",
-    "answer_marker": "答え :",
-    "explain_marker": "理由 :",
-    "instruction_answer": "",
-    "instruction_explain": "",
-}
 EVIL = "<script>document.title='run'</script>\"'><img src=x onerror=alert(1)> 薬 は 熱 & 咳"
 
 
@@ -75,7 +65,7 @@ def rpo_run(rpo_tree, exam, tmp_path):
     rows = rpo_tree["data"]["pairs"][0]["path"]
     rpo_tree["data"] |= {"exam": str(exam), "heldout": [{"path": rows, "name": "held & <b>out</b>"}]}
     style = tmp_path / "style.yaml"
-    style.write_text(json.dumps(STYLE))  # JSON is YAML too
+    style.write_text(json.dumps(EXAM_STYLE))  # JSON is YAML too
     rpo_tree["eval"] = {"every": 3, "exam_every": 3, "exam_max_new_tokens": 9, "exam_prompt": str(style)}
     return run("rpo", rpo_tree, tmp_path / "rpo run").run_dir
 
