@@ -85,35 +85,35 @@ def _contradictions(config: Config) -> Iterator[Rule]:
     model, precision, lora, parallel = config.model, config.precision, config.lora, config.parallel
     gather = precision.fp8_all_gather
     yield (
-        (gather and precision.fp8 != "tensorwise"),
+        gather and precision.fp8 != "tensorwise",
         "precision.fp8_all_gather",
         f"precision.fp8={precision.fp8}",
         "needs one scale per weight",
         "precision.fp8=tensorwise",
     )
     yield (
-        (gather and parallel.replicate > 1),
+        gather and parallel.replicate > 1,
         "precision.fp8_all_gather",
         True,
         "torchao supports it on a mesh of one dimension only",
         "parallel.replicate=1",
     )
     yield (
-        (lora.on and precision.fp8 != "none"),
+        lora.on and precision.fp8 != "none",
         "precision.fp8",
         precision.fp8,
         "not supported with adapters",
         "precision.fp8=none, or training all weights",
     )
     yield (
-        (lora.on and precision.weights != "fp32"),
+        lora.on and precision.weights != "fp32",
         "precision.weights",
         precision.weights,
         "has no effect with adapters: the base is kept in the compute precision, and adapters in float32",
         "precision.weights=fp32",
     )
     yield (
-        (precision.weights == "bf16" and precision.compute == "float32"),
+        precision.weights == "bf16" and precision.compute == "float32",
         "precision.weights",
         "bf16",
         "weights in bfloat16 are computed with as they are",
@@ -121,7 +121,7 @@ def _contradictions(config: Config) -> Iterator[Rule]:
     )
     budget = model.activation_checkpointing == "budget"
     yield (
-        (budget and not model.compile),
+        budget and not model.compile,
         "model.activation_checkpointing",
         "budget",
         "only the compiler can keep to a budget",
@@ -129,14 +129,14 @@ def _contradictions(config: Config) -> Iterator[Rule]:
     )
     yield budget and model.activation_budget is None, "model.activation_budget", None, "missing", "a number from 0 to 1"
     yield (
-        (model.compile and lora.base == "nf4"),
+        model.compile and lora.base == "nf4",
         "model.compile",
         True,
         "not supported with NF4",
         "lora.base=dense, or model.compile=false",
     )
     yield (
-        (model.kernels == "liger" and model.compile),
+        model.kernels == "liger" and model.compile,
         "model.kernels",
         "liger",
         "compiled layers have the compiler's own kernels",
@@ -147,7 +147,7 @@ def _contradictions(config: Config) -> Iterator[Rule]:
 def _without_effect(config: Config) -> Iterator[Rule]:
     model, rpo, lora = config.model, config.rpo, config.lora
     yield (
-        (rpo.label_smoothing > 0 and LOSSES[rpo.loss].smoothing_limit == 0),
+        rpo.label_smoothing > 0 and LOSSES[rpo.loss].smoothing_limit == 0,
         "rpo.label_smoothing",
         f"rpo.loss={rpo.loss}",
         "has no effect with this loss",

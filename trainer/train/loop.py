@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from medtrain.trainer.config.settings import Config
-from medtrain.trainer.data.chat import fix_time, now
+from medtrain.trainer.data.chat import now
 from medtrain.trainer.distributed import World, join_world
 from medtrain.trainer.errors import StopRequested, bad_input
 from medtrain.trainer.exam.during import evaluate_policy
@@ -74,7 +74,7 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         try:
             return run.start()
         except StopRequested:
-            log.info(f"stopped by a signal before the first step; {_GOES_ON}")
+            log.info(f"stopped by a signal; {_GOES_ON}")
             return run.result({}, interrupted=True)
 
 
@@ -193,6 +193,7 @@ class _Run:
     def _evaluate(self, step: int) -> bool:
         """Compute and record what is due at ``step`` of the held-out numbers and the exam; False where a signal broke it off."""
         policy, settings, exam, row = self.built.policy, self.config.eval, self.prepared.exam, {}
+        outputs = self.folder.exam(step)
 
         def is_due(every: int) -> bool:
             return step in (0, self.steps) or bool(every and step % every == 0)
@@ -203,14 +204,13 @@ class _Run:
                 if self.built.loss.validates and is_due(settings.every):
                     row |= self.built.loss.evaluate(policy, self.world)
                 if exam is not None and is_due(settings.exam_every):
-                    tokenizer = fix_time(self.prepared.tokenizer, self.prepared.first_start)
-                    row |= evaluate_policy(policy, tokenizer, exam, self.world, self.folder.exam(step), self.folder.base)
+                    row |= evaluate_policy(policy, self.prepared.tokenizer, exam, self.world, outputs, self.folder.base)
         except StopRequested:
             return False
         if row:
             row = {"step": step} | row
             self.recorder.record(row)
-            for line in evaluation_lines(row, self.folder.exam(step)):
+            for line in evaluation_lines(row, outputs):
                 log.info(line)
             self.recorder.report.refresh()
         return True

@@ -29,7 +29,7 @@ class Recorder:
     """
 
     def __init__(self, folder: RunFolder, loss: StageLoss, world: World, done: int, *, resumed: bool):
-        self.folder, self.loss, self.is_main = folder, loss, world.is_main
+        self.folder, self.loss = folder, loss
         self.report = LiveReport(folder.root, enabled=world.is_main)
         rows: list[dict[str, Any]] = []
         self._board = None
