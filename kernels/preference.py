@@ -146,7 +146,9 @@ def preference_loss(
                 raise ValueError("no pairs and no num_chosen_tokens to divide by")
             nll_denominator = chosen_tokens if pairs else 1
     if row.likelihood_only:
-        total = nll / nll_denominator
+        # Summed over contiguous values, unlike the statistic: the last bit of published curves depends on it.
+        chosen = logps[:, 0] / tokens[:, 0] if nll_norm == "sequence" else logps[:, 0]
+        total = -chosen.sum() / nll_denominator
     else:
         # alpha = 0 leaves the term out rather than multiply it, so that DPO pays nothing for it.
         total = preference / num_pairs + (alpha * (nll / nll_denominator) if alpha else 0)
