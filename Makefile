@@ -30,7 +30,7 @@ $(VENV)-newest/.installed: $(REQUIREMENTS)
 	$(call install,--upgrade --upgrade-strategy eager,$(if $(LINUX),liger,dev))
 
 $(VENV)-lowest/.installed: $(REQUIREMENTS)
-	sed -nE 's/^ *.([a-z]+)>=([0-9.]+),<.*/\1==\2/p' setup.py > $(VENV)-lowest.txt
+	sed -nE 's/^ *.([a-z0-9]+)>=([0-9.]+),<.*/\1==\2/p' setup.py > $(VENV)-lowest.txt
 	$(call install,-c $(VENV)-lowest.txt,$(if $(LINUX),liger,dev))
 
 demo: $(VENV)/.installed

@@ -16,7 +16,7 @@ setup(
     packages=["medtrain"]
     + [f"medtrain.{name}" for top in FOLDERS for name in find_namespace_packages(include=[top, f"{top}.*"])],
     package_dir={f"medtrain.{top}": top for top in FOLDERS},
-    package_data={"": ["*.yaml", "*.sh", "*.json", "*.md"]},
+    package_data={"": ["*.yaml", "*.sh", "*.json", "*.md", "*.html"]},
     # Ranges that were tested at both ends: lines `"name>=lowest,<next",`, which `make test-lowest` reads. In between stands
     # constraints.txt.
     install_requires=[
@@ -32,6 +32,7 @@ setup(
         "click>=8.4.2,<8.6",
         "pyyaml>=6.0.1,<6.1",
         "rich>=13,<15.1",
+        "jinja2>=3.1,<3.2",
         "tensorboard>=2.20,<2.22",
         "matplotlib>=3.9,<3.12",
     ],

@@ -60,14 +60,14 @@ BUDGETS = {
     "trainer/model": 1590,
     "trainer/weights": 1180,
     "trainer/exam": 2720,
-    "trainer/run": 1560,
+    "trainer/run": 1070,
     "trainer/train": 1930,
     "trainer/plan": 260,
     "trainer/demo": 920,
     "trainer": 950,  # the files that lie in no room
     "benchmarks": 2800,
 }
-LONG_FILES = {"kernels/logps_kernels.py": 455, "trainer/run/report.py": 422}
+LONG_FILES = {"kernels/logps_kernels.py": 455}
 
 
 def lines_of(file):

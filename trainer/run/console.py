@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, plain lines now and then elsewhere, and the closing lines."""
+"""What a run shows: a live line on a terminal, plain lines now and then elsewhere, and the closing lines."""
 
 from __future__ import annotations
 
@@ -94,16 +94,16 @@ class Display:
             self._bar = None
 
 
-def count(number: int) -> str:
-    """A number of parameters as one reads it: 7.6 B, 20.2 M, 9.4 K."""
+def count(number: float) -> str:
+    """A number in short: 7.6 B, 20.2 M, 9.4 K."""
     for scale, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
         if number >= scale:
             return f"{number / scale:,.1f}{unit}"
-    return str(number)
+    return f"{number:.0f}"
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The few numbers of a metrics row that a person watches."""
+    """The few numbers of a metrics row that are watched."""
     parts = [f"loss {row['loss']:.4f}"]
     if "rewards/accuracy" in row:
         parts.append(f"reward acc {row['rewards/accuracy']:.2f} margin {row['rewards/margin']:+.3f}")
@@ -161,21 +161,21 @@ def summary(folder: RunFolder, config: Config, steps: int, seconds: float) -> st
     if heldout:
         watched = ("bits_per_byte", "heldout/loss", "rewards/margin", "rewards/accuracy")
         lines.append("  ".join(span(name, heldout) for name in heldout[-1] if "heldout/" in name and name.endswith(watched)))
-    sat = [row for row in rows if "exam/explanation_gap" in row]
-    if sat:
+    exams = [row for row in rows if "exam/explanation_gap" in row]
+    if exams:
         names = ("exam/answer/points_ratio", "exam/explain/points_ratio", "exam/explanation_gap")
-        lines.append("  ".join(span(name, sat) for name in names))
+        lines.append("  ".join(span(name, exams) for name in names))
     computed, saved = (sum(row[name] for row in trained) for name in ("tokens_computed", "tokens_saved"))
     lines.append(
         f"{trained[-1]['tokens_total']:,} tokens counted, {computed:,} computed"
         + (f", {saved:,} saved by sharing prompts, " if saved else ", ")
-        + f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s a step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
+        + f"{sum(row['seconds'] for row in trained) / len(trained):.2f} s per step, peak {trained[-1]['max_memory_gib']:.2f} GiB"
     )
     from medtrain.kernels.logps import clamped_rows  # with torch, which `medtrain report` does without
 
     if clamped_rows():
         lines.append(f"{clamped_rows():,} log-probabilities lay so low that the head computed them a second time, exactly")
-    made = "   ".join(f"{path.name}: {path}" for path in reversed(folder.results(config)))
+    made = "   ".join(f"{path.name}: {path}" for path in reversed(folder.results(config.lora)))
     lines.append(f"{made}   metrics: {folder.metrics}   ledger: {folder.ledger}")
     if folder.report.is_file():
         lines.append(f"report: {folder.report}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -42,9 +41,8 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
     place, out = Path(run_or_checkpoint), Path(out)
     root = place.parent.parent if place.parent.name == "checkpoints" else place
     folder = RunFolder(root)
-    with user_path(place):
-        written = folder.manifest.read_text(encoding="utf-8") if folder.manifest.is_file() else None
-    if written is None:
+    manifest = folder.read_manifest()
+    if manifest is None:
         raise bad_input("neither a run folder nor one of its checkpoints", file=place, expected="manifest.json of a run")
     check_can_make(out)
     with user_path(out):
@@ -54,7 +52,6 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
     chosen = [path for _, path in complete if root == place or path.name == place.name]
     if not chosen:
         raise bad_input("no complete checkpoint", file=place, found=", ".join(p.name for _, p in complete) or "none")
-    manifest = json.loads(written)
     config = config_from_dict(manifest["stage"], manifest["settings"], file=folder.manifest)
     compute_dtype = getattr(torch, manifest["starts"][-1]["paths"]["compute"])
     if adapter and not config.lora.on:
@@ -75,6 +72,7 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
             _load_base(policy, config, manifest["digests"]["weights"], world)
         load_checkpoint(chosen[-1], policy, None, world)
         if adapter:
+            assert adapters is not None, "a LoRA run"
             return export_adapters(policy, adapters, out, world, base=config.model.path)
         dtype = export_dtype(config, compute_dtype)
         return export_model(policy, tokenizer, out, world, dtype=dtype, source=model.path, adapters=adapters)

@@ -12,10 +12,11 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medtrain.trainer.config.settings import Config, ModelConfig, learned_settings
+from medtrain.trainer.config.settings import Config, LoraConfig, ModelConfig, learned_settings
 from medtrain.trainer.data.chat import now
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import PARTIAL, check_can_make, complete_checkpoints, read_rows, sync, write_bytes, write_json
@@ -23,18 +24,7 @@ from medtrain.trainer.files import PARTIAL, check_can_make, complete_checkpoints
 if TYPE_CHECKING:  # `medtrain report` reads run folders without it
     import torch
 
-PACKAGES = (
-    "medtrain",
-    "torch",
-    "triton",
-    "transformers",
-    "peft",
-    "torchao",
-    "safetensors",
-    "numpy",
-    "flash-attn",
-    "liger-kernel",
-)
+PACKAGES = "medtrain torch triton transformers peft torchao safetensors numpy flash-attn liger-kernel".split()
 
 
 class RunFolder:
@@ -54,7 +44,7 @@ class RunFolder:
         self.report = self.root / "report.html"
 
     def exam(self, step: int) -> Path:
-        """The outputs of the exam that the policy sat after ``step`` steps."""
+        """The outputs of the exam after ``step`` steps."""
         return self.root / "exam" / f"step-{step:08d}.jsonl"
 
     def check(self, settings: dict[str, Any], digests: dict[str, str]) -> None:
@@ -64,106 +54,90 @@ class RunFolder:
             InputError: files that are no run of ours; a run with other settings, data or weights.
         """
         check_can_make(self.root, field="run.out")
-        if not self.root.exists():
+        error = partial(bad_input, field="run.out")
+        if self.root.exists() and not self.root.is_dir():
+            raise error("the run folder is a file", found=str(self.root))
+        before = self.read_manifest()
+        if before is None:
+            with user_path(self.root, field="run.out"):
+                entries = [] if not self.root.exists() else [e for e in self.root.iterdir() if not e.name.endswith(PARTIAL)]
+            if entries:
+                expected = "a new folder, or one of this run"
+                raise error("the folder is not empty and holds no run of ours", found=str(self.root), expected=expected)
             return
-        if not self.root.is_dir():
-            raise bad_input("the run folder is a file", field="run.out", found=str(self.root))
-        with user_path(self.root, field="run.out"):
-            written = self.manifest.read_text() if self.manifest.is_file() else None
-            others = any(not entry.name.endswith(PARTIAL) for entry in self.root.iterdir())
-        if written is None:
-            if others:
-                raise bad_input(
-                    "the folder is not empty and holds no run of ours",
-                    field="run.out",
-                    found=str(self.root),
-                    expected="a new folder, or one of this run",
-                )
-            return
-        try:
-            before = json.loads(written)
-            # A setting that an older version did not know had what is now its default.
-            old = learned_settings(Config(settings["stage"]).settings()) | learned_settings(before["settings"])
-            old_digests = before["digests"]
-        except (ValueError, KeyError, TypeError):
-            raise bad_input("unreadable manifest", file=self.manifest) from None
+        # A setting that an older version did not know had what is now its default.
+        old = learned_settings(Config(settings["stage"]).settings()) | learned_settings(before["settings"])
         new = learned_settings(settings)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
-                raise bad_input(
-                    "the folder holds another run",
-                    field="run.out",
-                    found=f"{self.root} with {name}={_short(old.get(name))}, now {_short(new.get(name))}",
-                    expected="a new folder, or the same settings to go on",
-                )
-        for name in sorted(old_digests.keys() | digests.keys()):
-            if old_digests.get(name) != digests.get(name):
-                raise bad_input(
-                    "the folder holds a run on other input",
-                    field="run.out",
-                    found=f"{self.root}: {name} has changed since",
-                    expected="a new folder",
-                )
+                found = f"{self.root} with {name}={_short(old.get(name))}, now {_short(new.get(name))}"
+                expected = "a new folder, or the same settings to go on"
+                raise error("the folder holds another run", found=found, expected=expected)
+        for name in sorted(before["digests"].keys() | digests.keys()):
+            if before["digests"].get(name) != digests.get(name):
+                found = f"{self.root}: {name} has changed since"
+                raise error("the folder holds a run on other input", found=found, expected="a new folder")
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         found = complete_checkpoints(self.checkpoints)
         return found[-1] if found else None
 
-    def results(self, config: Config) -> list[Path]:
+    def results(self, lora: LoraConfig) -> list[Path]:
         """The folders that the finished run leaves, the one to go on with last."""
-        if not config.lora.on:
+        if not lora.on:
             return [self.model]
-        return [self.adapter, self.model] if config.lora.merge else [self.adapter]
+        return [self.adapter, self.model] if lora.merge else [self.adapter]
 
-    def missing_results(self, config: Config) -> list[Path]:
-        return [path for path in self.results(config) if not path.is_dir()]
+    def missing_results(self, lora: LoraConfig) -> list[Path]:
+        return [path for path in self.results(lora) if not path.is_dir()]
 
     def finished(self, config: Config, steps: int) -> bool:
         """Whether nothing is left to do of the ``steps`` steps and of what comes of them."""
         last = self.last_checkpoint()
-        return last is not None and last[0] == steps and not self.missing_results(config)
+        return last is not None and last[0] == steps and not self.missing_results(config.lora)
 
     def kept(self, model: ModelConfig) -> ModelConfig:
         """``model`` with its config and tokenizer as the run keeps them in ``base/``; as it is where the run keeps none, or
-        began with another.
-
-        Raises:
-            InputError: an unreadable manifest.
-        """
-        if not self.base.is_dir() or not self.manifest.is_file():
+        began with another. Errors as :meth:`read_manifest`."""
+        manifest = self.read_manifest()
+        if manifest is None or not self.base.is_dir():
             return model
-        try:
-            began = json.loads(self.manifest.read_text(encoding="utf-8"))["settings"]["model"]
-            if (began["path"], began["tokenizer"]) != (model.path, model.tokenizer):
-                return model
-        except (ValueError, KeyError, TypeError):
-            raise bad_input("unreadable manifest", file=self.manifest) from None
+        began = manifest["settings"]["model"]
+        if (began["path"], began["tokenizer"]) != (model.path, model.tokenizer):
+            return model
         return replace(model, path=str(self.base), init=None, tokenizer=None)
 
-    def starts(self) -> list[dict[str, Any]]:
-        """What the manifest says of earlier starts of this run."""
+    def read_manifest(self) -> dict[str, Any] | None:
+        """What the run wrote about itself; None where there is no run. Raises :class:`InputError` for an unreadable one."""
         with user_path(self.root, field="run.out"):
-            return json.loads(self.manifest.read_text(encoding="utf-8"))["starts"] if self.manifest.is_file() else []
+            written = self.manifest.read_text(encoding="utf-8") if self.manifest.is_file() else None
+        if written is None:
+            return None
+        try:
+            content = json.loads(written)
+            if {"settings", "digests", "starts"} <= content.keys():
+                return content
+        except (ValueError, AttributeError):
+            pass
+        raise bad_input("unreadable manifest", file=self.manifest)
+
+    def starts(self) -> list[dict[str, Any]]:
+        """What the manifest holds of earlier starts of this run."""
+        return (self.read_manifest() or {"starts": []})["starts"]
 
     def first_start(self) -> datetime:
-        """When this run was started first, to the second and in the time zone it was in; now, where it was not yet.
-
-        Raises:
-            InputError: an unreadable manifest.
-        """
-        try:
-            starts = self.starts()
-            return datetime.fromisoformat(starts[0]["time"]) if starts else now()
-        except (ValueError, KeyError, TypeError):
-            raise bad_input("unreadable manifest", file=self.manifest) from None
+        """When this run was started first, to the second and in the time zone it was in; now, where it was not yet."""
+        starts = self.starts()
+        return datetime.fromisoformat(starts[0]["time"]) if starts else now()
 
     def write_manifest(self, content: dict[str, Any]) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.manifest, content)
 
     def add_to_start(self, about: dict[str, Any]) -> None:
-        """Add to what the manifest says of this start."""
-        content = json.loads(self.manifest.read_text(encoding="utf-8"))
+        """Add to what the manifest holds of this start."""
+        content = self.read_manifest()
+        assert content is not None, "written at the start"
         content["starts"][-1] |= about
         write_json(self.manifest, content)
 
@@ -227,23 +201,19 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The git commit of this source tree (``-dirty`` if changed), or None outside a checkout."""
     here = Path(__file__).resolve()
-
-    def git(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, timeout=10)
-
-    try:
-        # Installed into somebody else's checkout, HEAD would be theirs.
-        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
+    head = None
+    # Installed into somebody else's checkout, HEAD would be theirs.
+    for words in (("ls-files", "--error-unmatch", here.name), ("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")):
+        try:
+            done = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
             return None
-        head = git("rev-parse", "HEAD")
-        dirty = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+        head = done.stdout.strip()
+    return head
 
 
 def device_name(device: torch.device) -> str:
-    """A name a person recognises, for manifests and benchmark files."""
+    """A readable name, for manifests and benchmark files."""
     import torch
 
     if device.type == "cuda":

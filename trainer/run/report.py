@@ -1,4 +1,4 @@
-"""``report.html``: one page of a run for a person, made of what the run folder holds; a part that is missing is left out.
+"""``report.html``: one page about a run, made of what the run folder holds; a part that is missing is left out.
 
 Nothing is computed here but intervals, so that the page of a run made elsewhere, or by an older version, is the same.
 """
@@ -13,50 +13,42 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from medtrain.kernels.losses import LOSSES
-from medtrain.trainer.config.settings import Config
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from medtrain.trainer.config.settings import Config, LoraConfig
 from medtrain.trainer.data.ledger import describe
 from medtrain.trainer.errors import InputError, bad_input, user_path
 from medtrain.trainer.exam.scoring import read_outputs
 from medtrain.trainer.files import write_bytes
-from medtrain.trainer.run.alarms import ForgettingAlarm, LikelihoodAlarm
-from medtrain.trainer.run.console import count
+from medtrain.trainer.run.alarms import alarm_of
+from medtrain.trainer.run.console import count, duration
 from medtrain.trainer.run.folder import RunFolder
-from medtrain.trainer.run.report_charts import line_chart, series, short
-from medtrain.trainer.run.report_exam import MODES, exam_sections
-from medtrain.trainer.run.report_page import charts, details, facts, page, section, table
+from medtrain.trainer.run.report_charts import Series, chart, series
+from medtrain.trainer.run.report_exam import MODES, Evals, Exams, exam_charts, exam_samples, exam_table, exam_warnings
 
 log = logging.getLogger(__name__)
-
-_MUCH = 0.05  # of an exam's outputs cut off or without an answer
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. ``exams``: rows of outputs by step, then by mode; ``evals``: (name, exam.json) of whole
-    examinations; ``status``: text and whether it is good (None: neither)."""
+    """What a run folder holds. ``exams``: outputs by step, then by mode; ``evals``: (name, exam.json) of whole examinations;
+    ``status``: text and its colour."""
 
     name: str
     manifest: dict[str, Any]
     rows: list[dict[str, Any]]
     ledger: dict[str, Any]
-    exams: dict[int, dict[str, list[dict]]]
-    evals: list[tuple[str, dict[str, Any]]]
-    status: tuple[str, bool | None]
+    exams: Exams
+    evals: Evals
+    status: tuple[str, str]
 
-    @cached_property
-    def trained(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if "loss" in row]
-
-    @cached_property
-    def keys(self) -> list[str]:
-        """Every key of metrics.jsonl, in the order in which they first come."""
-        return list(dict.fromkeys(key for row in self.rows for key in row))
+    def keys(self, pattern: str) -> list[str]:
+        """Names in metrics.jsonl that match ``pattern``, in the order in which they first come."""
+        names = dict.fromkeys(key for row in self.rows for key in row)
+        return [key for key in names if re.fullmatch(pattern, key)]
 
 
 def write_report(out: str | Path, *, stopped: str = "", evals: Sequence[str | Path] = ()) -> Path:
@@ -64,7 +56,7 @@ def write_report(out: str | Path, *, stopped: str = "", evals: Sequence[str | Pa
 
     Args:
         stopped: why the run ended before its last step, where that is known.
-        evals: folders that ``medtrain eval`` wrote, whose results are put beside the exam of the run.
+        evals: folders that ``medtrain eval`` wrote, whose results are shown with the exam of the run.
 
     Raises:
         InputError: no run folder, nothing trained in it yet, a file in it that cannot be read, no exam.json.
@@ -73,12 +65,12 @@ def write_report(out: str | Path, *, stopped: str = "", evals: Sequence[str | Pa
     with user_path(folder.root):
         run = _read(folder, stopped, evals)
     with user_path(folder.report, "cannot be written"):
-        write_bytes(folder.report, page(f"{run.name} – medtrain", _body(run)).encode())
+        write_bytes(folder.report, _page(run).encode())
     return folder.report
 
 
 class LiveReport:
-    """Writes the report of a run in progress, on the rank that is ``enabled``. What goes wrong is said and ends nothing."""
+    """Writes the report of a run in progress, on the rank that is ``enabled``. A failure is logged and ends nothing."""
 
     def __init__(self, out: str | Path, *, enabled: bool):
         self.out, self.enabled = out, enabled
@@ -110,25 +102,18 @@ def _read(folder: RunFolder, stopped: str, evals: Sequence[str | Path]) -> Run:
         manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
         ledger = json.loads(folder.ledger.read_text(encoding="utf-8")) if folder.ledger.is_file() else {}
         # The last line may be half written, by a run in progress or one that was killed.
-        lines = folder.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        rows = [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").split("\n")[:-1]]
         # Exams of a step that will be computed again, since it lies after the last checkpoint, are not yet this run's.
         last = rows[-1]["step"] if rows else -1
-        exams = {}
-        for file in sorted(folder.root.glob("exam/step-*.jsonl")):
-            step = int(re.sub(r"\D", "", file.stem))
-            if step <= last:
-                exams[step] = read_outputs(file)
-        finished = bool(rows) and last == manifest["steps"] and all(place.is_dir() for place in _results(folder, manifest))
-        name = folder.root.resolve().name
-        if finished:
-            status = ("finished", True)
-        elif stopped:
-            status = (f"stopped: {stopped}", False)
+        files = {int(re.sub(r"\D", "", file.stem)): file for file in sorted(folder.root.glob("exam/step-*.jsonl"))}
+        exams = {step: read_outputs(file) for step, file in files.items() if step <= last}
+        missing = folder.missing_results(LoraConfig(**manifest["settings"]["lora"]))
+        if last == manifest["steps"] and not missing:
+            status = ("finished", "good")
         else:
-            status = (f"step {max(last, 0):,} of {manifest['steps']:,}", None)
+            status = (f"stopped: {stopped}", "bad") if stopped else (f"step {max(last, 0):,} of {manifest['steps']:,}", "")
         found = [(Path(os.path.realpath(place)).name, _exam_json(Path(place))) for place in evals]
-        return Run(name, manifest, rows, ledger, exams, found, status)
+        return Run(folder.root.resolve().name, manifest, rows, ledger, exams, found, status)
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
@@ -142,43 +127,41 @@ def _exam_json(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _body(run: Run) -> str:
-    warnings = _warnings(run)
-    return "\n".join(
-        part
-        for part in (
-            _header(run, warnings),
-            _cards(run),
-            _notes(warnings),
-            *exam_sections(run.exams, run.evals),
-            section("Training", charts(*_curves(run))),
-            section("Preferences", charts(*_preference_curves(run))),
-            section("Data", _ledger_table(run), _ledger_notes(run)),
-            section("How it was run", _settings(run), _starts(run)),
-            _footer(),
-        )
-        if part
+def _page(run: Run) -> str:
+    environment = Environment(
+        loader=PackageLoader(__name__.rpartition(".")[0], "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    ours, usual = _flat(run.manifest["settings"]), _flat(Config(run.manifest["stage"]).settings())
+    ours.pop("stage", None)
+    return environment.get_template("report.html").render(
+        run=run,
+        stage={"cpt": "continued pretraining", "rpo": "reasoning preference optimization"}[run.manifest["stage"]],
+        warnings=_warnings(run),
+        facts=[(name, value) for name, value in _facts(run) if value],
+        cards=_cards(run),
+        exam_charts=exam_charts(run.exams),
+        exam_table=exam_table(run.exams, run.evals),
+        samples=exam_samples(run.exams),
+        training=list(filter(None, _curves(run))),
+        preferences=list(filter(None, _preference_curves(run))),
+        ledger=_ledger(run),
+        ledger_notes=describe(run.ledger) if run.ledger else [],
+        settings={
+            "settings that differ from the defaults": {k: v for k, v in ours.items() if usual.get(k) != v},
+            "all settings": ours,
+        },
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
 
 
-# The head of the page
-
-
-def _header(run: Run, warnings: list[str]) -> str:
-    stage = {"cpt": "continued pretraining", "rpo": "reasoning preference optimization"}[run.manifest["stage"]]
-    start = run.manifest["starts"][-1]
-    text, good = run.status
-    badges = f'<span class="badge{"" if good is None else " good" if good else " bad"}">{escape(text)}</span>'
-    badges += f'<span class="badge">{stage}</span>'
-    if warnings:
-        badges += f'<span class="badge warn">{len(warnings)} warning{"s" if len(warnings) > 1 else ""}</span>'
-    settings, parameters = run.manifest["settings"], run.manifest.get("parameters", {})
-    model = settings["model"]
-    sizes = count(parameters["all"]) if parameters else None
-    if parameters and parameters["trained"] != parameters["all"]:
-        sizes += f", {count(parameters['trained'])} trained"
+def _facts(run: Run) -> list[tuple[str, str | None]]:
+    start, model, sizes = run.manifest["starts"][-1], run.manifest["settings"]["model"], None
+    if parameters := run.manifest.get("parameters"):
+        sizes = count(parameters["all"])
+        if parameters["trained"] != parameters["all"]:
+            sizes += f", {count(parameters['trained'])} trained"
     versions = start.get("versions", {})
-    about = [
+    return [
         ("model", model["path"] or f"random {model['init']['model_type']}"),
         ("parameters", sizes),
         ("started", run.manifest["starts"][0]["time"].replace("T", " ").replace("+00:00", " UTC")),
@@ -187,206 +170,102 @@ def _header(run: Run, warnings: list[str]) -> str:
         ("versions", ", ".join(f"{n} {versions[n]}" for n in ("medtrain", "torch", "transformers") if n in versions)),
         ("paths taken", ", ".join(f"{name} {path}" for name, path in start.get("paths", {}).items())),
     ]
-    return f'<header><h1>{escape(run.name)}</h1><div class="badges">{badges}</div>{facts(about)}</header>'
 
 
-def _cards(run: Run) -> str:
-    """Key figures, before -> after: held-out numbers and the exam where they are there, else means of the run's ends."""
-    cards: list[tuple[str, str, str, str]] = []  # name, before, after, small print
-    rows, trained = run.rows, run.trained
+def _cards(run: Run) -> list[tuple[str, str, str, str]]:
+    """Key figures, (name, before, after, small print): held-out numbers and the exam where there are any, else means of the
+    run's first and last steps."""
+    cards: list[tuple[str, str, str, str]] = []
+
+    def add(name: str, key: str, form: str, small: str = "held-out") -> bool:
+        found = [(row["step"], row[key]) for row in run.rows if row.get(key) is not None]
+        for (first, before), (last, after) in zip(found[:1], found[-1:], strict=True):
+            steps = f"steps {first:,} and {last:,}" if len(found) > 1 else f"step {first:,}"
+            cards.append((name, form.format(before) if len(found) > 1 else "", form.format(after), f"{small}, {steps}"))
+        return len(found) > 1
+
     for mode, name in MODES.items():
-        cards += _card(f"exam, {name}", rows, f"exam/{mode}/points_ratio", "share of points", "{:.3f}")
-    cards += _card("explanation gap", rows, "exam/explanation_gap", "answer only − with explanation", "{:+.3f}")
-    for key in _keys(run, r"heldout/.*bits_per_byte"):
-        cards += _card(f"bits per byte, {key.split('/')[1]}", rows, key, "held-out", "{:.3f}")
+        add(f"exam, {name}", f"exam/{mode}/points_ratio", "{:.3f}", "share of points")
+    add("explanation gap", "exam/explanation_gap", "{:+.3f}", "answer only − with explanation")
+    for key in run.keys(r"heldout/.*bits_per_byte"):
+        add(f"bits per byte, {key.split('/')[1]}", key, "{:.3f}")
+    trained = [row for row in run.rows if "loss" in row]
     for key, name in (("loss", "loss"), ("rewards/accuracy", "reward accuracy"), ("rewards/margin", "reward margin")):
-        held = [row for row in rows if row.get(f"heldout/{key}") is not None]
-        if len(held) > 1:
-            cards += _card(name, rows, f"heldout/{key}", "held-out", "{:.4g}")
-        elif values := [row[key] for row in trained if row.get(key) is not None]:
+        values = [row[key] for row in trained if row.get(key) is not None]
+        if not add(name, f"heldout/{key}", "{:.4g}") and values:
             few = max(1, min(10, len(values) // 5))
             before, after = sum(values[:few]) / few, sum(values[-few:]) / few
-            small = f"training, mean of the first and last {few} steps" if few > 1 else "training, first and last step"
-            alone = len(values) == 1
-            cards.append((name, "" if alone else f"{before:.4g}", f"{after:.4g}", "training" if alone else small))
+            cards.append((name, f"{before:.4g}", f"{after:.4g}", f"training, first and last {few} of the steps"))
     if trained:
         seconds, last = sum(row["seconds"] for row in trained), trained[-1]
         speed = sorted(row["tokens_per_second"] for row in trained)[len(trained) // 2]
         mfu = f", MFU {last['mfu']:.1%}" if last.get("mfu") else ""
-        cards.append(("tokens counted", "", short(last["tokens_total"]), f"step {last['step']:,}"))
-        cards.append(("tokens per second", "", short(speed), f"median{mfu}"))
-        cards.append(("time in steps", "", _duration(seconds), f"{seconds / len(trained):.2f} s a step"))
-        cards.append(("peak memory", "", f"{last['max_memory_gib']:.2f} GiB", "a rank"))
-    inner = "".join(
-        f'<li><div class="name">{escape(name)}</div><div class="value">'
-        + (f'<span class="from">{escape(before)} → </span>' if before else "")
-        + f'{escape(after)}</div><div class="small">{escape(small)}</div></li>'
-        for name, before, after, small in cards
-    )
-    return f'<ul class="cards">{inner}</ul>' if cards else ""
-
-
-def _card(name: str, rows: list[dict], key: str, small: str, form: str) -> list[tuple[str, str, str, str]]:
-    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    if not found:
-        return []
-    before = form.format(found[0][1]) if len(found) > 1 else ""
-    steps = f"steps {found[0][0]:,} and {found[-1][0]:,}" if len(found) > 1 else f"step {found[0][0]:,}"
-    return [(name, before, form.format(found[-1][1]), f"{small}, {steps}")]
-
-
-def _results(folder: RunFolder, manifest: dict[str, Any]) -> list[Path]:
-    """What a run of these settings leaves at its end, as ``RunFolder.results`` says it of a config."""
-    lora = manifest["settings"]["lora"]
-    adapted = lora["rank"] > 0 or lora["path"] is not None
-    return [folder.adapter] * adapted + [folder.model] * (not adapted or lora["merge"])
+        cards.append(("tokens counted", "", count(last["tokens_total"]), f"step {last['step']:,}"))
+        cards.append(("tokens per second", "", count(speed), f"median{mfu}"))
+        cards.append(("time in steps", "", duration(seconds), f"{seconds / len(trained):.2f} s per step"))
+        cards.append(("peak memory", "", f"{last['max_memory_gib']:.2f} GiB", "per rank"))
+    return cards
 
 
 def _warnings(run: Run) -> list[str]:
-    """The run's own alarms again, from its rows; outputs of the exam that were cut off; what the ledger notes."""
+    """The run's own alarms again, from its rows; the exam's; what the ledger notes."""
     found = []
-    if run.manifest["stage"] == "rpo" and run.ledger:
-        rpo = run.manifest["settings"]["rpo"]
-        alarm = LikelihoodAlarm(list(run.ledger["sources"]), rpo["beta"], has_reference=LOSSES[rpo["loss"]].needs_reference)
-    elif run.ledger:
-        alarm = ForgettingAlarm(list(run.ledger.get("heldout", {})))
-    else:
-        alarm = None
-    if alarm is not None:
-        found += [line.removeprefix("warning: ") for row in run.rows for line in (alarm.watch(row) or "").splitlines()]
-    for step, exam in run.exams.items():
-        if any("invalid" in row for row in exam["explain"]):
-            found.append(f"exam at step {step:,}: its figures are invalid: {exam['explain'][0]['invalid']}")
-    found += [f"eval {name}: its figures are invalid: {result['invalid']}" for name, result in run.evals if "invalid" in result]
-    for step in [*run.exams][-1:]:
-        for mode, rows in run.exams[step].items():
-            for what, number in (
-                ("were cut off at their length limit", sum(row["truncated"] for row in rows)),
-                ("have no readable answer", sum(row["failure"] is not None for row in rows)),
-            ):
-                if number > _MUCH * len(rows):
-                    found.append(f"exam at step {step:,}, {MODES[mode]}: {number} of {len(rows)} outputs {what}")
     if run.ledger:
-        found += [line for line in describe(run.ledger) if ": noted: " in line]
-    return found
+        alarm = alarm_of(run.manifest["stage"], run.manifest["settings"]["rpo"], run.ledger)
+        found += [line.removeprefix("warning: ") for row in run.rows for line in (alarm.watch(row) or "").splitlines()]
+    found += exam_warnings(run.exams, run.evals)
+    return found + [line for line in (describe(run.ledger) if run.ledger else []) if ": noted: " in line]
 
 
-def _notes(warnings: list[str]) -> str:
-    inner = "".join(f"<li>{escape(line)}</li>" for line in warnings)
-    return f'<div class="note" role="note"><ul>{inner}</ul></div>' if warnings else ""
+def _curves(run: Run) -> list[dict | None]:
+    def one(title: str, name: str, key: str, **more: Any) -> dict | None:
+        return chart(title, [series(name, run.rows, key)], **more)
 
-
-# Curves
-
-
-def _keys(run: Run, pattern: str) -> list[str]:
-    return [key for key in run.keys if re.fullmatch(pattern, key)]
-
-
-def _with_heldout(run: Run, title: str, key: str, **more: Any) -> str:
-    return line_chart(
-        title,
-        [series("training", run.rows, key, color=1), series("held-out", run.rows, f"heldout/{key}", color=2, marks=True)],
-        **more,
-    )
-
-
-def _curves(run: Run) -> list[str]:
-    rows = run.rows
-    bits = [
-        series(key.split("/")[1], rows, key, color=1 + i, marks=True)
-        for i, key in enumerate(_keys(run, r"heldout/.*/bits_per_byte")[:6])
-    ]
+    padded = any(row.get("useful_token_share", 1) < 1 for row in run.rows)
     return [
-        _with_heldout(run, "Loss", "loss"),
-        line_chart("Held-out bits per byte", bits),
-        line_chart("Gradient norm", [series("before clipping", rows, "grad_norm")]),
-        line_chart("Learning rate", [series("lr", rows, "lr", color=3)], zero=True),
-        line_chart("Tokens per second", [series("tokens/s", rows, "tokens_per_second", color=6)], zero=True),
-        line_chart("Useful tokens, share of the computed", [series("share", rows, "useful_token_share", color=6)])
-        if any(row.get("useful_token_share", 1) < 1 for row in rows)
-        else "",
-        line_chart("MFU", [series("MFU", rows, "mfu", color=6)], zero=True),
-        line_chart(
-            "FP8: difference of the loss to one without",
-            [series("nats a token", rows, "fp8/shadow_loss_difference", color=5, marks=True)],
-        ),
+        chart("Loss", _with_heldout(run, "loss")),
+        chart("Held-out bits per byte", _by_source(run, r"heldout/.*/bits_per_byte")),
+        one("Gradient norm", "before clipping", "grad_norm"),
+        one("Learning rate", "lr", "lr", zero=True),
+        one("Tokens per second", "tokens/s", "tokens_per_second", zero=True),
+        one("Useful tokens, share of the computed", "share", "useful_token_share") if padded else None,
+        one("MFU", "MFU", "mfu", zero=True),
+        one("FP8: difference of the loss to one without", "nats per token", "fp8/shadow_loss_difference"),
     ]
 
 
-def _preference_curves(run: Run) -> list[str]:
-    rows = run.rows
-    sources = [
-        series(key.split("/")[1], rows, key, color=1 + i) for i, key in enumerate(_keys(run, r"sources/.*/rewards/margin")[:6])
-    ]
+def _preference_curves(run: Run) -> list[dict | None]:
+    def two(title: str, keys: dict[str, str], **more: Any) -> dict | None:
+        return chart(title, [series(name, run.rows, key) for name, key in keys.items()], **more)
+
     return [
-        _with_heldout(run, "Reward margin, chosen − rejected", "rewards/margin", zero=True),
-        _with_heldout(run, "Reward accuracy", "rewards/accuracy"),
-        line_chart(
-            "Rewards",
-            [series("chosen", rows, "rewards/chosen", color=3), series("rejected", rows, "rewards/rejected", color=2)],
-            zero=True,
-        ),
-        line_chart(
-            "Log-probabilities, nats a completion",
-            [series("chosen", rows, "logps/chosen", color=3), series("rejected", rows, "logps/rejected", color=2)],
-        ),
-        line_chart(
-            "Loss terms",
-            [series("preference (DPO)", rows, "dpo_loss", color=1), series("likelihood (NLL)", rows, "nll_loss", color=4)],
-        ),
-        line_chart(
-            "Correlation of margin and length", [series("Pearson's r", rows, "rewards/length_correlation", color=5)], zero=True
-        ),
-        line_chart("Reward margin by source", sources, zero=True),
+        chart("Reward margin, chosen − rejected", _with_heldout(run, "rewards/margin"), zero=True),
+        chart("Reward accuracy", _with_heldout(run, "rewards/accuracy")),
+        two("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, zero=True),
+        two("Log-probabilities, nats per completion", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
+        two("Loss terms", {"preference (DPO)": "dpo_loss", "likelihood (NLL)": "nll_loss"}),
+        two("Correlation of margin and length", {"Pearson's r": "rewards/length_correlation"}, zero=True),
+        chart("Reward margin by source", _by_source(run, r"sources/.*/rewards/margin"), zero=True),
     ]
 
 
-# Data, settings, starts
+def _with_heldout(run: Run, key: str) -> list[Series]:
+    return [series("training", run.rows, key), series("held-out", run.rows, f"heldout/{key}")]
 
 
-def _ledger_table(run: Run) -> str:
+def _by_source(run: Run, pattern: str) -> list[Series]:
+    return [series(key.split("/")[1], run.rows, key) for key in run.keys(pattern)[:6]]
+
+
+def _ledger(run: Run) -> list[tuple]:
+    """(source, rows, kept, split, cut, refused, tokens, tokens kept) of each source."""
     lines = []
     for held, sources in (("", run.ledger.get("sources", {})), ("held-out ", run.ledger.get("heldout", {}))):
         for name, source in sources.items():
-            lost = {outcome: sum(counts["rows"] for counts in source[outcome].values()) for outcome in ("cut", "refused")}
-            split = source.get("split", {}).get("rows", "")
-            lines.append(
-                [
-                    held + name,
-                    source["rows"],
-                    source["kept"]["rows"],
-                    split,
-                    lost["cut"],
-                    lost["refused"],
-                    source["tokens"],
-                    source["kept"]["tokens"],
-                ]
-            )
-    columns = ["source", "rows#", "kept#", "split#", "cut#", "refused#", "tokens#", "tokens kept#"]
-    if all(line[3] == "" for line in lines):
-        columns, lines = columns[:3] + columns[4:], [line[:3] + line[4:] for line in lines]
-    return table(columns, lines, label="What became of every row and token")
-
-
-def _ledger_notes(run: Run) -> str:
-    lines = [f"<li>{escape(line)}</li>" for line in describe(run.ledger)] if run.ledger else []
-    return details("cut, refused and noted, by reason", f"<ul>{''.join(lines)}</ul>" if lines else "")
-
-
-def _settings(run: Run) -> str:
-    stage = run.manifest["stage"]
-    ours, usual = _flat(run.manifest["settings"]), _flat(Config(stage).settings())
-    ours.pop("stage", None)
-    changed = {name: value for name, value in ours.items() if usual.get(name) != value}
-    return details("settings that differ from the defaults", _settings_table(changed)) + details(
-        "all settings", _settings_table(ours)
-    )
-
-
-def _settings_table(settings: dict[str, Any]) -> str:
-    rows = [[name, json.dumps(value, ensure_ascii=False)] for name, value in settings.items()]
-    return table(["setting", "value"], rows, label="Settings", wrap="value")
+            cut, refused = (sum(counts["rows"] for counts in source[outcome].values()) for outcome in ("cut", "refused"))
+            split, kept = source.get("split", {}).get("rows", ""), source["kept"]
+            lines.append((held + name, source["rows"], kept["rows"], split, cut, refused, source["tokens"], kept["tokens"]))
+    return lines
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -394,29 +273,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     return {name: leaf for key, value in items for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
-
-
-def _starts(run: Run) -> str:
-    rows = [
-        [
-            start["time"],
-            start["from_step"],
-            f"{start['world_size']} × {start['device']}",
-            start.get("commit") or "",
-            " ".join(start.get("command", [])),
-            ", ".join(f"{n} {v}" for n, v in start.get("versions", {}).items()),
-        ]
-        for start in run.manifest["starts"]
-    ]
-    columns = ["time", "from step#", "device", "commit", "command", "versions"]
-    return details("starts", table(columns, rows, label="Starts of this run", wrap="versions"))
-
-
-def _footer() -> str:
-    return f'<p class="small">Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by medtrain, from the files beside this page.</p>'
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from medtrain.trainer.intervals import bootstrap_interval
-from medtrain.trainer.run.report_charts import Series, line_chart, series
-from medtrain.trainer.run.report_page import charts, section, table
+from medtrain.trainer.run.report_charts import Series, chart
 
 MODES = {"answer": "answer only", "explain": "with explanation"}
 _NUM_SAMPLES = 6
@@ -16,150 +14,92 @@ _NUM_SAMPLES = 6
 # Rows of outputs (medtrain.trainer.exam.during) by step, then by mode; and (name, exam.json) of whole examinations.
 Exams = dict[int, dict[str, list[dict]]]
 Evals = Sequence[tuple[str, dict[str, Any]]]
-
-_ABOUT = (
-    "Shares of points, sat greedily by the model in training; bands and brackets: 95 % bootstrap intervals over the "
-    "questions. The gap is what having to explain costs."
-)
+Figure = tuple[float, float, float]  # a share of points and its interval
 
 
-def exam_sections(exams: Exams, evals: Evals) -> list[str]:
-    """HTML of the exam and of the samples, ``""`` where there is nothing to show."""
-    return [
-        section("Exam", charts(*_charts(exams)), _table(exams, evals), about=_ABOUT),
-        section("Explanations before and after", *_samples(exams), about=_about_samples(exams)),
-    ]
-
-
-def points_interval(rows: Sequence[dict], against: Sequence[dict] | None = None) -> tuple[float, float]:
-    """95 % bootstrap interval over questions of the share of points, or with ``against`` (the same questions) of the
-    difference to it. The same rows give the same interval."""
-    others = [False] * len(rows) if against is None else [row["correct"] for row in against]
+def share(rows: Sequence[dict], less: Sequence[dict] | None = None) -> Figure:
+    """The share of points, or its difference to ``less`` (the same questions), with its 95 % bootstrap interval."""
+    others = [False] * len(rows) if less is None else [row["correct"] for row in less]
     points = [row["points"] for row in rows]
     gained = [(row["correct"] - other) * row["points"] for row, other in zip(rows, others, strict=True)]
-    return bootstrap_interval(gained, points)
+    return sum(gained) / (sum(points) or 1), *bootstrap_interval(gained, points)
 
 
-def _share(rows: Sequence[dict]) -> float:
-    return sum(row["points"] for row in rows if row["correct"]) / (sum(row["points"] for row in rows) or 1)
-
-
-def _charts(exams: Exams) -> list[str]:
+def exam_charts(exams: Exams) -> list[dict | None]:
     if not exams:
         return []
-    lines = []
-    for color, (mode, name) in enumerate(MODES.items(), start=1):
-        points = [(step, _share(rows[mode]), *points_interval(rows[mode])) for step, rows in exams.items()]
-        lines.append(Series(name, tuple(points), color, marks=True))
-    gap = [
-        (step, _share(rows["answer"]) - _share(rows["explain"]), *points_interval(rows["answer"], rows["explain"]))
-        for step, rows in exams.items()
-    ]
-    num = len(next(iter(exams.values()))["answer"])
-    note = f"{num} questions; band: 95 % interval"
+
+    def line(name: str, figures: Iterable[Figure]) -> Series:
+        return Series(name, [*exams], *zip(*figures, strict=True))
+
+    def rate(name: str, field: str) -> Series:
+        outputs = [rows["explain"] for rows in exams.values()]
+        return Series(name, [*exams], [sum(bool(row[field]) for row in rows) / len(rows) for rows in outputs])
+
+    note = f"{len(next(iter(exams.values()))['answer'])} questions; band: 95 % interval"
+    shares = [line(name, (share(rows[mode]) for rows in exams.values())) for mode, name in MODES.items()]
+    gap = line("gap", (share(rows["answer"], rows["explain"]) for rows in exams.values()))
     return [
-        line_chart("Share of points", lines, note=note),
-        line_chart("Explanation gap", [Series("gap", tuple(gap), 4, marks=True)], note=note, zero=True),
-        line_chart(
+        chart("Share of points", shares, note=note),
+        chart("Explanation gap", [gap], note=note, zero=True),
+        chart(
             "Explanations cut off or without an answer, share",
-            [
-                series("cut off", _shares_of(exams, "truncated"), "share", color=2, marks=True),
-                series("no answer read", _shares_of(exams, "failure"), "share", color=6, marks=True),
-            ],
+            [rate("cut off", "truncated"), rate("no answer read", "failure")],
             zero=True,
         ),
     ]
 
 
-def _shares_of(exams: Exams, name: str) -> list[dict]:
-    return [
-        {"step": step, "share": sum(bool(row[name]) for row in rows["explain"]) / len(rows["explain"])}
-        for step, rows in exams.items()
-    ]
-
-
-def _table(exams: Exams, evals: Evals) -> str:
-    lines = []
-    ends = [step for step in exams if step in (min(exams), max(exams))]
-    for step in ends:
+def exam_table(exams: Exams, evals: Evals) -> list[tuple]:
+    """(when, mode, share with interval, points, cut off, no answer read): the first and last step, and each eval."""
+    lines: list[tuple] = []
+    for step in [step for step in exams if step in (min(exams), max(exams))]:
         for mode, name in MODES.items():
             rows = exams[step][mode]
-            low, high = points_interval(rows)
-            points = sum(row["points"] for row in rows if row["correct"])
-            total = sum(row["points"] for row in rows)
-            lines.append(
-                [
-                    f"step {step:,}",
-                    name,
-                    f"{_share(rows):.3f} [{low:.3f}, {high:.3f}]",
-                    f"{points} of {total}",
-                    sum(row["truncated"] for row in rows),
-                    sum(row["failure"] is not None for row in rows),
-                ]
-            )
-        answer, explain = (exams[step][mode] for mode in MODES)
-        low, high = points_interval(answer, explain)
-        value = f"{_share(answer) - _share(explain):+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append([f"step {step:,}", "gap", value, "", "", ""])
+            had, most = (sum(row["points"] for row in rows if row["correct"] or all_) for all_ in (False, True))
+            unread = sum(row["failure"] is not None for row in rows)
+            cut_off = sum(row["truncated"] for row in rows)
+            lines.append((f"step {step:,}", name, _interval(*share(rows)), f"{had} of {most}", cut_off, unread))
+        gap = share(exams[step]["answer"], exams[step]["explain"])
+        lines.append((f"step {step:,}", "gap", _interval(*gap, sign="+"), "", "", ""))
     for name, result in evals:
-        for mode in MODES:
-            if mode in result:
-                one = result[mode]
-                value = f"{one['points_ratio']:.3f}"
-                if "points_ratio_low" in one:
-                    value += f" [{one['points_ratio_low']:.3f}, {one['points_ratio_high']:.3f}]"
-                by_choice = result.get("settings", {}).get("method") == "choice_logp"
-                how = MODES[mode] + (", by choice log-prob" if by_choice else "")
-                lines.append(
-                    [
-                        f"eval: {name}",
-                        how,
-                        value,
-                        f"{one['points']} of {one['max_points']}",
-                        one.get("truncated", ""),
-                        one["parse_failures"],
-                    ]
-                )
+        by_choice = ", by choice log-prob" if result.get("settings", {}).get("method") == "choice_logp" else ""
+        for mode, one in ((mode, result[mode]) for mode in MODES if mode in result):
+            value = _interval(*(one.get(f"points_ratio{end}") for end in ("", "_low", "_high")))
+            points, cut_off = f"{one['points']} of {one['max_points']}", one.get("truncated", "")
+            lines.append((f"eval: {name}", MODES[mode] + by_choice, value, points, cut_off, one["parse_failures"]))
         if result.get("explanation_gap") is not None:
-            value = f"{result['explanation_gap']:+.3f}"
-            if "explanation_gap_low" in result:
-                value += f" [{result['explanation_gap_low']:+.3f}, {result['explanation_gap_high']:+.3f}]"
-            lines.append([f"eval: {name}", "gap", value, "", "", ""])
-    columns = ["when", "mode", "share of points, 95 %#", "points#", "cut off#", "no answer read#"]
-    return table(columns, lines, label="Exam results")
+            value = _interval(*(result.get(f"explanation_gap{end}") for end in ("", "_low", "_high")), sign="+")
+            lines.append((f"eval: {name}", "gap", value, "", "", ""))
+    return lines
 
 
-def _about_samples(exams: Exams) -> str:
-    steps = [*exams] or [0]
-    return f"The model's own texts at steps {steps[0]:,} and {steps[-1]:,}; those whose result changed come first."
+def _interval(value: float, low: float | None, high: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" + (f" [{low:{sign}.3f}, {high:{sign}.3f}]" if low is not None else "")
 
 
-def _samples(exams: Exams) -> list[str]:
-    steps = [*exams]
-    if len(steps) < 2:
+def exam_samples(exams: Exams) -> list[tuple[dict, dict]]:
+    """Outputs with explanation at the first and last step, one of each kind of change in turn, so that what became worse
+    is shown as well as what became better; those that changed come first."""
+    if len(exams) < 2:
         return []
-    pairs = list(zip(*(exams[step]["explain"] for step in (steps[0], steps[-1])), strict=True))
+    first, last = ([*exams.values()][place]["explain"] for place in (0, -1))
     kinds: dict[tuple[bool, bool], list] = {(False, True): [], (True, False): [], (True, True): [], (False, False): []}
-    for before, after in pairs:
+    for before, after in zip(first, last, strict=True):
         kinds[before["correct"], after["correct"]].append((before, after))
-    # One of each kind in turn, so that what got worse is shown beside what got better.
     chosen = [kind[turn] for turn in range(_NUM_SAMPLES) for kind in kinds.values() if turn < len(kind)][:_NUM_SAMPLES]
-    chosen.sort(key=lambda pair: pair[0]["correct"] == pair[1]["correct"])
-    return [
-        f'<article class="sample"><div><h3>{escape(before["question"])}</h3>'
-        f'<p class="small">key: {escape(", ".join(before["key"]))}</p></div>'
-        f"{_side('before', before)}{_side('after', after)}</article>"
-        for before, after in chosen
-    ]
+    return sorted(chosen, key=lambda pair: pair[0]["correct"] == pair[1]["correct"])
 
 
-def _side(name: str, row: dict) -> str:
-    verdict = "✓ right" if row["correct"] else "✗ wrong"
-    parsed = row["parsed"]
-    read = ", ".join(parsed) if isinstance(parsed, list) else parsed
-    more = [f"read: {read}" if read else row["failure"]] + ["cut off"] * row["truncated"]
-    kind = "right" if row["correct"] else "wrong"
-    return (
-        f'<div><div class="small">{name} · <span class="{kind}">{verdict}</span> · {escape(" · ".join(more))}</div>'
-        f'<pre tabindex="0">{escape(row["output"].strip() or "(nothing)")}</pre></div>'
-    )
+def exam_warnings(exams: Exams, evals: Evals, much: float = 0.05) -> Iterator[str]:
+    """Invalid figures, and of the last exam the modes of which more than ``much`` was cut off or without an answer."""
+    for step, exam in exams.items():
+        if any("invalid" in row for row in exam["explain"]):
+            yield f"exam at step {step:,}: its figures are invalid: {exam['explain'][0]['invalid']}"
+    yield from (f"eval {name}: its figures are invalid: {result['invalid']}" for name, result in evals if "invalid" in result)
+    for step in [*exams][-1:]:
+        for mode, rows in exams[step].items():
+            cut_off, unread = (sum(bool(row[name]) for row in rows) for name in ("truncated", "failure"))
+            for number, problem in ((cut_off, "were cut off at their length limit"), (unread, "have no readable answer")):
+                if number > much * len(rows):
+                    yield f"exam at step {step:,}, {MODES[mode]}: {number} of {len(rows)} outputs {problem}"

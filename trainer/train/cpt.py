@@ -22,7 +22,6 @@ from medtrain.trainer.data.tokens import default_workers, tokenize_source
 from medtrain.trainer.data.windows import Windows, make_windows
 from medtrain.trainer.distributed import World, local_size
 from medtrain.trainer.model.policy import PolicyModel
-from medtrain.trainer.run.alarms import ForgettingAlarm
 from medtrain.trainer.train.heldout import HeldoutText
 from medtrain.trainer.train.stage import Denominators, RunIdentity, warn_unknown_tokens
 
@@ -72,7 +71,6 @@ class CptLoss:
     def __init__(self, data: CptData):
         self.heldout = [HeldoutText(windows, data.capacity) for windows in data.heldout]
         self.validates = bool(self.heldout)
-        self.watch = ForgettingAlarm([windows.source.name for windows in data.heldout]).watch
 
     def __call__(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
         nll = -policy(batch.to(policy.device)).sum()

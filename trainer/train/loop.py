@@ -27,6 +27,7 @@ from medtrain.trainer.files import PARTIAL, replace_folder, write_json
 from medtrain.trainer.libraries import quiet_libraries
 from medtrain.trainer.model.flops import num_parameters
 from medtrain.trainer.model.hf_config import load_tokenizer
+from medtrain.trainer.run.alarms import alarm_of
 from medtrain.trainer.run.console import Display, console_logging, count, evaluation_lines, summary
 from medtrain.trainer.run.export import export_dtype
 from medtrain.trainer.run.folder import RunFolder, commit, device_name, last_step, versions
@@ -114,7 +115,8 @@ class _Run:
             done, self.totals = loaded["step"], {key: loaded[key] for key in self.totals}
             log.info(f"going on from {last[1].name} of {self.steps:,} steps")
         began = time.monotonic()
-        self.recorder = Recorder(folder, self.built.loss, world, done, resumed=last is not None)
+        alarm = alarm_of(config.stage, config.settings()["rpo"], prepared.data.ledger)
+        self.recorder = Recorder(folder, alarm, world, done, resumed=last is not None)
         self.saver = Saver(folder.checkpoints, world, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
         self.display.start(done, self.steps)
         try:
@@ -135,7 +137,7 @@ class _Run:
         return self.result(self.recorder.last_row, interrupted=not finished)
 
     def result(self, metrics: dict[str, Any], *, interrupted: bool = False) -> TrainResult:
-        return TrainResult(self.folder.root, self.folder.results(self.config)[-1], metrics, interrupted)
+        return TrainResult(self.folder.root, self.folder.results(self.config.lora)[-1], metrics, interrupted)
 
     def _train(self, done: int) -> bool:
         """Steps from ``done`` to the last, with the checkpoints and evaluations due; False where a signal stopped them."""
@@ -231,7 +233,7 @@ class _Run:
         """Write the run's results; where this start ``trained`` nothing, those that are missing."""
         config, folder, adapters, policy = self.config, self.folder, self.prepared.adapters, self.built.policy
         # Rank 0 decides for all, so that ranks do not part.
-        missing = folder.results(config) if trained else self.world.from_main(lambda: folder.missing_results(config))
+        missing = folder.results(config.lora) if trained else self.world.from_main(lambda: folder.missing_results(config.lora))
         if adapters is not None and folder.adapter in missing:
             export_adapters(policy, adapters, folder.adapter, self.world, base=config.model.path)
         if folder.model in missing:

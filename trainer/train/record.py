@@ -11,10 +11,10 @@ import torch
 
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model.flops import FlopsPerToken, num_parameters, peak_flops
+from medtrain.trainer.run.alarms import ForgettingAlarm, LikelihoodAlarm
 from medtrain.trainer.run.folder import RunFolder, last_step
 from medtrain.trainer.run.report import LiveReport
 from medtrain.trainer.train.setup import Prepared
-from medtrain.trainer.train.stage import StageLoss
 from medtrain.trainer.train.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ class Recorder:
         resumed: whether it goes on from a checkpoint.
     """
 
-    def __init__(self, folder: RunFolder, loss: StageLoss, world: World, done: int, *, resumed: bool):
-        self.folder, self.loss = folder, loss
+    def __init__(self, folder: RunFolder, alarm: ForgettingAlarm | LikelihoodAlarm, world: World, done: int, *, resumed: bool):
+        self.folder, self._alarm = folder, alarm
         self.report = LiveReport(folder.root, enabled=world.is_main)
         rows: list[dict[str, Any]] = []
         self._board = None
@@ -40,7 +40,7 @@ class Recorder:
             self._board = SummaryWriter(folder.tensorboard, purge_step=done + 1 if done else 0)
             rows = folder.rows() if resumed else []
         for row in rows:
-            loss.watch(row)
+            alarm.watch(row)
         self.last_row: dict[str, Any] = world.from_main(lambda: last_step(rows))
 
     def evaluation_pending(self, done: int) -> bool:
@@ -55,7 +55,7 @@ class Recorder:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, row["step"])
-        if warning := self.loss.watch(row):
+        if warning := self._alarm.watch(row):
             log.info(warning)
 
     def close(self) -> None:

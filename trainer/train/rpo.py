@@ -26,7 +26,6 @@ from medtrain.trainer.data.sources import name_sources
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model.lora import without_adapters
 from medtrain.trainer.model.policy import PolicyModel
-from medtrain.trainer.run.alarms import LikelihoodAlarm
 from medtrain.trainer.train.pair_metrics import num_sums, pair_metrics, pair_sums
 from medtrain.trainer.train.reference import ReferenceCache
 from medtrain.trainer.train.stage import Denominators, RunIdentity, warn_unknown_tokens
@@ -100,8 +99,6 @@ class PreferenceLoss:
         self.reference, self.heldout_reference = reference, heldout_reference
         self.num_sums = num_sums(len(data.sources))
         self.validates = bool(data.heldout)
-        names = [pairs.name for pairs in data.sources]
-        self.watch = LikelihoodAlarm(names, settings.beta, has_reference=LOSSES[settings.loss].needs_reference).watch
 
     def __call__(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
         return self._loss(policy, batch, n, self.reference)

@@ -6,7 +6,6 @@ Every mistake of the user's shows in :func:`prepare`, before anything is written
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -329,7 +328,7 @@ def _identify(
     elif config.model.init is not None:
         weights = digest_of_init(config.model.init | {"vocab_size": hf_config.vocab_size}, config.run.seed)
     else:  # the files are gone: a finished run needs them no more, any other is refused
-        weights = world.from_main(lambda: json.loads(folder.manifest.read_text(encoding="utf-8"))["digests"]["weights"])
+        weights = world.from_main(lambda: (folder.read_manifest() or {"digests": {"weights": ""}})["digests"]["weights"])
     digests |= {"weights": weights, "precision": str(compute_dtype).removeprefix("torch.")}
     trained = world.from_main(lambda: adapter_digest(adapters))
     if trained is not None:

@@ -7,7 +7,7 @@ with ``read_data`` and ``make_loss`` and one entry in :mod:`medtrain.trainer.tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,12 +68,10 @@ class StageData(Protocol):
 
 
 class StageLoss(Protocol):
-    """``num_sums``: length of the sums; ``validates``: whether there is held-out data; ``watch``: takes each row of
-    metrics.jsonl in turn, and returns a warning where it shows one."""
+    """``num_sums``: length of the sums; ``validates``: whether there is held-out data."""
 
     num_sums: int
     validates: bool
-    watch: Callable[[dict[str, Any]], str | None]
 
     def __call__(self, policy: PolicyModel, batch: MicroBatch, n: Denominators) -> tuple[torch.Tensor, torch.Tensor]:
         """(this batch's part of the step's loss, 0-d and differentiable; its sums, float64 [num_sums], on the device)."""

@@ -11,8 +11,8 @@ from helpers import EXAM_STYLE, read_metrics, run, write_jsonl
 
 from medtrain.trainer.cli import main
 from medtrain.trainer.run import report
-from medtrain.trainer.run.report_charts import Series, line_chart, series, short, ticks
-from medtrain.trainer.run.report_exam import points_interval
+from medtrain.trainer.run.report_charts import chart, series
+from medtrain.trainer.run.report_exam import share
 from medtrain.trainer.train import loop
 
 EVIL = "<script>document.title='run'</script>\"'><img src=x onerror=alert(1)> 薬 は 熱 & 咳"
@@ -44,7 +44,7 @@ class Page(HTMLParser):
     @property
     def charts(self):
         """Labels of the charts that are drawn."""
-        return [svg["aria-label"].split(" over steps")[0] for svg in self.all("svg") if svg.get("role") == "img"]
+        return [plot["aria-label"].split(" over steps")[0] for plot in self.all("div") if plot.get("role") == "img"]
 
 
 def page_of(run_dir):
@@ -77,7 +77,7 @@ def test_the_page_shows_what_the_run_wrote(rpo_run):
         "Reward margin, chosen − rejected",
         "Reward accuracy",
         "Rewards",
-        "Log-probabilities, nats a completion",
+        "Log-probabilities, nats per completion",
         "Loss terms",
         "Gradient norm",
         "Learning rate",
@@ -85,7 +85,7 @@ def test_the_page_shows_what_the_run_wrote(rpo_run):
         "Explanation gap",
     } <= set(page.charts)
     assert "Held-out bits per byte" not in page.charts and "MFU" not in page.charts
-    assert f"{short(rows[1]['loss'])} → {short(rows[-1]['loss'])}" in page.text
+    assert f"{rows[1]['loss']:.4g} → {rows[-1]['loss']:.4g}" in page.text
     held = [row["heldout/rewards/margin"] for row in rows if "heldout/rewards/margin" in row]
     assert f"reward margin {held[0]:.4g} → {held[-1]:.4g} held-out, steps 0 and 6" in page.text
     for step, row in ((0, rows[0]), (6, rows[-1])):
@@ -100,10 +100,10 @@ def test_the_page_shows_what_the_run_wrote(rpo_run):
 
 def test_nothing_from_the_run_is_markup_and_nothing_is_fetched(rpo_run):
     page = page_of(rpo_run)
-    assert len(page.all("script")) == 1 and not page.all("img") and not page.all("b")
+    assert not page.all("script") and not page.all("img") and not page.all("b")
     assert " ".join(EVIL.split()) in page.text and "held & <b>out</b>" in page.text
     linked = [attributes[name] for _, attributes in page.elements for name in ("src", "href") if name in attributes]
-    assert linked == ["data:,"]
+    assert [address for address in linked if not address.startswith("#")] == ["data:,"]
 
 
 def test_parts_that_are_missing_are_left_out(cpt_tree, tmp_path):
@@ -137,7 +137,7 @@ def test_a_run_that_is_stopped_says_so_and_a_report_never_stops_a_run(cpt_tree, 
     def broken(run):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(report, "_body", broken)
+    monkeypatch.setattr(report, "_page", broken)
     result = run("cpt", cpt_tree, tmp_path / "run")
     assert result.model_dir.is_dir() and result.metrics["step"] == 6
 
@@ -156,8 +156,8 @@ def test_a_report_takes_little_of_a_long_run(rpo_run, monkeypatch):
         now[0] += 1.0
         live.refresh()
     assert 10 <= len(written) <= 11
-    live.write("told")
-    assert written[-1] == "told", "the last one is always written"
+    live.write("stopped")
+    assert written[-1] == "stopped", "the last one is always written"
 
 
 def test_a_falling_likelihood_is_told_on_the_page(rpo_run):
@@ -192,37 +192,35 @@ def test_the_results_of_an_eval_folder_stand_in_the_table(rpo_run, tmp_path):
 
 def test_the_interval_of_points_is_that_of_the_binomial_where_every_question_counts_one():
     rows = [{"points": 1, "correct": i % 4 == 0} for i in range(400)]
-    low, high = points_interval(rows)
+    low, high = share(rows)[1:]
     half = 1.96 * (0.25 * 0.75 / 400) ** 0.5
     assert low == pytest.approx(0.25 - half, abs=0.01) and high == pytest.approx(0.25 + half, abs=0.01)
     # Paired: the same questions right both ways leave nothing to chance.
-    assert points_interval(rows, rows) == (0.0, 0.0)
+    assert share(rows, rows) == (0.0, 0.0, 0.0)
     heavy = [{"points": 9, "correct": True}, *[{"points": 1, "correct": False}] * 9]
-    assert points_interval(heavy)[1] > 0.7
+    assert share(heavy)[2] > 0.7
 
 
 def test_charts_keep_every_extreme_and_leave_out_what_is_no_number():
     rows = [{"step": i, "x": 5.0 if i == 777 else 1.0} for i in range(1000)] + [{"step": 1000, "x": None}]
     rows += [{"step": 1001, "x": float("nan")}]
     line = series("x", rows, "x")
-    assert len(line.points) == 200 and max(high for *_, high in line.points) == 5.0
-    assert line_chart("t", [series("y", rows, "y")]) == ""
-    drawn = line_chart("t", [Series("<i>", ((0, 1.0, None, None), (4, 3.0, None, None)))])
-    assert "<i>" not in drawn and "&lt;i&gt; 1 → 3" in drawn
-    numbers = [float(n) for n in re.search(r'<g class="k1"><path d="M([^"]+)"', drawn)[1].replace("L", " ").split()]
-    assert numbers[0] < numbers[2] and numbers[1] > numbers[3], "later is further right, more is higher up"
-    assert ticks(0.3, 0.31, 4)[0] <= 0.3 and ticks(0.3, 0.31, 4)[-1] >= 0.31
-    assert ticks(0, 3, 4, whole=True) == [0, 1, 2, 3]
+    assert len(line.values) == 200 and max(line.high) == 5.0
+    assert chart("t", [series("y", rows, "y")]) is None
+    drawn = chart("t", [series("<i>", [{"step": 0, "x": 1.0}, {"step": 4, "x": 3.0}], "x")])
+    assert drawn["caption"] == "<i> 1 → 3" and "<i>" not in drawn["svg"]
+    x0, y0, x1, y1 = map(
+        float, re.search(r'd="M (\S+) (\S+)\s*L (\S+) (\S+)\s*" clip[^>]*stroke: #2f81f7', drawn["svg"]).groups()
+    )
+    assert x0 < x1 and y0 > y1, "later is further right, more is higher up"
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium on PATH and no MEDTRAIN_BROWSER")
 @pytest.mark.parametrize(("width", "dark"), [(375, False), (375, True), (1280, False)])
 def test_a_browser_shows_it_without_a_complaint(rpo_run, tmp_path, width, dark):
     ask = """(() => {
-        const plot = document.querySelector('.plot'), box = plot.getBoundingClientRect();
-        plot.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width * 0.9, clientY: box.top + 30}));
         const small = [...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height);
-        return {title: document.title, tip: document.querySelector('.tip').textContent, text: Math.min(...small),
+        return {title: document.title, text: Math.min(...small),
                 background: getComputedStyle(document.body).backgroundColor};
     })()"""
     sight = look_at(rpo_run / "report.html", tmp_path, width=width, dark=dark, ask=ask)
@@ -232,6 +230,6 @@ def test_a_browser_shows_it_without_a_complaint(rpo_run, tmp_path, width, dark):
     ]
     assert sight.width == width, "nothing sticks out to the side"
     assert sight.found["title"] == "rpo run – medtrain", "the question's script did not run"
-    assert sight.found["tip"].startswith("step 6") and sight.found["text"] >= 9
+    assert sight.found["text"] >= 9
     assert (sight.found["background"] == "rgb(246, 247, 249)") != dark
     assert len(sight.png) > 30_000, "not an empty page"

@@ -116,7 +116,7 @@ def test_without_a_reference_the_start_is_the_first_steps():
     assert lines(alarm, rows_of(-3.0 + RISING + NOISE, RISING)) == []
     alarm = LikelihoodAlarm(["x"], 2.0, has_reference=False)
     (line,) = lines(alarm, rows_of(-3.0 + FALLING + NOISE, RISING))
-    assert "nats a token below the start" in line
+    assert "nats per token below the start" in line
 
 
 def _run(tree, out):
