@@ -27,9 +27,8 @@ from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.batch import cpt_batch
 from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import pack
-from medtrain.trainer.data.token_cache import part_path, write_index
 from medtrain.trainer.data.tokenizer import read_tokenizer
-from medtrain.trainer.data.tokens import cache_folder, tokenize_source
+from medtrain.trainer.data.tokens import cache_folder, part_path, tokenize_source, write_index
 from medtrain.trainer.data.windows import make_windows
 from medtrain.trainer.processes import clean_context
 
@@ -49,7 +48,7 @@ def write_cache(cache: Path, name: str, num_tokens: int, seed: int) -> None:
         with open(path, "wb") as file:
             file.seek(4 * size)
             file.write(np.stack([mine, 4 * mine], axis=1).tobytes())
-        entries.append({"num_tokens": size, "num_docs": len(mine), "mtime_ns": path.stat().st_mtime_ns, "sha256": ""})
+        entries.append({"num_tokens": size, "num_docs": len(mine)})
     write_index(folder, {"complete": True, "parts": entries})
 
 

@@ -8,7 +8,6 @@ noted: the reasoning of earlier turns, as many templates do by design, and keys 
 from __future__ import annotations
 
 import copy
-import os
 import re
 from bisect import bisect_left
 from datetime import datetime
@@ -105,23 +104,11 @@ def render_chat(row: Row, tokenizer) -> tuple[list[str], list[InputError], list[
         given = {key for message in chats[name] for key, value in message.items() if value not in ("", [], {})}
         for key in sorted(given - {"role", *_TEXTS}):
             try:
-                if render(name, without=key) != text:
-                    continue
+                unused = render(name, without=key) == text
             except Exception:  # it cannot do without
-                continue
-            if key == "tool_calls" and name != "prompt":
+                unused = False
+            if unused and key == "tool_calls" and name != "prompt":
                 lost.append(bad_input("the chat template leaves it out", **where, field=f"{name}.{key}"))
-            else:
+            elif unused:
                 noted.append(KEY_LEFT_OUT.format(key))
     return list(texts.values()), lost, noted
-
-
-def why_no_prefix(prompt: str, whole: str) -> str:
-    """Tell where the text of prompt and completion parts from that of the prompt."""
-    same = len(os.path.commonprefix([prompt, whole]))
-    rest, other = (text[same : same + 40] for text in (prompt, whole))
-    place = "the template's generation prompt ends with" if len(prompt) - same <= 40 else "its text goes on with"
-    return (
-        f"the prompt is not a prefix of prompt and completion in the chat template: {place} {rest!r}, "
-        f"where prompt and completion have {other!r}"
-    )

@@ -119,7 +119,8 @@ class GlobalOrder:
         return block * _BLOCK + int(np.searchsorted(starts, position))
 
     def _make_epoch(self, i: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the permutation of an epoch and where each ``_BLOCK`` of its items starts: all starts would be large."""
+        """Return the permutation of an epoch and where each ``_BLOCK`` of its items starts: all starts would be large. numpy
+        keeps a bit generator's raw stream the same in every version, but not what Generator.permutation makes of it."""
         keys = np.random.PCG64(np.random.SeedSequence([self.seed, i, epoch])).random_raw(len(self.lengths[i]))
         permutation = sorting_permutation(keys)
         sums = np.add.reduceat(self.lengths[i][permutation], np.arange(0, len(keys), _BLOCK), dtype=np.int64)
@@ -127,12 +128,8 @@ class GlobalOrder:
 
 
 def sorting_permutation(keys: np.ndarray) -> np.ndarray:
-    """Return ``argsort(keys, kind="stable")`` of uint64 keys, int32 where that suffices, in a fifth of the time.
-
-    Sorted raw draws are an epoch's permutation: numpy keeps the raw stream of a bit generator the same in every version,
-    but not what Generator.permutation makes of it. Numbers sort faster than they argsort, so each key's low bits give way
-    to its index; the few keys that are then equal are put in order by themselves.
-    """
+    """Return ``argsort(keys, kind="stable")`` of uint64 keys, int32 where that suffices, in a fifth of the time: numbers sort
+    faster than they argsort, so each key's low bits give way to its index, and keys that are then equal are sorted again."""
     bits = np.uint64(max(len(keys) - 1, 1).bit_length())
     low = (np.uint64(1) << bits) - np.uint64(1)
     mixed = keys & ~low
@@ -141,8 +138,8 @@ def sorting_permutation(keys: np.ndarray) -> np.ndarray:
     permutation = np.empty(len(keys), dtype=np.int32 if len(keys) < 2**31 else np.int64)
     np.bitwise_and(mixed, low, out=permutation, casting="unsafe")
     mixed >>= bits
-    equal = np.flatnonzero(mixed[1:] == mixed[:-1])
-    for run in np.split(equal, np.flatnonzero(np.diff(equal) > 1) + 1) if len(equal) else ():
-        items = permutation[run[0] : run[-1] + 2]
-        items[:] = items[np.argsort(keys[items], kind="stable")]
+    same = np.flatnonzero(mixed[1:] == mixed[:-1])
+    tied = np.union1d(same, same + 1)
+    items = permutation[tied]
+    permutation[tied] = items[np.argsort(keys[items], kind="stable")]
     return permutation

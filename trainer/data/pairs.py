@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from medtrain.trainer.config.source import Source
-from medtrain.trainer.data.chat import render_chat, why_no_prefix
+from medtrain.trainer.data.chat import render_chat
 from medtrain.trainer.data.encode import continuations, eos_id, opening, tokenize_starts, tokenize_texts
 from medtrain.trainer.data.sources import Row, check_text, kind_of, read_rows, source_name
-from medtrain.trainer.data.tokenizer import check_ids, first_texts
 from medtrain.trainer.errors import InputError, bad_input
 
 Overlong = Literal["error", "drop", "cut_completion", "cut_prompt"]
@@ -112,53 +112,43 @@ def load_pairs(
     from the left, but for its BOS. A pair that cutting leaves no room, or makes both sides of equal, is refused.
     ``unusable``: ``error`` or ``drop``, of pairs that are empty or identical, whose prompt the chat template does not keep
     as the beginning, or of whose text it leaves something out. Raises InputError naming file, row, field and counts by
-    reason, if no pair is left, and where the tokenizer's ids are not its tokenizer.json's.
+    reason, and if no pair is left.
     """
-    check_ids(tokenizer, first_texts(_texts(read_rows(source.path, _FIELDS))))
     tokenize = _PairTokenizer(tokenizer)
     segments: list[np.ndarray] = []
     rows: list[int] = []
     cut: dict[str, tuple[int, int]] = {}
     refused: dict[str, tuple[int, int]] = {}
     noted: dict[str, int] = {}
-    too_long: list[tuple[Row, int]] = []
     first_problem: InputError | None = None
+    first_overlong: InputError | None = None
     remaining = read_rows(source.path, _FIELDS, _UNREAD)
     while batch := list(itertools.islice(remaining, _ROWS_PER_CALL)):
         for pair in tokenize(batch):
-            tokens = pair.tokens
+            tokens, reason = pair.tokens, None
             num_tokens, length = sum(map(len, tokens)), len(tokens[0]) + max(map(len, tokens[1:]))
             if pair.problems:
-                reason, error = pair.problems[0]
-                first_problem = first_problem or error
-                _count(refused, reason, num_tokens)
-                continue
-            if length > max_length and overlong == "error":
-                too_long.append((pair.row, length))
-                continue
-            if length > max_length:
+                reason, problem = pair.problems[0]
+                tokens, first_problem = None, first_problem or problem
+            elif length > max_length:
                 tokens, reason = _shorten(tokens, max_length, overlong, tokenize)
-                if tokens is None:
-                    _count(refused, reason, num_tokens)
-                    continue
-                _count(cut, reason, num_tokens - sum(map(len, tokens)))
-            for note in dict.fromkeys(pair.notes):
-                noted[note] = noted.get(note, 0) + 1
-            segments += (np.array(segment, dtype=np.int32) for segment in tokens)
-            rows.append(pair.row.number)
+                found, expected = f"{length} tokens", f"at most {max_length}, data.max_length"
+                first_overlong = first_overlong or bad_input("overlong pair", **pair.where, found=found, expected=expected)
+            if reason is not None:
+                counts, lost = (cut, num_tokens - sum(map(len, tokens))) if tokens else (refused, num_tokens)
+                num_rows, before = counts.get(reason, (0, 0))
+                counts[reason] = (num_rows + 1, before + lost)
+            if tokens:
+                for note in dict.fromkeys(pair.notes):
+                    noted[note] = noted.get(note, 0) + 1
+                segments += (np.array(segment, dtype=np.int32) for segment in tokens)
+                rows.append(pair.row.number)
     if first_problem is not None and unusable == "error":
-        counts = ", ".join(f"{refused[reason][0]} {reason}" for reason in UNUSABLE if reason in refused)
-        raise InputError(f"{first_problem} (unusable rows: {counts}; data.unusable: drop leaves them out)")
-    if too_long:
-        row, length = too_long[0]
-        raise bad_input(
-            f"overlong pair ({len(too_long)} rows are, this is the first; "
-            "data.max_length or data.overlong: drop | cut_completion | cut_prompt help)",
-            file=row.file,
-            row=row.number,
-            found=f"{length} tokens",
-            expected=f"at most {max_length}, data.max_length",
-        )
+        counted = ", ".join(f"{refused[reason][0]} {reason}" for reason in UNUSABLE if reason in refused)
+        raise InputError(f"{first_problem} (unusable rows: {counted}; data.unusable: drop leaves them out)")
+    if first_overlong is not None and overlong == "error":
+        ways = "data.max_length or data.overlong: drop | cut_completion | cut_prompt help"
+        raise InputError(f"{first_overlong} ({refused['overlong'][0]} rows are, this is the first; {ways})")
     if not rows:
         raise bad_input("no pair is left", file=source.path, found=f"{sum(r for r, _ in refused.values())} refused")
     flat, offsets = np.concatenate(segments), np.cumsum([0, *map(len, segments)])
@@ -167,15 +157,10 @@ def load_pairs(
     return PairSet(name, source.weight, path, flat, offsets, np.array(rows), digest, cut, refused, noted)
 
 
-def _count(counts: dict[str, tuple[int, int]], reason: str, tokens: int) -> None:
-    rows, before = counts.get(reason, (0, 0))
-    counts[reason] = (rows + 1, before + tokens)
-
-
 def _shorten(tokens: _Tokens, max_length: int, overlong: Overlong, tokenize: _PairTokenizer) -> tuple[_Tokens | None, str]:
     """The pair cut to ``max_length``, or None; and why."""
     prompt, *sides = tokens
-    if overlong == "drop":
+    if overlong in ("error", "drop"):
         return None, "overlong"
     if overlong == "cut_completion":
         room, least = max_length - len(prompt), 2  # a token and eos
@@ -187,14 +172,6 @@ def _shorten(tokens: _Tokens, max_length: int, overlong: Overlong, tokenize: _Pa
     if room < least:
         return None, f"{overlong} leaves no room"
     return (None, "identical after cutting") if sides[0] == sides[1] else ((prompt, *sides), overlong)
-
-
-def _texts(rows: Iterable[Row]) -> Iterator[object]:
-    """The rows' strings and their messages' contents, and whatever else stands there in a bad row."""
-    for row in rows:
-        for value in row.fields.values():
-            messages = value if isinstance(value, list) else [{"content": value}]
-            yield from (message.get("content") for message in messages if isinstance(message, dict))
 
 
 _Tokens = tuple[list[int], ...]  # prompt, chosen, rejected; completions with eos
@@ -214,11 +191,9 @@ class _Pair:
         self.is_chat = isinstance(prompt, list)
         for name in _FIELDS:
             value = row.fields[name]
-            wrong = {**self.where, "field": name, "found": kind_of(value)}
-            if not isinstance(value, (str, list)):
-                raise bad_input("wrong type", **wrong, expected="a string or a list of messages")
-            if type(value) is not type(prompt):
-                raise bad_input("types are mixed in one row", **wrong, expected=f"{kind_of(prompt)} as 'prompt' is")
+            if not isinstance(prompt, (str, list)) or type(value) is not type(prompt):
+                expected = "a string or a list of messages" if name == "prompt" else f"{kind_of(prompt)}, as 'prompt' is"
+                raise bad_input("wrong type", **self.where, field=name, found=kind_of(value), expected=expected)
             if isinstance(value, list):
                 self._check_messages(name, value)
             else:
@@ -302,8 +277,10 @@ class _PairTokenizer:
                 # from the prompt's own tokens, so that is where its text is divided.
                 (completion,) = self.go_on([text[len(texts[0]) :]])
             else:
-                completion = whole
-                pair.refuse(NO_PREFIX, why_no_prefix(texts[0], text), _FIELDS[1 + k])
+                completion, same = whole, len(os.path.commonprefix([texts[0], text]))
+                problem = "the prompt is not a prefix of prompt and completion in the chat template: the prompt ends with"
+                rest, other = (one[same : same + 40] for one in (texts[0], text))
+                pair.refuse(NO_PREFIX, f"{problem} {rest!r}, where prompt and completion have {other!r}", _FIELDS[1 + k])
             # Completions end in eos: without the blanks a template adds after it, with eos where it adds none.
             end = len(completion) - completion[::-1].index(self.eos) if self.eos in completion else 0
             if not end:

@@ -1,9 +1,11 @@
 """Tokens of CPT documents: each source is tokenised once, into a cache that later starts find again.
 
 A document's tokens are those of its text, after the BOS where the tokenizer puts one before every text, and eos. The cache
-of a source is a folder (``token_cache.py``) named by the sha256 of everything that decides the tokens: the bytes of its
-files, the tokenizer, the field, the format. One process reads the rows in order, deals them to workers and writes what comes
-back, so neither the number of workers nor a kill changes a bit. Rows of parts that are there are passed over.
+of a source is a folder named by the sha256 of everything that decides the tokens: the bytes of its files, the tokenizer, the
+field, the format. It holds parts, and ``index.json``, which lists those that are made and whether they are all. A part is the
+tokens (uint32) of some documents, one after the other, then of each document its tokens and the UTF-8 bytes of its text
+(uint32 [n, 2]). One process reads the rows in order, deals them to workers and writes what comes back, so neither the number
+of workers nor a kill changes a bit; rows of parts that are there are passed over.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import shutil
 import signal
 import threading
@@ -35,10 +38,8 @@ from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.digests import files_digest
 from medtrain.trainer.data.encode import eos_id, tokenize_starts, tokenizer_digest
 from medtrain.trainer.data.sources import check_text, is_url, read_rows, source_files, source_name
-from medtrain.trainer.data.token_cache import Index, open_parts, part_path, read_index, write_index, write_part
-from medtrain.trainer.data.tokenizer import check_ids, first_texts
 from medtrain.trainer.errors import InputError, user_path
-from medtrain.trainer.files import PARTIAL
+from medtrain.trainer.files import PARTIAL, replacing
 from medtrain.trainer.processes import clean_context
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,10 @@ BATCH_BYTES = 2**21  # of text in a tokenizer call: bounds its memory, keeps its
 PROGRESS_SECONDS = 10.0
 _FEW_BATCHES = 4  # for these, workers are not worth their start
 _FORMAT = 1  # of what the tokens are
-_LAYOUT = 3  # of how they lie on the disk
+_LAYOUT = 3  # of how they lie on the disk; another PART_BYTES is another layout
+
+Index = dict  # "complete": bool; "parts": an entry (dict) of each, None where it must be made
+Batch = tuple[int, np.ndarray, np.ndarray]  # number of the part, tokens, documents
 
 
 @dataclass(frozen=True)
@@ -90,60 +94,40 @@ class TokenizedSource:
 
 def default_workers(local_ranks: int = 1) -> int:
     """Workers for this machine: one per CPU that this process may use, less one per other rank, which waits busily."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus - (local_ranks - 1))
+    return max(1, len(os.sched_getaffinity(0)) - (local_ranks - 1))
 
 
 def tokenize_source(
-    source: Source,
-    tokenizer,
-    cache_dir: str | Path,
-    *,
-    field: str = "text",
-    key: str | None = None,
-    workers: int = 1,
-    verify: bool = False,
+    source: Source, tokenizer, cache_dir: str | Path, *, field: str = "text", key: str | None = None, workers: int = 1
 ) -> TokenizedSource:
     """Return the tokenised documents of ``source``, from the cache in ``cache_dir`` where it holds them.
 
     Any number of processes may call this at once. ``key`` is the ``digest`` that another process has just got for the
     same source: where its cache is here too, the source is not read. ``workers``: processes that tokenise; a small source,
-    or 1, is tokenised in this process, by the tokenizer's own threads. ``verify``: read the source and the whole cache, and
-    trust no file for its size and times. Logs progress. Raises InputError for bad rows (see ``sources.py``), and where the
-    tokenizer's ids are not those of its tokenizer.json; then no cache is left.
+    or 1, is tokenised in this process, by the tokenizer's own threads. Logs progress. Raises InputError for bad rows (see
+    ``sources.py``); then no cache is left.
     """
     cache_dir = Path(cache_dir)
-    if key is not None:
-        folder = cache_folder(cache_dir, key)
-        index = read_index(folder)
-        if index["complete"]:
-            return _open(folder, index, source, key)
-    files = source_files(source.path)
-    check_ids(tokenizer, first_texts(row.fields[field] for row in read_rows(source.path, [field])))
-    digests = {
-        "source": files_digest(files, cache_dir / "raw-files.json", trust=not verify),
-        "tokenizer": tokenizer_digest(tokenizer),
-    }
-    settings = {"format": _FORMAT, "field": field, **digests}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if key is None or not read_index(cache_folder(cache_dir, key))["complete"]:
+        raw = files_digest(source_files(source.path), cache_dir / "raw-files.json")
+        identity = {"format": _FORMAT, "field": field, "source": raw, "tokenizer": tokenizer_digest(tokenizer)}
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = cache_folder(cache_dir, key)
-    index = read_index(folder, verify=verify)
-    if not index["complete"]:
-        with _locked(folder) as exclusive:
-            index = read_index(folder, verify=verify)
-            if exclusive:
-                for left in folder.glob("*" + PARTIAL):  # by processes that were killed
-                    left.unlink(missing_ok=True)
-            if not index["complete"]:
-                parts = index["parts"] if index.get("part_bytes") == PART_BYTES else []
-                index = {**settings, "eos_id": eos_id(tokenizer), "part_bytes": PART_BYTES, "complete": False, "parts": parts}
+    if not (index := read_index(folder))["complete"]:
+        with _locked(folder):
+            if not (index := read_index(folder))["complete"]:
+                texts = (check_text(row.fields[field], row, field) for row in read_rows(source.path, [field]))
                 try:
-                    _make(folder, index, source, tokenizer, workers)
+                    _make(folder, index, _batches(texts, source_name(source)), tokenizer, workers)
                 except InputError:
                     if not is_url(str(source.path)):  # a network may fail, and the parts be good
                         shutil.rmtree(folder)
                     raise
-    return _open(folder, index, source, key)
+    parts, documents = _open_parts(folder, index)
+    offsets = np.zeros(len(documents) + 1, np.int64)
+    np.cumsum(documents[:, 0], dtype=np.int64, out=offsets[1:])
+    num_bytes = np.ascontiguousarray(documents[:, 1])
+    return TokenizedSource(source_name(source), source.weight, str(source.path), parts, offsets, num_bytes, key)
 
 
 def cache_folder(cache_dir: Path, key: str) -> Path:
@@ -151,17 +135,48 @@ def cache_folder(cache_dir: Path, key: str) -> Path:
     return cache_dir / f"{key}-v{_LAYOUT}"
 
 
-def _open(folder: Path, index: Index, source: Source, key: str) -> TokenizedSource:
-    parts, documents = open_parts(folder, index)
-    offsets = np.zeros(len(documents) + 1, np.int64)
-    np.cumsum(documents[:, 0], dtype=np.int64, out=offsets[1:])
-    num_bytes = np.ascontiguousarray(documents[:, 1])
-    return TokenizedSource(source_name(source), source.weight, str(source.path), parts, offsets, num_bytes, key)
+def part_path(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05d}.bin"
+
+
+def read_index(folder: Path) -> Index:
+    """The index, with None for each part that has not the size of its entry; then it is not complete."""
+    try:
+        index = json.loads((folder / "index.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {"complete": False, "parts": []}
+    parts = [entry if _is_whole(part_path(folder, k), entry) else None for k, entry in enumerate(index["parts"])]
+    return {"complete": index["complete"] and None not in parts, "parts": parts}
+
+
+def write_index(folder: Path, index: Index) -> None:
+    with replacing(folder / "index.json") as out:
+        out.write((json.dumps(index, indent=1) + "\n").encode())
+
+
+def _is_whole(path: Path, entry: dict | None) -> bool:
+    with contextlib.suppress(OSError):
+        return entry is not None and path.stat().st_size == 4 * entry["num_tokens"] + 8 * entry["num_docs"]
+    return False
+
+
+def _open_parts(folder: Path, index: Index) -> tuple[list[np.ndarray], np.ndarray]:
+    """The tokens of each part, memory-mapped, and the documents of all."""
+    # A mapping keeps its file open, and 1,024 is the usual soft limit.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    parts, tables = [], []
+    for number, entry in enumerate(index["parts"]):
+        path, num_tokens, num_docs = part_path(folder, number), entry["num_tokens"], entry["num_docs"]
+        parts.append(np.memmap(path, "<u4", "r", shape=(num_tokens,)))
+        tables.append(np.fromfile(path, "<u4", 2 * num_docs, offset=4 * num_tokens).reshape(num_docs, 2))
+    return parts, np.concatenate(tables)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Make the folder and let one process of this machine in at a time; yields whether the file system has locks.
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder and let one process of this machine in at a time.
 
     The lock only saves work: where it does not reach (another machine), each makes its own parts, and they are the same.
     """
@@ -169,27 +184,37 @@ def _locked(folder: Path) -> Iterator[bool]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(folder.name + ".lock"), "w")
     with lock:
-        try:
+        with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-            exclusive = True
-        except OSError:
-            exclusive = False
+            for left in folder.glob("*" + PARTIAL):  # by processes that were killed
+                left.unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
-        yield exclusive
+        yield
 
 
-def _make(folder: Path, index: Index, source: Source, tokenizer, workers: int) -> None:
+def _make(folder: Path, index: Index, batches: Iterable[tuple[int, list[str]]], tokenizer, workers: int) -> None:
     """Make the parts that ``index`` lacks and write it after each, at the end as complete."""
-    parts, field = index["parts"], index["field"]
+    parts = index["parts"]
     there = {number for number, entry in enumerate(parts) if entry is not None}
-    texts = (check_text(row.fields[field], row, field) for row in read_rows(source.path, [field]))
-    batches = (batch for batch in _batches(texts, source_name(source)) if batch[0] not in there)
-    for number, made in itertools.groupby(_tokenized(batches, tokenizer, workers), key=lambda batch: batch[0]):
-        entry = write_part(part_path(folder, number), ((tokens, documents) for _, tokens, documents in made))
-        parts[number : number + 1] = [entry]
+    made = _tokenized((batch for batch in batches if batch[0] not in there), tokenizer, workers)
+    for number, of_part in itertools.groupby(made, key=lambda batch: batch[0]):
+        parts[number : number + 1] = [_write_part(part_path(folder, number), of_part)]
         write_index(folder, index)
     index["complete"] = True
     write_index(folder, index)
+
+
+def _write_part(path: Path, batches: Iterable[Batch]) -> dict:
+    """Write a part; it is whole or not there. Returns its entry for the index."""
+    num_tokens, tables = 0, []
+    with replacing(path) as out:
+        for _, tokens, documents in batches:
+            out.write(tokens.data)
+            num_tokens += len(tokens)
+            tables.append(documents)
+        table = np.concatenate(tables)
+        out.write(table.data)
+    return {"num_tokens": num_tokens, "num_docs": len(table)}
 
 
 def _batches(texts: Iterable[str], name: str) -> Iterator[tuple[int, list[str]]]:
@@ -217,8 +242,8 @@ def _batches(texts: Iterable[str], name: str) -> Iterator[tuple[int, list[str]]]
         yield number, batch
 
 
-def _tokenized(batches: Iterable[tuple[int, list[str]]], tokenizer, workers: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Number, tokens and documents (see ``token_cache.py``) of each batch, in order."""
+def _tokenized(batches: Iterable[tuple[int, list[str]]], tokenizer, workers: int) -> Iterator[Batch]:
+    """The batches, tokenised, in order."""
     batches = iter(batches)
     first = list(itertools.islice(batches, _FEW_BATCHES))
     if workers == 1 or len(first) < _FEW_BATCHES:
@@ -238,7 +263,7 @@ def _tokenized(batches: Iterable[tuple[int, list[str]]], tokenizer, workers: int
             raise RuntimeError("a worker that tokenised was killed; the same command goes on with the missing parts") from None
 
 
-def _tokenize(tokenizer, number: int, texts: Sequence[str]) -> tuple[int, np.ndarray, np.ndarray]:
+def _tokenize(tokenizer, number: int, texts: Sequence[str]) -> Batch:
     ids, eos = tokenize_starts(tokenizer, texts), eos_id(tokenizer)
     for document in ids:
         document.append(eos)
@@ -263,5 +288,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(number: int, texts: Sequence[str]) -> tuple[int, np.ndarray, np.ndarray]:
+def _work(number: int, texts: Sequence[str]) -> Batch:
     return _tokenize(_tokenizer, number, texts)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from medtrain.trainer.config.exam import ExamSettings
 from medtrain.trainer.data.encode import continuations, tokenize_starts
-from medtrain.trainer.data.tokenizer import PROBES, check_ids, read_tokenizer
+from medtrain.trainer.data.tokenizer import check_ids, read_tokenizer
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.prompts import Stop
 from medtrain.trainer.libraries import quiet_libraries
@@ -229,7 +229,7 @@ class VLLMEngine:
         self.llm = LLM(model=str(folder), dtype=dtype, seed=0, tensor_parallel_size=max(1, torch.cuda.device_count()))
         # Prompts are handed over as ids of ours; what vLLM makes into text, stop strings among it, is its own reading.
         self.tokenizer = read_tokenizer(folder)
-        check_ids(self.llm.get_tokenizer(), PROBES, folder=folder)
+        check_ids(self.llm.get_tokenizer(), folder)
 
     def batches(
         self, prompts: Sequence[str], max_new_tokens: int, stop: Stop, *, temperature=0.0, seed=0, skip: Collection[int] = ()

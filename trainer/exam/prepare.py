@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from medtrain.trainer.config.exam import ExamSettings
 from medtrain.trainer.data.chat import fix_time, now
 from medtrain.trainer.data.encode import tokenize_starts
-from medtrain.trainer.data.tokenizer import check_ids, first_texts, read_tokenizer
+from medtrain.trainer.data.tokenizer import read_tokenizer
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.prompts import PromptStyle, load_style
 from medtrain.trainer.exam.questions import Question, load_questions
@@ -78,7 +78,7 @@ def read_exam(
 
     Raises:
         InputError: an unreadable file, an unknown style, no question left, a demonstration that is in the exam too, a prompt that
-            does not fit the model with its output, ids that are not tokenizer.json's.
+            does not fit the model with its output.
     """
     style = load_style(settings.prompt, chat=settings.chat, field=f"{prefix}prompt")
     everything = load_questions(path, points_required=scored, mapping=settings.mapping)
@@ -92,7 +92,6 @@ def read_exam(
         if max_positions is not None and new >= max_positions:
             expected = f"below {max_positions}, the model's max_position_embeddings"
             raise bad_input("leaves no room for a prompt", field=f"{prefix}{TOKEN_LIMITS[mode]}", found=new, expected=expected)
-        check_ids(tokenizer, first_texts(prompts[mode]))
         lengths = [len(ids) for ids in tokenize_starts(tokenizer, prompts[mode], as_written=True)]
         for question, length in zip(questions, lengths, strict=True):
             if length == 0 or (max_positions is not None and length + new > max_positions):

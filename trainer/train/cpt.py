@@ -84,14 +84,10 @@ class CptLoss:
         return {name: value for text in self.heldout for name, value in text.evaluate(policy, world).items()}
 
 
-def read_data(config: Config, tokenizer, world: World, *, verify: bool = False) -> CptData:
-    """Tokenise the sources, or open what an earlier run made of them; all ranks must call this.
-
-    Args:
-        verify: read the input and the token cache whole, and trust no file for its size and times.
-    """
+def read_data(config: Config, tokenizer, world: World) -> CptData:
+    """Tokenise the sources, or open what an earlier run made of them; all ranks must call this."""
     sources, heldout = (
-        tuple(_read_source(source, what, config, tokenizer, world, verify) for source in name_sources(sources))
+        tuple(_read_source(source, what, config, tokenizer, world) for source in name_sources(sources))
         for sources, what in ((config.data.sources, ""), (config.data.heldout, "held-out "))
     )
     capacity, step_size = config.optim.micro_batch_tokens, config.optim.batch_tokens
@@ -110,10 +106,10 @@ def make_loss(config: Config, data: CptData, policy: PolicyModel, world: World, 
     return loss
 
 
-def _read_source(source, what: str, config: Config, tokenizer, world: World, verify: bool) -> Windows:
+def _read_source(source, what: str, config: Config, tokenizer, world: World) -> Windows:
     cache = Path(config.data.cache or os.environ.get("MEDTRAIN_CACHE") or Path.home() / ".cache" / "medtrain") / "tokens"
     workers = config.data.workers or default_workers(local_size())
-    key = world.from_main(lambda: tokenize_source(source, tokenizer, cache, workers=workers, verify=verify).digest)
+    key = world.from_main(lambda: tokenize_source(source, tokenizer, cache, workers=workers).digest)
     tokenized = tokenize_source(source, tokenizer, cache, key=key, workers=workers)
     windows = make_windows(tokenized, config.data.seq_len)
     log.info(f"{what}{source.name}: {tokenized.num_docs:,} documents, {tokenized.num_tokens:,} tokens")

@@ -150,8 +150,8 @@ class PreferenceLoss:
         return pair_metrics(sums, names, nll_denominator=nll_denominator, beta=self.settings.beta)
 
 
-def read_data(config: Config, tokenizer, world: World, *, verify: bool = False) -> PairData:
-    """Read and tokenise the pairs; every rank reads all of them. ``verify`` has nothing more to read."""
+def read_data(config: Config, tokenizer, world: World) -> PairData:
+    """Read and tokenise the pairs; every rank reads all of them."""
     settings = config.data
 
     def read(source, what: str) -> PairSet:

@@ -91,11 +91,8 @@ class Built:
     verification: dict[str, Any] | None
 
 
-def prepare(config: Config, world: World, *, verify: bool = False) -> Prepared:
+def prepare(config: Config, world: World) -> Prepared:
     """Read and check settings, tokenizer, weights' headers and data; writes nothing but the token cache. Collective.
-
-    Args:
-        verify: read all of the raw input and of the token cache, also where sizes and times say that nothing has changed.
 
     Raises:
         InputError: a mistake of the user's.
@@ -132,7 +129,7 @@ def prepare(config: Config, world: World, *, verify: bool = False) -> Prepared:
     exam = world.from_main(lambda: read_training_exam(config, renderer, hf_config))
     if renderer is not tokenizer and (config.stage == "rpo" or (exam is not None and exam.style.chat)):
         log.info(f"the chat template writes a date: {first_start:%Y-%m-%d}, that of the run's first start")
-    data = STAGES[config.stage].read_data(config, renderer, world, verify=verify)
+    data = STAGES[config.stage].read_data(config, renderer, world)
     identity = _identify(config, data, exam, checkpoint, adapters, hf_config, compute_dtype, folder, world)
     steps = config.optim.steps
     if steps is None:
@@ -229,7 +226,7 @@ def check(config: Config, samples: int = 0) -> str:
     quiet_libraries()
     # Copies of the model are left out: what many ranks will train is often checked on one.
     with join_world() as world, console_logging(enabled=world.is_main):
-        prepared = prepare(config, world, verify=True)
+        prepared = prepare(config, world)
         RunFolder(config.run.out).check(config.settings(), dict(prepared.identity.digests))
         hf_config = prepared.hf_config
         total, _ = num_parameters(prepared.shapes)

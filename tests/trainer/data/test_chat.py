@@ -95,7 +95,7 @@ def load(tmp_path, template, *rows, **options):
     ("template", "row", "words"),
     [
         (turns(LAST_PART), pair(says(THOUGHT + "a")), ["'chosen[0].content'", "leaves out", "'<think> 低い。 </think> 答"]),
-        (turns(LAST_PART, generation="<think>\n"), pair(says(THOUGHT + "a")), ["generation prompt ends with '<think>\\n'"]),
+        (turns(LAST_PART, generation="<think>\n"), pair(says(THOUGHT + "a")), ["the prompt ends with '<think>\\n'"]),
         (turns(LAST_PART, generation="<think>\n"), pair(says("答え: a")), ["where prompt and completion have '答え: a</s>'"]),
         (PLAIN, pair(says("答え: a", reasoning_content="低い。")), ["'chosen[0].reasoning_content'", "from '低い。' on"]),
         (PLAIN, pair(says("答え: a", thinking="低い。")), ["'chosen[0].thinking'"]),
