@@ -18,8 +18,6 @@ from medtrain.benchmarks.measure import Calls, clocks, measure_memory, time_roun
 from medtrain.benchmarks.peers import FLOOR, IMPLEMENTATIONS, KEEP_ALL, Implementation, Unavailable, floor_flops
 from medtrain.benchmarks.tables import Row, shape_name
 from medtrain.kernels.logps import select_path
-from medtrain.kernels.logps_launch import forced
-from medtrain.kernels.logps_memory import logps_memory
 from medtrain.trainer.errors import bad_input
 
 log = logging.getLogger(__name__)
@@ -182,21 +180,11 @@ def _check(one: Implementation, head: str | None, inputs: Inputs, wanted: Refere
     dw_bytes = inputs.weight.nbytes if head == "trained" else 0
     found |= {"error_tokens": len(wanted.inputs.hidden), "kept_bytes": memory.kept, "extra_bytes": memory.peak - dw_bytes}
     if one.impl == "medtrain":
-        found |= {"path": select_path(inputs.hidden), "formula_bytes": _formula(one, head, inputs, dw_bytes)}
+        found |= {"path": select_path(inputs.hidden)}
     return calls, found
 
 
-def _formula(one: Implementation, head: str | None, inputs: Inputs, dw_bytes: int) -> int:
-    """What ``extra_bytes`` of our own op should be."""
-    options = dict(one.options)
-    trains = {"trains_hidden": head is not None, "trains_weight": head == "trained"}
-    keep_bytes, path = options.pop("keep_bytes", None), select_path(inputs.hidden)
-    with forced(**options):
-        memory = logps_memory(*inputs.shape, inputs.hidden.dtype, **trains, keep_bytes=keep_bytes, path=path)
-    return max(memory.forward - dw_bytes, memory.backward)
-
-
-_MEASURED = ("path", "ms_median", "ms_spread", "rounds", "extra_bytes", "formula_bytes", "kept_bytes", "floor_share", "tflops")
+_MEASURED = ("path", "ms_median", "ms_spread", "rounds", "extra_bytes", "kept_bytes", "floor_share", "tflops")
 _ERRORS = ("margin_error_nats", "dx_error", "dw_error", "error_tokens")
 
 

@@ -121,9 +121,6 @@ def _kernel_goals(rows: list[Row]) -> Iterator[str]:
     yield _judge("frozen head: at most 0.4 GB extra", frozen, ".2f", most=0.4)
     trained = _ratio(value("medtrain keep_bytes=0", "trained", "extra_bytes"), 1e9)
     yield _judge("trained head, keep_bytes=0: at most 0.7 GB extra beside dW", trained, ".2f", most=0.7)
-    off = [abs(row["extra_bytes"] / row["formula_bytes"] - 1) for row in at if row.get("formula_bytes") and row["extra_bytes"]]
-    measured = max(off, default="no row has both")
-    yield _judge("extra memory within 10 % of the formula, every mode", measured, ".1%", most=0.1)
 
 
 def _kernel_about(rows: list[Row]) -> str:

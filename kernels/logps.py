@@ -156,11 +156,11 @@ def _walk(
     """(logps, offset, total, inverse, unit, kept) as ``logps_torch.Walk``."""
     num_kept = num_kept_entries(len(hidden), len(weight), hidden.dtype, keep_bytes)
     with _no_autocast(hidden):
-        *results, num_clamped = _path(hidden).walk(hidden, weight, targets, num_kept, needs_unit, slab_size)
+        results = _path(hidden).walk(hidden, weight, targets, num_kept, needs_unit, slab_size)
     counted = _num_clamped_rows.get(hidden.device)
     # Not in place: what inference mode once made cannot be changed outside of it.
-    _num_clamped_rows[hidden.device] = num_clamped if counted is None else counted + num_clamped
-    return tuple(results)
+    _num_clamped_rows[hidden.device] = results.num_clamped if counted is None else counted + results.num_clamped
+    return results[:6]
 
 
 @_walk.register_fake

@@ -1,32 +1,29 @@
 """Triton kernels of the log-probability op: what runs on the device. ``logps_triton`` launches them.
 
-Common to all: rows of ``hidden`` are contiguous, the weight may have any strides; offsets into tensors are 64-bit; every
-element is written by one program in a fixed order, so two runs agree bit for bit. ``UPCAST`` multiplies 16-bit operands as
-float32: Triton's interpreter needs it, no device does.
+Common to all: ``hidden`` and ``weight`` are contiguous; offsets into tensors are 64-bit; every element is written by one
+program in a fixed order, so two runs agree bit for bit. ``UPCAST`` multiplies 16-bit operands as float32: Triton's
+interpreter needs it, no device does.
 
-The last four kernels walk the rows that lay out of range a second time. Which rows those are only the device knows, and
-the host does not wait to learn it: they read the count themselves and end at once when it is 0.
+The kernels named ``second`` walk the rows that were out of range a second time. Which rows those are only the device
+knows, and the host does not wait to learn it: they read the count themselves and end at once when it is 0.
 """
+
+# pyright: reportGeneralTypeIssues=false
+# (Triton types a jitted function as one that never returns.)
 
 import triton
 import triton.language as tl
 
-__all__ = [
-    "exp_gemm_kernel",
-    "exp_rows_kernel",
-    "list_rows_kernel",
-    "second_merge_kernel",
-    "second_unit_kernel",
-    "second_unit_merge_kernel",
-    "second_walk_kernel",
-    "target_logits_kernel",
-    "unit_kernel",
-]
+__all__ = ["exp_gemm_kernel", "exp_rows_kernel", "target_logits_kernel", "unit_kernel"]
+__all__ += ["list_rows_kernel", "second_walk_kernel", "second_merge_kernel", "second_unit_kernel", "second_unit_merge_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # e is clamped at 2**108: finite in float32 and bfloat16, and the sum of the row then says that it is out of range.
 SUM_LIMIT_LOG2 = tl.constexpr(108.0)
 SUM_LIMIT = tl.constexpr(2.0**108)
+# Blocks of the second walk: tl.dot needs at least 16 rows.
+SECOND_M = tl.constexpr(16)
+SECOND_K = tl.constexpr(64)
 
 
 @triton.jit
@@ -38,7 +35,7 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def target_logits_kernel(hidden, weight, targets, out, hidden_size, vocab_size, stride_wv, stride_wh, BLOCK_H: tl.constexpr):
+def target_logits_kernel(hidden, weight, targets, out, hidden_size, vocab_size, BLOCK_H: tl.constexpr):
     """out [N] = hidden [N, H] . weight[targets]; one program a row."""
     row = tl.program_id(0).to(tl.int64)
     # A target outside [0, V) fails an assertion of its own; here it must only not read foreign memory.
@@ -48,7 +45,7 @@ def target_logits_kernel(hidden, weight, targets, out, hidden_size, vocab_size, 
         h = start + tl.arange(0, BLOCK_H).to(tl.int64)
         mask = h < hidden_size
         x = tl.load(hidden + row * hidden_size + h, mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(weight + target * stride_wv + h * stride_wh, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(weight + target * hidden_size + h, mask=mask, other=0.0).to(tl.float32)
         total += x * w
     tl.store(out + row, tl.sum(total, 0))
 
@@ -185,14 +182,14 @@ def exp_gemm_kernel(
 
 
 @triton.jit
-def unit_kernel(acc, weight, targets, total, inverse, unit, hidden_size, vocab_size, stride_wv, stride_wh, BLOCK_H: tl.constexpr):
+def unit_kernel(acc, weight, targets, total, inverse, unit, hidden_size, vocab_size, BLOCK_H: tl.constexpr):
     """unit [n, H] = v (acc - S weight[targets]), acc being E @ W in float32; a program a row and block of H."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.minimum(tl.maximum(tl.load(targets + row), 0), vocab_size - 1)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H).to(tl.int64)
     mask = h < hidden_size
     a = tl.load(acc + row * hidden_size + h, mask=mask)
-    w = tl.load(weight + target * stride_wv + h * stride_wh, mask=mask).to(tl.float32)
+    w = tl.load(weight + target * hidden_size + h, mask=mask).to(tl.float32)
     result = tl.load(inverse + row) * (a - tl.load(total + row) * w)
     tl.store(unit + row * hidden_size + h, result.to(unit.dtype.element_ty), mask=mask)
 
@@ -217,45 +214,29 @@ def list_rows_kernel(total, target_logits, rows, count, num_rows, BLOCK: tl.cons
 
 
 @triton.jit
-def _second_split(count, num_slots, BLOCK_M: tl.constexpr):
+def _second_split(count, num_slots):
     """(tiles of rows, parts that each tile's vocabulary is cut into): as many parts as fit the slots and programs."""
-    num_tiles = tl.cdiv(count, BLOCK_M)
+    num_tiles = tl.cdiv(count, SECOND_M)
     return num_tiles, tl.maximum(1, tl.minimum(tl.num_programs(0), num_slots // tl.maximum(num_tiles, 1)))
 
 
 @triton.jit
-def _second_rows(rows, count, tile, BLOCK_M: tl.constexpr):
-    """(rows of one tile [BLOCK_M] int64, their mask)."""
-    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+def _second_rows(rows, count, tile):
+    """(rows of one tile [SECOND_M] int64, their mask)."""
+    place = tile * SECOND_M + tl.arange(0, SECOND_M)
     return tl.load(rows + place, mask=place < count, other=0).to(tl.int64), place < count
 
 
 @triton.jit
-def _second_logits(
-    hidden,
-    weight,
-    row,
-    column,
-    target,
-    hidden_size,
-    vocab_size,
-    stride_wv,
-    stride_wh,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+def _second_logits(hidden, weight, row, column, target, hidden_size, vocab_size, UPCAST: tl.constexpr):
     """Logits of rows x entries, -inf at the target and beyond the vocabulary."""
-    z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    z = tl.zeros([SECOND_M, column.shape[0]], tl.float32)
     in_vocab = column < vocab_size
-    for k in range(0, hidden_size, BLOCK_K):
-        h = k + tl.arange(0, BLOCK_K).to(tl.int64)
+    for k in range(0, hidden_size, SECOND_K):
+        h = k + tl.arange(0, SECOND_K).to(tl.int64)
         h_mask = h < hidden_size
         x = tl.load(hidden + row[:, None] * hidden_size + h[None, :], mask=h_mask[None, :], other=0.0)
-        w = tl.load(
-            weight + column[None, :] * stride_wv + h[:, None] * stride_wh, mask=h_mask[:, None] & in_vocab[None, :], other=0.0
-        )
+        w = tl.load(weight + column[None, :] * hidden_size + h[:, None], mask=h_mask[:, None] & in_vocab[None, :], other=0.0)
         z = _dot(x, w, z, UPCAST)
     return tl.where(in_vocab[None, :] & (column[None, :] != target[:, None]), z, -float("inf"))
 
@@ -272,61 +253,43 @@ def second_walk_kernel(
     num_slots,
     hidden_size,
     vocab_size,
-    stride_wv,
-    stride_wh,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """True maximum and sum of the listed rows, a part of the vocabulary a slot: maxima, sums [num_slots, BLOCK_M]."""
+    """True maximum and sum of the listed rows, a part of the vocabulary a slot: maxima, sums [num_slots, SECOND_M]."""
     num_listed = tl.load(count)
-    num_tiles, num_parts = _second_split(num_listed, num_slots, BLOCK_M)
+    num_tiles, num_parts = _second_split(num_listed, num_slots)
     vocab_tiles = tl.cdiv(vocab_size, BLOCK_N)
     tiles_a_part = tl.cdiv(vocab_tiles, num_parts)
     for slot in range(tl.program_id(0), num_tiles * num_parts, tl.num_programs(0)):
-        row, _ = _second_rows(rows, num_listed, slot // num_parts, BLOCK_M)
+        row, _ = _second_rows(rows, num_listed, slot // num_parts)
         target = tl.load(targets + row)
         first = slot % num_parts * tiles_a_part
-        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        s = tl.zeros([BLOCK_M], tl.float32)
+        m = tl.full([SECOND_M], -float("inf"), tl.float32)
+        s = tl.zeros([SECOND_M], tl.float32)
         for tile in range(first, tl.minimum(first + tiles_a_part, vocab_tiles)):
             column = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-            z = _second_logits(
-                hidden,
-                weight,
-                row,
-                column,
-                target,
-                hidden_size,
-                vocab_size,
-                stride_wv,
-                stride_wh,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                UPCAST,
-            )
+            z = _second_logits(hidden, weight, row, column, target, hidden_size, vocab_size, UPCAST)
             new = tl.maximum(m, tl.max(z, 1))
             finite = tl.where(new == -float("inf"), 0.0, new)
             s = s * tl.exp2((m - finite) * LOG2E) + tl.sum(tl.exp2((z - finite[:, None]) * LOG2E), 1)
             m = new
-        place = slot * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        place = slot * SECOND_M + tl.arange(0, SECOND_M).to(tl.int64)
         tl.store(maxima + place, m)
         tl.store(sums + place, s)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def second_merge_kernel(rows, count, maxima, sums, num_slots, target_logits, offset, total, inverse, BLOCK_M: tl.constexpr):
+def second_merge_kernel(rows, count, maxima, sums, num_slots, target_logits, offset, total, inverse):
     """Writes m, S and v of the listed rows from the parts' maxima and sums. As many programs as in second_walk_kernel."""
     num_listed = tl.load(count)
-    num_tiles, num_parts = _second_split(num_listed, num_slots, BLOCK_M)
+    num_tiles, num_parts = _second_split(num_listed, num_slots)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        row, mask = _second_rows(rows, num_listed, tile, BLOCK_M)
-        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        s = tl.zeros([BLOCK_M], tl.float32)
+        row, mask = _second_rows(rows, num_listed, tile)
+        m = tl.full([SECOND_M], -float("inf"), tl.float32)
+        s = tl.zeros([SECOND_M], tl.float32)
         for part in range(num_parts):
-            place = (tile * num_parts + part) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            place = (tile * num_parts + part) * SECOND_M + tl.arange(0, SECOND_M).to(tl.int64)
             part_m = tl.load(maxima + place)
             new = tl.maximum(m, part_m)
             finite = tl.where(new == -float("inf"), 0.0, new)
@@ -352,21 +315,17 @@ def second_unit_kernel(
     hidden_size,
     vocab_size,
     num_kept,
-    stride_wv,
-    stride_wh,
     stride_kept,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     UNIT: tl.constexpr,
     KEEP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """E of the listed rows by their true m. UNIT: slots [num_slots, BLOCK_M, H] = E @ W over a part of the vocabulary.
+    """E of the listed rows by their true m. UNIT: slots [num_slots, SECOND_M, H] = E @ W over a part of the vocabulary.
     KEEP: kept [n, num_kept] = E."""
     num_listed = tl.load(count)
-    num_tiles, num_parts = _second_split(num_listed, num_slots, BLOCK_M)
+    num_tiles, num_parts = _second_split(num_listed, num_slots)
     vocab_tiles = tl.cdiv(vocab_size, BLOCK_N)
     tiles_a_part = tl.cdiv(vocab_tiles, num_parts)
     blocks_h = 1
@@ -375,29 +334,15 @@ def second_unit_kernel(
     for item in range(tl.program_id(0), num_tiles * num_parts * blocks_h, tl.num_programs(0)):
         slot = item // blocks_h
         block_h = item % blocks_h
-        row, mask = _second_rows(rows, num_listed, slot // num_parts, BLOCK_M)
+        row, mask = _second_rows(rows, num_listed, slot // num_parts)
         target = tl.load(targets + row)
         m = tl.load(offset + row)
         h = block_h * BLOCK_H + tl.arange(0, BLOCK_H).to(tl.int64)
-        acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        acc = tl.zeros([SECOND_M, BLOCK_H], tl.float32)
         first = slot % num_parts * tiles_a_part
         for tile in range(first, tl.minimum(first + tiles_a_part, vocab_tiles)):
             column = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-            z = _second_logits(
-                hidden,
-                weight,
-                row,
-                column,
-                target,
-                hidden_size,
-                vocab_size,
-                stride_wv,
-                stride_wh,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                UPCAST,
-            )
+            z = _second_logits(hidden, weight, row, column, target, hidden_size, vocab_size, UPCAST)
             e = tl.exp2((z - m[:, None]) * LOG2E).to(kept.dtype.element_ty)
             if KEEP:
                 tl.store(
@@ -407,49 +352,35 @@ def second_unit_kernel(
                 )
             if UNIT:
                 w = tl.load(
-                    weight + column[:, None] * stride_wv + h[None, :] * stride_wh,
+                    weight + column[:, None] * hidden_size + h[None, :],
                     mask=(column < vocab_size)[:, None] & (h < hidden_size)[None, :],
                     other=0.0,
                 )
                 acc = _dot(e, w.to(kept.dtype.element_ty), acc, UPCAST)
         if UNIT:
-            place = slot * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            place = slot * SECOND_M + tl.arange(0, SECOND_M).to(tl.int64)
             tl.store(slots + place[:, None] * hidden_size + h[None, :], acc, mask=(h < hidden_size)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_slots"])
 def second_unit_merge_kernel(
-    weight,
-    targets,
-    rows,
-    count,
-    total,
-    inverse,
-    slots,
-    unit,
-    num_slots,
-    hidden_size,
-    vocab_size,
-    stride_wv,
-    stride_wh,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    weight, targets, rows, count, total, inverse, slots, unit, num_slots, hidden_size, vocab_size, BLOCK_H: tl.constexpr
 ):
     """Writes the unit gradient of the listed rows from the parts. As many programs as in second_unit_kernel."""
     num_listed = tl.load(count)
-    num_tiles, num_parts = _second_split(num_listed, num_slots, BLOCK_M)
+    num_tiles, num_parts = _second_split(num_listed, num_slots)
     blocks_h = tl.cdiv(hidden_size, BLOCK_H)
     for item in range(tl.program_id(0), num_tiles * blocks_h, tl.num_programs(0)):
         tile = item // blocks_h
-        row, mask = _second_rows(rows, num_listed, tile, BLOCK_M)
+        row, mask = _second_rows(rows, num_listed, tile)
         h = item % blocks_h * BLOCK_H + tl.arange(0, BLOCK_H).to(tl.int64)
         h_mask = (h < hidden_size)[None, :]
-        acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        acc = tl.zeros([SECOND_M, BLOCK_H], tl.float32)
         for part in range(num_parts):
-            place = (tile * num_parts + part) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            place = (tile * num_parts + part) * SECOND_M + tl.arange(0, SECOND_M).to(tl.int64)
             acc += tl.load(slots + place[:, None] * hidden_size + h[None, :], mask=h_mask, other=0.0)
         target = tl.minimum(tl.maximum(tl.load(targets + row), 0), vocab_size - 1)
-        w = tl.load(weight + target[:, None] * stride_wv + h[None, :] * stride_wh, mask=h_mask, other=0.0)
+        w = tl.load(weight + target[:, None] * hidden_size + h[None, :], mask=h_mask, other=0.0)
         s, v = tl.load(total + row), tl.load(inverse + row)
         result = v[:, None] * (acc - s[:, None] * w.to(tl.float32))
         tl.store(unit + row[:, None] * hidden_size + h[None, :], result.to(unit.dtype.element_ty), mask=mask[:, None] & h_mask)

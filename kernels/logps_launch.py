@@ -87,13 +87,9 @@ def slab_size(vocab_size: int, num_rows: int, bytes_a_logit: int, budget: int) -
 
 
 def supports_fused(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the fused GEMM can take these: tensor descriptors ask for contiguous rows that begin at 16 bytes, and
+    """Whether the fused GEMM can take these contiguous tensors: tensor descriptors ask for rows that begin at 16 bytes, and
     float32 operands would miss the tensor cores (the interpreter has none to miss)."""
-
-    def fits(tensor: torch.Tensor) -> bool:
-        row = tensor.stride(0) * tensor.element_size()
-        return tensor.stride(1) == 1 and row % 16 == 0 and tensor.data_ptr() % 16 == 0
-
     if hidden.is_cuda and hidden.element_size() != 2:
         return False
-    return fits(hidden) and fits(weight)
+    row_bytes = hidden.shape[1] * hidden.element_size()
+    return row_bytes % 16 == 0 and hidden.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0

@@ -207,7 +207,7 @@ def _row_maximum(x: Tensor, weight: Tensor, targets: Tensor, slab_size: int) -> 
 def grad_weight(
     grad: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     targets: Tensor,
     offset: Tensor,
     total: Tensor,
@@ -220,7 +220,7 @@ def grad_weight(
     """``E'^T (v g X)`` [V, H] in hidden's dtype, slab by slab: each slab is summed over all rows, then written once.
 
     grad [N] is g, the upstream gradient of -logp, N > 0; the others as in ``Walk``. ``weight`` is only read where E is
-    recomputed: it may be [0] when num_kept == vocab_size.
+    recomputed: it may be None when num_kept == vocab_size.
     """
     slab_size = slab_size or default_slab_size(len(hidden), vocab_size)
     dtype, num_rows = compute_dtype(hidden.dtype), len(hidden)
@@ -235,14 +235,14 @@ def grad_weight(
         out = result[low:high] if sums is None else sums[: high - low]
         is_kept = high <= num_kept
         slab = None  # a widened copy goes before the next one comes
-        slab = None if is_kept else weight[low:high].to(dtype)
+        slab = None if is_kept or weight is None else weight[low:high].to(dtype)
         # Rounded E is widened tile by tile; exact E already holds -S in the target's place.
         for start, stop in _ranges(0, num_rows, num_rows if is_kept and exact else num_tile_rows):
             if is_kept and exact:
                 tile = kept[start:stop, low:high]
             else:
                 tile = buffer[: (stop - start) * (high - low)].view(stop - start, high - low)
-                if is_kept:
+                if slab is None:
                     tile.copy_(kept[start:stop, low:high])
                 else:
                     _exp_tile(x[start:stop], slab, offset[start:stop], out=tile)

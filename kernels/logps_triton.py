@@ -8,6 +8,9 @@ found, counted and walked again by kernels that end at once when there are none.
 On CPU tensors this is the same code under ``TRITON_INTERPRET=1``.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (Triton's types know neither launch options nor plain values for constexpr parameters.)
+
 import contextlib
 from collections.abc import Iterator
 
@@ -24,20 +27,19 @@ __all__ = ["grad_weight", "walk"]
 
 # Rows of slabs begin at multiples of so many entries: Triton then knows that 16 bytes can be moved at once.
 _ALIGN = 16
-# Of the kernels for rows out of range: tl.dot wants at least 16 rows.
-_SECOND_ROWS = 16
+_SECOND_M = kernels.SECOND_M.value
 
 
 def walk(hidden: Tensor, weight: Tensor, targets: Tensor, num_kept: int, needs_unit: bool, requested_slab: int | None) -> Walk:
     """As ``logps_torch.walk``, in float32; ``kept`` is padded to a multiple of 16 columns."""
     num_rows, hidden_size = hidden.shape
     vocab_size = len(weight)
-    x, targets = hidden.contiguous(), targets.contiguous()
+    x, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
     launch = choose_launch(hidden_size)
     float32 = {"dtype": torch.float32, "device": x.device}
     e_dtype = kept_dtype(x.dtype)
     with _device(x), _exact_matmul(x.dtype):
-        torch._assert_async(
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
             ((targets >= 0) & (targets < vocab_size)).all(), "chunked_logps: a target lies outside [0, vocabulary size)"
         )
         target_logits = torch.empty(num_rows, **float32)
@@ -47,9 +49,7 @@ def walk(hidden: Tensor, weight: Tensor, targets: Tensor, num_kept: int, needs_u
         kept = torch.empty(num_rows, _ceil(num_kept, _ALIGN), dtype=e_dtype, device=x.device)
         num_clamped = torch.zeros(1, dtype=torch.int64, device=x.device)
         if num_rows:
-            kernels.target_logits_kernel[(num_rows,)](
-                x, weight, targets, target_logits, hidden_size, vocab_size, *weight.stride(), BLOCK_H=1024
-            )
+            kernels.target_logits_kernel[(num_rows,)](x, weight, targets, target_logits, hidden_size, vocab_size, BLOCK_H=1024)
         offset = target_logits + OFFSET
 
         fused = launch.gemm == "fused" and supports_fused(x, weight)
@@ -57,7 +57,7 @@ def walk(hidden: Tensor, weight: Tensor, targets: Tensor, num_kept: int, needs_u
         chunk_rows = min(launch.rows, max(num_rows, 1))
         slab = _ceil(requested_slab or slab_size(vocab_size, chunk_rows, bytes_a_logit, launch.slab_bytes), _ALIGN)
         # Padded to whole tiles of rows: it also serves the rows out of range.
-        acc = torch.empty(_ceil(chunk_rows, _SECOND_ROWS) if needs_unit else 0, hidden_size, **float32)
+        acc = torch.empty(_ceil(chunk_rows, _SECOND_M) if needs_unit else 0, hidden_size, **float32)
         for start in range(0, num_rows, chunk_rows):
             part = slice(start, min(start + chunk_rows, num_rows))
             rows = Rows(x[part], weight, targets[part], offset[part], launch, fused)
@@ -65,16 +65,7 @@ def walk(hidden: Tensor, weight: Tensor, targets: Tensor, num_kept: int, needs_u
             torch.reciprocal(total[part] + torch.exp(target_logits[part] - offset[part]), out=inverse[part])
             if needs_unit:
                 kernels.unit_kernel[(len(rows.x), triton.cdiv(hidden_size, 1024))](
-                    acc,
-                    weight,
-                    rows.targets,
-                    total[part],
-                    inverse[part],
-                    unit[part],
-                    hidden_size,
-                    vocab_size,
-                    *weight.stride(),
-                    BLOCK_H=1024,
+                    acc, weight, rows.targets, total[part], inverse[part], unit[part], hidden_size, vocab_size, BLOCK_H=1024
                 )
             num_clamped += _walk_again(
                 rows, target_logits[part], total[part], inverse[part], kept[part], num_kept, unit[part], acc
@@ -174,7 +165,7 @@ def _walk_chunk(rows: Rows, kept: Tensor, num_kept: int, acc: Tensor | None, sla
         else:
             e = None if acc is None else _slab_of(buffer, num_rows, high - low)
         parts.append(rows.exp_slab(low, high, e, logits, sums=True))
-        if acc is not None:
+        if acc is not None and e is not None:
             # A copy for float16 only, whose E is bfloat16.
             _mm(e, rows.weight[low:high].to(e.dtype), acc[:num_rows], accumulate=low > 0)
     torch.sum(torch.cat(parts), 0, out=total)
@@ -188,7 +179,6 @@ def _walk_again(
     slots [>= n, H] float32 is a buffer. Returns the number of such rows, [1] on the device.
     """
     num_rows, hidden_size = rows.x.shape
-    block_m = _SECOND_ROWS
     # float32 products go without tensor cores: smaller blocks, or they would spill.
     block_n, widest_h, num_warps = (64, 64, 8) if rows.x.dtype == torch.float32 else (128, 256, 4)
     block_h = min(widest_h, triton.next_power_of_2(max(hidden_size, 16)))
@@ -196,11 +186,9 @@ def _walk_again(
     count = torch.empty(1, dtype=torch.int32, device=total.device)
     kernels.list_rows_kernel[(1,)](total, target_logits, listed, count, num_rows, BLOCK=4096, num_warps=8)
     grid = (_num_programs(rows.x),)
-    num_slots = triton.cdiv(num_rows, block_m) + grid[0]
-    maxima = torch.empty(2, num_slots, block_m, dtype=torch.float32, device=total.device)
-    strides = rows.weight.stride()
-    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "UPCAST": _upcast(rows.x)}
-    options["num_warps"] = num_warps
+    num_slots = triton.cdiv(num_rows, _SECOND_M) + grid[0]
+    maxima = torch.empty(2, num_slots, _SECOND_M, dtype=torch.float32, device=total.device)
+    options = {"BLOCK_N": block_n, "UPCAST": _upcast(rows.x), "num_warps": num_warps}
     kernels.second_walk_kernel[grid](
         rows.x,
         rows.weight,
@@ -212,15 +200,12 @@ def _walk_again(
         num_slots,
         hidden_size,
         len(rows.weight),
-        *strides,
         **options,
     )
-    kernels.second_merge_kernel[grid](
-        listed, count, maxima[0], maxima[1], num_slots, target_logits, rows.offset, total, inverse, BLOCK_M=block_m
-    )
+    kernels.second_merge_kernel[grid](listed, count, maxima[0], maxima[1], num_slots, target_logits, rows.offset, total, inverse)
     needs_unit = slots.numel() > 0
     if needs_unit or num_kept:
-        num_slots = len(slots) // block_m if needs_unit else num_slots
+        num_slots = len(slots) // _SECOND_M if needs_unit else num_slots
         kernels.second_unit_kernel[grid](
             rows.x,
             rows.weight,
@@ -234,7 +219,6 @@ def _walk_again(
             hidden_size,
             len(rows.weight),
             num_kept,
-            *strides,
             kept.stride(0),
             BLOCK_H=block_h,
             UNIT=needs_unit,
@@ -254,8 +238,6 @@ def _walk_again(
             num_slots,
             hidden_size,
             len(rows.weight),
-            *strides,
-            BLOCK_M=block_m,
             BLOCK_H=block_h,
         )
     return count
@@ -285,6 +267,8 @@ def grad_weight(
             _mm(kept[:, :num_kept].T, scaled, result[:num_kept])
         if num_kept == vocab_size:
             return result
+        assert weight is not None, "needed where not all of E is kept"
+        weight = weight.contiguous()
         fused = launch.gemm == "fused" and supports_fused(x, weight)
         rest = vocab_size - num_kept
         slab = requested_slab or slab_size(rest, num_rows, kept.dtype.itemsize, launch.grad_slab_bytes)

@@ -4,6 +4,8 @@ Sequences come in the order chosen_0, rejected_0, chosen_1, rejected_1, ... Deno
 over all ranks and micro-batches: pass them, and the losses of the micro-batches add up to the loss of the step.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,11 @@ def rpo_loss(
     cu_seqlens: Tensor,
     reference_logps: Tensor | None,
     *,
-    beta: float,
-    alpha: float,
-    loss: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    nll_norm: str = "sequence",
     num_pairs: int | None = None,
     num_chosen_tokens: int | None = None,
-    simpo_gamma: float = 0.5,
     keep_bytes: int | None = None,
     slab_size: int | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor | int]]:
     """Loss of P pairs straight from hidden states: ``chunked_logps``, summed by sequence, then ``preference_loss``.
 
@@ -40,7 +37,7 @@ def rpo_loss(
         cu_seqlens: [2P + 1] integers from 0 to N; sequence i owns rows cu_seqlens[i]:cu_seqlens[i+1]. On the CPU its
             checks cost no synchronisation with a device.
         reference_logps: [2P], the reference model's summed log-probabilities in nats; None for losses without one.
-        keep_bytes, slab_size: see ``chunked_logps``. The others: see ``preference_loss``.
+        keep_bytes, slab_size: see ``chunked_logps``. The others, ``beta`` and ``alpha`` first: see ``preference_loss``.
 
     Returns:
         (loss, stats), as ``preference_loss``.
@@ -49,21 +46,12 @@ def rpo_loss(
         ValueError: as ``chunked_logps`` and ``preference_loss``; a cu_seqlens that does not cut N rows into 2P
             sequences.
     """
-    lengths = _lengths(cu_seqlens, len(targets))
+    _check_offsets(cu_seqlens, len(targets))
+    if len(cu_seqlens) % 2 == 0:
+        raise ValueError(f"cu_seqlens must have 2P + 1 entries for P pairs, an odd number; found {len(cu_seqlens)} entries")
+    denominators = {"num_pairs": num_pairs, "num_chosen_tokens": num_chosen_tokens}
     logps = chunked_logps(hidden, weight, targets, keep_bytes=keep_bytes, slab_size=slab_size)
-    return preference_loss(
-        sum_by_sequence(logps, cu_seqlens),
-        lengths,
-        reference_logps,
-        beta=beta,
-        alpha=alpha,
-        loss=loss,
-        label_smoothing=label_smoothing,
-        nll_norm=nll_norm,
-        num_pairs=num_pairs,
-        num_chosen_tokens=num_chosen_tokens,
-        simpo_gamma=simpo_gamma,
-    )
+    return preference_loss(sum_by_sequence(logps, cu_seqlens), cu_seqlens.diff(), reference_logps, **denominators, **settings)
 
 
 def preference_loss(
@@ -71,14 +59,9 @@ def preference_loss(
     lengths: Tensor,
     reference_logps: Tensor | None,
     *,
-    beta: float,
-    alpha: float,
-    loss: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    nll_norm: str = "sequence",
     num_pairs: int | None = None,
     num_chosen_tokens: int | None = None,
-    simpo_gamma: float = 0.5,
+    **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor | int]]:
     """``sum of the preference losses / num_pairs + alpha * NLL``; the losses are those of :mod:`medtrain.kernels.losses`.
 
@@ -91,6 +74,7 @@ def preference_loss(
         lengths: [2P] integers, completion tokens per sequence, each at least 1 (checked when they are on the CPU).
         reference_logps: [2P], the same sums under the reference; gets no gradient. None only for losses without one.
         num_pairs, num_chosen_tokens: denominators of the whole optimizer step; by default those of this call.
+        settings: fields of :class:`medtrain.kernels.losses.LossSettings`; ``beta`` and ``alpha`` have no default.
 
     Returns:
         (loss, stats): a scalar in sequence_logps' dtype, and detached values over this call's pairs:
@@ -106,14 +90,14 @@ def preference_loss(
         ValueError: unknown names, beta <= 0, a negative alpha, a label_smoothing that the loss does not take, shapes that do
             not fit, an empty completion, no denominator.
     """
-    settings = LossSettings(beta, alpha, loss, label_smoothing, nll_norm, simpo_gamma)
-    settings.check()
-    row = LOSSES[loss]
+    chosen = LossSettings(**settings)
+    chosen.check()
+    beta, alpha, nll_norm, row = chosen.beta, chosen.alpha, chosen.nll_norm, LOSSES[chosen.loss]
     if sequence_logps.ndim != 1 or len(sequence_logps) % 2:
         raise ValueError(f"sequence_logps must be [2P], chosen and rejected in turn; found shape {tuple(sequence_logps.shape)}")
     for name, tensor in (("lengths", lengths), ("reference_logps", reference_logps)):
         if tensor is None and row.needs_reference:
-            raise ValueError(f"loss {loss!r} needs reference_logps")
+            raise ValueError(f"loss {chosen.loss!r} needs reference_logps")
         if tensor is not None and tensor.shape != sequence_logps.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, sequence_logps has {tuple(sequence_logps.shape)}: not equal"
@@ -136,7 +120,7 @@ def preference_loss(
     ratios = logps
     if row.needs_reference and reference_logps is not None:
         ratios = logps - reference_logps.detach().to(device, dtype).view(-1, 2)
-    preference = row.per_pair(Pairs(ratios, tokens), settings).sum()
+    preference = row.per_pair(Pairs(ratios, tokens), chosen).sum()
     if nll_norm == "sequence":
         nll, nll_denominator = -(logps / tokens)[:, 0].sum(), num_pairs
     else:
@@ -147,8 +131,8 @@ def preference_loss(
             nll_denominator = chosen_tokens if pairs else 1
     if row.likelihood_only:
         # Summed over contiguous values, unlike the statistic: the last bit of published curves depends on it.
-        chosen = logps[:, 0] / tokens[:, 0] if nll_norm == "sequence" else logps[:, 0]
-        total = -chosen.sum() / nll_denominator
+        terms = logps[:, 0] / tokens[:, 0] if nll_norm == "sequence" else logps[:, 0]
+        total = -terms.sum() / nll_denominator
     else:
         # alpha = 0 leaves the term out rather than multiply it, so that DPO pays nothing for it.
         total = preference / num_pairs + (alpha * (nll / nll_denominator) if alpha else 0)
@@ -183,13 +167,6 @@ def sum_by_sequence(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     lengths = cu_seqlens.diff().to(logps.device, torch.int64)
     # Not index_add: on a GPU its order of additions is not fixed.
     return torch.segment_reduce(logps.double(), "sum", lengths=lengths, unsafe=True, initial=0).to(logps.dtype)
-
-
-def _lengths(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    _check_offsets(cu_seqlens, num_rows)
-    if len(cu_seqlens) % 2 == 0:
-        raise ValueError(f"cu_seqlens must have 2P + 1 entries for P pairs, an odd number; found {len(cu_seqlens)} entries")
-    return cu_seqlens.diff()
 
 
 def _check_offsets(cu_seqlens: Tensor, num_rows: int) -> None:

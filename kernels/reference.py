@@ -41,6 +41,7 @@ def reference_rpo_loss(
             r = beta * (chosen.mean() - rejected.mean()) - simpo_gamma
             preference.append(-(1 - label_smoothing) * _log_sigmoid(r) - label_smoothing * _log_sigmoid(-r))
             continue
+        assert reference is not None, f"{loss} needs a reference"
         w = chosen.sum() - reference[2 * pair].double()
         l = rejected.sum() - reference[2 * pair + 1].double()  # noqa: E741
         h = w - l

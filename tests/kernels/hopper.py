@@ -30,8 +30,8 @@ _FLOATS = ("logits", "offset", "sums", "target_values", "total", "inverse", "tar
 _TENSORS = ("hidden", "weight", "unit", "kept", "out")
 _TYPES = dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_TENSORS, "*bf16") | {"targets": "*i64", "rows": "*i32", "count": "*i32"}
 # Sizes that change from batch to batch, which the launcher is told not to specialise on.
-_VARYING = {"stride_wh", "stride_sums", "stride_kept", "num_rows", "num_slots", "num_kept", "low"}
-_SECOND = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "UPCAST": False}
+_VARYING = {"stride_sums", "stride_kept", "num_rows", "num_slots", "num_kept", "low"}
+_SECOND = {"BLOCK_N": 128, "UPCAST": False}
 
 
 def _source(kernel, constants: dict, types: dict | None = None) -> ASTSource:
@@ -44,8 +44,7 @@ def _source(kernel, constants: dict, types: dict | None = None) -> ASTSource:
         for index, name in enumerate(names)
         if name not in _VARYING and signature[name].startswith(("*", "i32"))
     }
-    one = {"stride_wh": 1} if "stride_wh" in names else {}
-    return ASTSource(kernel, signature | dict.fromkeys(one, "constexpr"), constexprs=constants | one, attrs=aligned)
+    return ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
 
 
 def _exp_gemm(b: ExpGemm, flags: dict[str, bool]) -> ASTSource:
@@ -64,8 +63,8 @@ def variants() -> Iterator[tuple[str, ASTSource, dict]]:
     yield "unit", _source(kernels.unit_kernel, {"BLOCK_H": 1024}), {}
     yield "list_rows", _source(kernels.list_rows_kernel, {"BLOCK": 4096}), {"num_warps": 8}
     yield "second_walk", _source(kernels.second_walk_kernel, _SECOND), {}
-    yield "second_merge", _source(kernels.second_merge_kernel, {"BLOCK_M": 16}), {}
-    yield "second_unit_merge", _source(kernels.second_unit_merge_kernel, {"BLOCK_M": 16, "BLOCK_H": 256}), {}
+    yield "second_merge", _source(kernels.second_merge_kernel, {}), {}
+    yield "second_unit_merge", _source(kernels.second_unit_merge_kernel, {"BLOCK_H": 256}), {}
     # The candidates of the tuner too; how tiles are grouped changes nothing here.
     blocks = dict.fromkeys(replace(one, group_m=8) for one in (*(x.exp_gemm for x in LAUNCHES.values()), *BLOCKS))
     for form, sums, stores, puts in (

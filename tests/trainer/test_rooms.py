@@ -54,7 +54,7 @@ def test_kernels_import_nothing_of_the_trainer():
 # Lines per room. Whoever needs more deletes something, or raises the number in the same commit. Aims: 12,000 for kernels and
 # trainer together, 400 per file.
 BUDGETS = {
-    "kernels": 1950,
+    "kernels": 1740,
     "trainer/config": 780,
     "trainer/data": 1932,
     "trainer/model": 1590,
@@ -67,7 +67,7 @@ BUDGETS = {
     "trainer": 950,  # the files that lie in no room
     "benchmarks": 2800,
 }
-LONG_FILES = {"kernels/logps_kernels.py": 455}
+LONG_FILES: dict[str, int] = {}
 
 
 def lines_of(file):

@@ -62,7 +62,7 @@ def chart(title: str, lines: Sequence[Series], *, note: str = "", zero: bool = F
 
 
 def _draw(lines: Sequence[Series], zero: bool) -> str:
-    style = {"svg.fonttype": "none", "text.color": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
+    style: Any = {"svg.fonttype": "none", "text.color": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
     with rc_context(style):
         figure = Figure(figsize=(4.7, 2.5), layout="constrained")
         axes = figure.add_subplot()

@@ -74,7 +74,7 @@ def exam_table(exams: Exams, evals: Evals) -> list[tuple]:
     return lines
 
 
-def _interval(value: float, low: float | None, high: float | None, sign: str = "") -> str:
+def _interval(value: Any, low: float | None, high: float | None, sign: str = "") -> str:
     return f"{value:{sign}.3f}" + (f" [{low:{sign}.3f}, {high:{sign}.3f}]" if low is not None else "")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,20 +128,8 @@ class PreferenceLoss:
         rows = [reference[s][i] for s, i in ids]
         reference_logps = torch.stack(rows).view(-1) if rows else torch.zeros(0, dtype=torch.float64)
         lengths = batch.target_cu_seqlens.diff()[batch.sides]
-        settings = self.settings
-        loss, stats = preference_loss(
-            sums,
-            lengths,
-            reference_logps.to(sums.device),
-            beta=settings.beta,
-            alpha=settings.alpha,
-            loss=settings.loss,
-            label_smoothing=settings.label_smoothing,
-            nll_norm=settings.nll_norm,
-            num_pairs=n.pairs,
-            num_chosen_tokens=n.chosen_tokens,
-            simpo_gamma=settings.simpo_gamma,
-        )
+        denominators = {"num_pairs": n.pairs, "num_chosen_tokens": n.chosen_tokens}
+        loss, stats = preference_loss(sums, lengths, reference_logps.to(sums.device), **denominators, **asdict(self.settings))
         return loss, pair_sums(loss, stats, lengths, batch.source_ids, len(reference))
 
     def _metrics(self, sums: torch.Tensor, n: Denominators, sources: Sequence[PairSet]) -> dict[str, Any]:
