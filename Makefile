@@ -50,8 +50,10 @@ test-fast: $(VENV)/.installed
 test-newest test-lowest: test-%: $(VENV)-%/.installed
 	$(VENV)-$*/bin/python -m pytest -n 2 tests/contracts
 
-lint: $(VENV)/.installed
+# With the peers, since kernels that are imported where they are installed are type-checked too.
+lint: $(VENV)/.installed-peers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # On a machine with a CUDA device: the op's tests and the quick benchmark; the two limits keep it under 8 minutes. Installs
 # nothing and needs no network: $(PYTHON) has torch, triton, transformers, pytest, in versions of its own, whose warnings are no

@@ -37,7 +37,7 @@ setup(
         "matplotlib>=3.9,<3.12",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6", "setuptools>=70.1"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6", "pyright[nodejs]>=1.1.414", "setuptools>=70.1"],
         # Faster norms, rotary embedding and SwiGLU on CUDA (model.kernels).
         "liger": ["liger-kernel>=0.8.5,<0.9"],
         # Peers of `medtrain bench kernels`, at the versions its goals name; nothing else imports them.
