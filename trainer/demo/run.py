@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from medtrain.trainer.demo.recipe import RECIPE, Recipe
 from medtrain.trainer.demo.table import conclusions, draw_table, format_table, marks_of
-from medtrain.trainer.demo.texts import names_in, write_jsonl, write_world
+from medtrain.trainer.demo.texts import names_in, write_world
 from medtrain.trainer.demo.world import World, make_world
-from medtrain.trainer.errors import bad_input, user_path
+from medtrain.trainer.errors import user_path
 from medtrain.trainer.exam.prompts import MODES
-from medtrain.trainer.files import check_can_make, read_rows, write_json
+from medtrain.trainer.files import check_can_make, check_identity, read_rows, write_json, write_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -260,24 +260,15 @@ def _stage(demo: Demo, name: str, description: str) -> Iterator[None]:
 
 def claim(demo: Demo) -> None:
     """Make the folder this demo's, or check that it is."""
-    record = {"seed": demo.seed, "recipe": dataclasses.asdict(demo.recipe)}
-    path = demo.out / "demo.json"
+    path, record = demo.out / "demo.json", {"seed": demo.seed, "recipe": dataclasses.asdict(demo.recipe)}
     check_can_make(demo.out)
     with user_path(demo.out):
         occupied = demo.out.exists() and (not demo.out.is_dir() or any(demo.out.iterdir()))
-        written = path.read_text(encoding="utf-8") if path.is_file() else None
-    if written is not None:
-        try:
-            before = json.loads(written)
-            # A setting that an older version did not know had what is now its default.
-            before["recipe"] = dataclasses.asdict(RECIPE) | before["recipe"]
-        except (ValueError, KeyError, TypeError):
-            before = None
-        if before != json.loads(json.dumps(record)):
-            raise bad_input("holds a demo of another seed or other settings", file=demo.out, expected="another --out folder")
-    elif occupied:
-        raise bad_input("holds other things than a demo", file=demo.out, expected="a new or empty --out folder")
-    else:
+        written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if written is not None:  # a setting that an older version did not know had what is now its default
+        written["recipe"] = dataclasses.asdict(RECIPE) | written["recipe"]
+    check_identity(demo.out, written, record, occupied=occupied, expected="a new or empty --out folder")
+    if written is None:
         with user_path(demo.out, "cannot be written"):
             demo.out.mkdir(parents=True, exist_ok=True)
             write_json(path, record)

@@ -1,16 +1,14 @@
 """What is written about the made-up medicine: prose, the textbook, examination papers, and their tokenizer.
 
-Every file that a model of the demo reads is made here. Two rules make the experiment fair, and :func:`check_disjoint`
-verifies them on the texts themselves: no training text holds a question about a tested disease, and nothing that
-preference pairs are made from names one.
+Every file that a model of the demo reads is made here. Two rules make the experiment fair (tests/trainer/demo/test_world.py):
+no training text holds a question about a tested disease, and nothing that preference pairs are made from names one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from medtrain.trainer.demo.world import (
 )
 from medtrain.trainer.exam.prompts import load_style
 from medtrain.trainer.exam.questions import Question
-from medtrain.trainer.files import write_bytes
+from medtrain.trainer.files import write_jsonl
 
 # One fact, in three wordings. Pretraining prose and ground-truth explanations are written like this.
 PLAIN = ("{d}病の{r}は{v}である。", "{d}病では{r}は{v}とされる。", "{d}病なら{r}は{v}になる。")
@@ -192,11 +190,10 @@ def make_tokenizer(world: World, corpus: Corpus):
 
 
 def write_world(world: World, corpus: Corpus, root: Path) -> None:
-    """Write all texts and examinations (``root/NAME.jsonl``) and the tokenizer; checks their disjointness first."""
+    """Write all texts and examinations (``root/NAME.jsonl``) and the tokenizer."""
     texts = {f"pretraining-{source}": texts for source, texts in pretraining_texts(world, corpus).items()}
     texts["textbook"] = textbook_texts(world, corpus)
     exams = {kind: exam_rows(world, kind, corpus, repeats=corpus.questions if kind == "train" else 1) for kind in KINDS[1:]}
-    check_disjoint(world, texts.values(), exams)
     root.mkdir(parents=True, exist_ok=True)
     for name, documents in texts.items():
         write_jsonl(root / f"{name}.jsonl", ({"text": text} for text in documents))
@@ -205,30 +202,6 @@ def write_world(world: World, corpus: Corpus, root: Path) -> None:
     make_tokenizer(world, corpus).save_pretrained(root / "tokenizer")
 
 
-def check_disjoint(world: World, corpora: Iterable[Iterable[str]], exams: dict[str, list[dict]]) -> None:
-    """Prove on the texts that the experiment is fair; an AssertionError is a mistake in this file.
-
-    No training text holds a question about a textbook disease; the three examinations ask about different diseases;
-    no question from which pairs are made names a disease of another kind.
-    """
-    questions = [{row["problem_text"] for row in rows} for rows in exams.values()]
-    tested = set().union(*questions)
-    assert sum(map(len, questions)) == len(tested), "two examinations share a question"
-    for text in (text for texts in corpora for text in texts):
-        if text.startswith("問題:"):
-            question = text.removeprefix("問題:").split("\n", 1)[0]
-            assert question not in tested, f"a training text holds an exam question: {question}"
-        else:
-            assert "どれか" not in text, f"a question inside prose: {text}"
-    for row in exams["train"]:
-        named = names_in(world, row["problem_text"] + row["explanation"])
-        assert named <= set(world.diseases["train"]), f"a pair's question names another kind of disease: {named}"
-
-
 def names_in(world: World, text: str) -> set[str]:
     """The diseases of the world that a text names."""
     return {text[i - 2 : i] for i in range(2, len(text)) if text[i] == "病"} & world.chapter_of.keys()
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

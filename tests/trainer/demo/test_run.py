@@ -10,7 +10,7 @@ from medtrain.benchmarks.evidence import seeds
 from medtrain.trainer.demo import run as run_module
 from medtrain.trainer.demo.recipe import Recipe
 from medtrain.trainer.demo.run import ARMS, Demo, run_demo
-from medtrain.trainer.demo.table import conclusions, format_table, gap_interval, interval
+from medtrain.trainer.demo.table import conclusions, format_table, interval
 from medtrain.trainer.demo.texts import Corpus, names_in
 from medtrain.trainer.demo.world import WorldSizes, make_world
 from medtrain.trainer.errors import InputError
@@ -111,10 +111,10 @@ def test_another_seed_or_another_folder_is_refused_before_anything_is_written(fi
     out, _ = finished
     with pytest.raises(InputError, match="another seed"):
         run_demo(out, seed=4, quiet=True, recipe=TINY)
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match="another recipe"):
         run_demo(out, seed=3, quiet=True, recipe=dataclasses.replace(TINY, beta=0.2))
     (tmp_path / "letter.txt").write_text("not yours")
-    with pytest.raises(InputError, match="other things"):
+    with pytest.raises(InputError, match="no record"):
         run_demo(tmp_path, seed=3, quiet=True, recipe=TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
@@ -142,10 +142,10 @@ def test_what_is_printed_is_decided_by_the_intervals(finished, capsys):
 def test_interval_of_paired_questions_is_narrower_where_both_forms_agree():
     agreeing = {"answer": [1, 0] * 50, "explain": [1, 0] * 50}
     opposed = {"answer": [1, 0] * 50, "explain": [0, 1] * 50}
-    assert gap_interval(agreeing) == (0.0, 0.0)
-    low, high = gap_interval(opposed)
+    assert interval(agreeing["answer"], agreeing["explain"]) == (0.0, 0.0)
+    low, high = interval(opposed["answer"], opposed["explain"])
     assert low < 0 < high
-    assert interval([1.0] * 10) == (1.0, 1.0)
+    assert interval([1] * 10) == (1.0, 1.0)
 
 
 def test_an_interrupted_stage_stops_the_demo(tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_several_seeds_leave_a_table_over_them_and_go_on_where_they_were(finishe
     assert "cpt_rpo - cpt" in capsys.readouterr().out
     with pytest.raises(InputError, match="demo of one seed"):
         seeds.run_seeds(out, 3, 2, recipe=TINY)
-    with pytest.raises(InputError, match="other things"):
+    with pytest.raises(InputError, match="no record"):
         run_demo(work, seed=3, quiet=True, recipe=TINY)
 
 
@@ -206,7 +206,7 @@ def test_a_seed_that_is_refused_ends_the_others_too(tmp_path):
     for seed in range(2, 40):  # more than are under way when the first is refused
         (tmp_path / f"seed-{seed}").mkdir()
         (tmp_path / f"seed-{seed}" / "letter.txt").write_text("not yours")
-    with pytest.raises(InputError, match=r"seed-\d+: holds other things"):
+    with pytest.raises(InputError, match=r"seed-\d+: holds results, and no record"):
         seeds.run_seeds(tmp_path, 2, 39, recipe=TINY, jobs=2, quiet=True)
     assert not (tmp_path / "four-arms.json").exists() and not (tmp_path / "seed-40").exists()
 

@@ -1,7 +1,6 @@
 """The demo's world: the same seed gives the same texts, and the examination is about things no training question holds."""
 
 import dataclasses
-import json
 
 import pytest
 
@@ -9,13 +8,11 @@ from medtrain.benchmarks.evidence.seeds import states_fact
 from medtrain.trainer.demo.texts import (
     STYLE,
     Corpus,
-    check_disjoint,
     exam_rows,
     make_tokenizer,
     names_in,
     pretraining_texts,
     textbook_texts,
-    write_jsonl,
     write_world,
 )
 from medtrain.trainer.demo.world import KINDS, LETTERS, RELATIONS, WorldSizes, make_world, quiz_on_fact
@@ -29,6 +26,26 @@ CORPUS = Corpus(prose=300, answer=200, explain=200, textbook=400, questions=2)
 @pytest.fixture(scope="module")
 def world():
     return make_world(7, SIZES)
+
+
+def check_disjoint(world, corpora, exams):
+    """That the experiment is fair.
+
+    No training text holds a question about a textbook disease; the three examinations ask about different diseases;
+    no question from which pairs are made names a disease of another kind.
+    """
+    questions = [{row["problem_text"] for row in rows} for rows in exams.values()]
+    tested = set().union(*questions)
+    assert sum(map(len, questions)) == len(tested), "two examinations share a question"
+    for text in (text for texts in corpora for text in texts):
+        if text.startswith("問題:"):
+            question = text.removeprefix("問題:").split("\n", 1)[0]
+            assert question not in tested, f"a training text holds an exam question: {question}"
+        else:
+            assert "どれか" not in text, f"a question inside prose: {text}"
+    for row in exams["train"]:
+        named = names_in(world, row["problem_text"] + row["explanation"])
+        assert named <= set(world.diseases["train"]), f"a pair's question names another kind of disease: {named}"
 
 
 def test_the_same_seed_writes_the_same_files_and_another_seed_others(tmp_path, world):
@@ -193,15 +210,3 @@ def test_prompt_and_completion_have_the_same_tokens_apart_and_together(tmp_path,
             parts = STYLE.prompt(question, mode, tokenizer), STYLE.completion(question, mode)
             apart = [i for part in parts for i in tokenizer(part, add_special_tokens=False).input_ids]
             assert apart == tokenizer("".join(parts), add_special_tokens=False).input_ids
-
-
-def test_a_file_appears_only_when_it_is_whole(tmp_path):
-    def rows():
-        yield {"text": "one"}
-        raise RuntimeError("stopped")
-
-    with pytest.raises(RuntimeError):
-        write_jsonl(tmp_path / "x.jsonl", rows())
-    assert not (tmp_path / "x.jsonl").exists()
-    write_jsonl(tmp_path / "x.jsonl", [{"text": "ア"}])
-    assert json.loads((tmp_path / "x.jsonl").read_text(encoding="utf-8")) == {"text": "ア"}
