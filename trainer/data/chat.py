@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 HISTORY_SHORTENED = "the chat template leaves out or changes part of earlier assistant turns"
 KEY_LEFT_OUT = "the chat template leaves out the messages' '{}'"
 _FIELDS = ("prompt", "chosen", "rejected")
-_TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
 _DATE = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
-# What would still change from start to start: a date in another form, jinja's random filter and its random text.
-_CHANGING = re.compile(r"\bstrftime_now\b(?!\s+is\b)|\|\s*random\b|\blipsum\b")
-_REFUSAL = "{{ raise_exception('it is random, or writes the time in a form that cannot be fixed') }}"
+_TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
 
 
 def now() -> datetime:
@@ -34,12 +31,10 @@ def now() -> datetime:
 
 
 def fix_time(tokenizer, time: datetime):
-    """A copy of the tokenizer whose chat template has ``time`` for now; itself where its template does not read the clock.
-    A template that would change for other reasons fails when it is rendered."""
+    """A copy of the tokenizer whose chat template has ``time`` for now; itself where its template does not read the clock."""
     templates = getattr(tokenizer, "chat_template", None) or {}
     named = {"": templates} if isinstance(templates, str) else templates
     fixed = {name: _DATE.sub(lambda call: f"{call[1]}{time.strftime(call[2])}{call[1]}", text) for name, text in named.items()}
-    fixed = {name: _REFUSAL if _CHANGING.search(text) else text for name, text in fixed.items()}
     if fixed == named:
         return tokenizer
     tokenizer = copy.copy(tokenizer)

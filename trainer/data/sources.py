@@ -1,8 +1,8 @@
 """Data sources: rows of JSON Lines, JSON, CSV, parquet and HF ``save_to_disk`` folders, with the place of every mistake.
 
-A source is one file or one folder, on this machine or at a URL that fsspec reads (``s3://``, ``hf://datasets/...``). A folder
-is one that ``datasets`` saved (``state.json`` next to ``.arrow`` files), or holds files that are read in the order of their
-names. Rows stream, but those of ``.json``. They count from 1 in their file; in JSON Lines and CSV a row's number is its line.
+A source is one file or one folder, on this machine or at a URL that fsspec reads. A folder is one that ``datasets`` saved
+(``state.json`` next to ``.arrow`` files), or holds files that are read in the order of their names. Rows stream, but those of
+``.json``. They count from 1 in their file; in JSON Lines and CSV a row's number is its line.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import codecs
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import string
@@ -21,12 +22,13 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from medtrain.trainer.config.source import Source
 from medtrain.trainer.errors import InputError, StopRequested, bad_input
 
 _CODECS = {"": None, ".gz": "gzip", ".zst": "zstd"}
-_TEXT_KINDS = (".jsonl", ".json", ".csv")
 _EXPECTED = ".jsonl, .json, .csv (each also with .gz or .zst) or .parquet"
 _ROWS_PER_READ = 1024
 _NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
@@ -43,15 +45,13 @@ class Row(NamedTuple):
 def name_sources(sources: Sequence[Source]) -> list[Source]:
     """Return the sources, each with a name of its own. A missing name is the file's stem, with ``-2``, ``-3``, ... where that
     is taken. Raises InputError if two sources were given the same name."""
-    taken: set[str] = set()
-    for source in sources:
-        if source.name is not None and source.name in taken:
+    taken = {source.name for source in sources}
+    named: list[Source] = []
+    for k, source in enumerate(sources):
+        if source.name is not None and source.name in [other.name for other in sources[:k]]:
             raise bad_input("two sources have this name", file=source.path, field="name", found=source.name)
-        taken.add(source.name or "")
-    named = []
-    for source in sources:
         stem = source_name(source)
-        names = [stem, *(f"{stem}-{k}" for k in range(2, len(sources) + 2))]
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
         name = source.name or next(name for name in names if name not in taken)
         taken.add(name)
         named.append(dataclasses.replace(source, name=name))
@@ -78,49 +78,31 @@ def source_files(path: str | Path) -> list[str]:
     """Return the data files of a source in reading order. Raises InputError if there are none or of no known kind."""
     path = str(path)
     with reading(path):
-        files = _files_of(path)
-    for file in files:
-        with reading(file):
-            open_bytes(file).close()
-    return files
-
-
-def _files_of(path: str) -> list[str]:
-    files, root = fsspec.core.url_to_fs(path)
-    try:
-        kind = files.info(root)["type"]
-    except (FileNotFoundError, NotADirectoryError):
-        kind = None
-    if kind == "file":
-        if not _is_data(path):
-            raise bad_input("unknown kind of file", file=path, found=PurePath(path).name, expected=_EXPECTED)
-        return [path]
-    if kind != "directory":
-        raise bad_input("no such file or folder", file=path)
-    folder = path.rstrip("/")
-    kinds = {PurePath(entry["name"]).name: entry["type"] for entry in files.ls(root, detail=True)}
-    if "dataset_dict.json" in kinds:
-        splits = ", ".join(sorted(name for name, kind in kinds.items() if kind == "directory"))
-        raise bad_input("holds several splits", file=path, found=splits, expected="the path of one of them")
-    if "state.json" in kinds:
-        try:
-            names = [entry["filename"] for entry in json.loads(files.cat_file(f"{root}/state.json"))["_data_files"]]
-        except (ValueError, KeyError, TypeError):
-            raise bad_input("not a data set saved by datasets", file=f"{folder}/state.json", field="_data_files") from None
-        for name in names:
-            if name not in kinds:
-                raise bad_input("no such file, but state.json lists it", file=f"{folder}/{name}")
-    else:
-        # Next to .jsonl and .parquet files, those of other kinds tell about the data.
-        data = sorted(name for name in kinds if _is_data(name) and not name.startswith("."))
-        names = [name for name in data if name.endswith((".jsonl", ".parquet"))] or data
+        files, root = fsspec.core.url_to_fs(path)
+        if files.info(root)["type"] == "file":
+            if not _is_data(path):
+                raise bad_input("unknown kind of file", file=path, found=PurePath(path).name, expected=_EXPECTED)
+            return [path]
+        folder, there = path.rstrip("/"), [PurePath(entry).name for entry in files.ls(root, detail=False)]
+        if "dataset_dict.json" in there:
+            found = ", ".join(sorted({*there} - {"dataset_dict.json"}))
+            raise bad_input("holds several splits", file=path, found=found, expected="the path of one of them")
+        if "state.json" in there:
+            try:
+                names = [entry["filename"] for entry in json.loads(files.cat_file(f"{root}/state.json"))["_data_files"]]
+            except (ValueError, KeyError, TypeError):
+                raise bad_input("not a data set saved by datasets", file=f"{folder}/state.json", field="_data_files") from None
+        else:
+            # Next to .jsonl and .parquet files, those of other kinds tell about the data.
+            data = sorted(name for name in there if _is_data(name) and not name.startswith("."))
+            names = [name for name in data if name.endswith((".jsonl", ".parquet"))] or data
     if not names:
         raise bad_input("the folder holds no data files", file=path, expected=f"{_EXPECTED} files")
     return [f"{folder}/{name}" for name in names]
 
 
 def _is_data(file: str) -> bool:
-    return file_kind(file)[0] in _TEXT_KINDS or file_kind(file) == (".parquet", "")
+    return file_kind(file)[0] in _READERS or file_kind(file) == (".parquet", "")
 
 
 def open_bytes(file: str) -> Any:
@@ -132,17 +114,15 @@ def open_bytes(file: str) -> Any:
 @contextmanager
 def reading(file: str, problem: str = "cannot be read") -> Iterator[None]:
     """Errors of a local file and of its format inside are the user's mistake; at a URL, all that its file system raises."""
-    import pyarrow as pa
-
     try:
         yield
     except (InputError, StopRequested):
         raise
     except Exception as error:
-        if not (isinstance(error, (OSError, pa.ArrowException)) or is_url(file)):
-            raise
-        found = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise bad_input(problem, file=file, found=found) from error
+        if isinstance(error, (OSError, pa.ArrowException)) or is_url(file):
+            found = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise bad_input(problem, file=file, found=found) from error
+        raise
 
 
 def read_rows(path: str | Path, fields: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
@@ -190,16 +170,11 @@ def kind_of(value: object) -> str:
 
 def _read_file(file: str, fields: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """Yield numbers and values of the rows of a file; of a table only the columns ``fields`` and ``optional``."""
-    import pyarrow as pa
-
     kind, compression = file_kind(file)
     with reading(file, f"not a readable {PurePath(file).suffix[1:]} file"), open_bytes(file) as handle:
         if codec := _CODECS[compression]:
             handle = io.BufferedReader(pa.CompressedInputStream(handle, codec), 2**20)
-        if kind in _TEXT_KINDS:
-            yield from {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[kind](handle, file)
-        else:
-            yield from _read_table(handle, file, fields, optional)
+        yield from _READERS[kind](handle, file) if kind in _READERS else _read_table(handle, file, fields, optional)
 
 
 def _lines(handle: BinaryIO, file: str) -> Iterator[tuple[int, str]]:
@@ -253,36 +228,25 @@ def _read_csv(handle: BinaryIO, file: str) -> Iterator[tuple[int, Any]]:
         raise bad_input(f"not valid CSV: {error}", file=file, row=number) from None
 
 
-def _read_table(
-    handle: BinaryIO, file: str, fields: Sequence[str], optional: Sequence[str]
-) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yield the rows of a parquet file, or of an Arrow stream as ``datasets`` writes it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
 
+
+def _read_table(handle: BinaryIO, file: str, fields: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a parquet file, or of an Arrow stream as ``datasets`` writes it."""
     reader = pq.ParquetFile(handle) if file.endswith(".parquet") else pa.ipc.open_stream(handle)
     names = (reader.schema_arrow if isinstance(reader, pq.ParquetFile) else reader.schema).names
     for field in fields:
         if field not in names:
             raise bad_input("missing", file=file, row=1, field=field, found=", ".join(names))
     columns = [*fields, *(name for name in optional if name in names)]
-    batches = reader.iter_batches(_ROWS_PER_READ, columns=columns) if isinstance(reader, pq.ParquetFile) else reader
     number = 0
-    for batch in batches:
+    for batch in reader.iter_batches(_ROWS_PER_READ, columns=columns) if isinstance(reader, pq.ParquetFile) else reader:
         for start in range(0, batch.num_rows, _ROWS_PER_READ):
-            for values in _to_rows(batch.select(columns).slice(start, _ROWS_PER_READ), file, number):
-                number += 1
-                yield number, values
-
-
-def _to_rows(batch: Any, file: str, before: int) -> list[dict[str, object]]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        for number, field in ((k, name) for k in range(batch.num_rows) for name in batch.schema.names):
+            part = batch.select(columns).slice(start, _ROWS_PER_READ)
             try:
-                batch.column(field)[number].as_py()
+                rows = part.to_pylist()
             except UnicodeDecodeError as error:
-                found = f"byte 0x{error.object[error.start]:02x}"
-                raise bad_input("invalid UTF-8", file=file, row=before + number + 1, field=field, found=found) from None
-        raise
+                found = f"byte 0x{error.object[error.start]:02x} in rows {number + 1} to {number + part.num_rows}"
+                raise bad_input("invalid UTF-8", file=file, found=found) from None
+            yield from enumerate(rows, start=number + 1)
+            number += len(rows)

@@ -154,7 +154,7 @@ def test_a_url_is_read_as_a_path_is(tmp_path, remote):
     assert message(lambda: read_texts("memory://bucket/a.jsonl")).startswith(
         "memory://bucket/a.jsonl: row 2: field 'text': wrong"
     )
-    assert "memory://bucket/gone: no such file or folder" in message(lambda: source_files("memory://bucket/gone"))
+    assert "memory://bucket/gone: cannot be read" in message(lambda: source_files("memory://bucket/gone"))
     assert name_sources([Source("memory://bucket/a.jsonl.gz")])[0].name == "a"
 
 
@@ -238,8 +238,7 @@ def test_bad_parquet_rows_are_named(tmp_path):
     assert "field 'text': missing (found body, id" in message(lambda: read_texts(file))
     bad = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff"))
     pq.write_table(pa.table({"text": bad}), file)
-    text = message(lambda: read_texts(file))
-    assert "row 2: field 'text': invalid UTF-8" in text and "0xff" in text
+    assert message(lambda: read_texts(file)) == f"{file}: invalid UTF-8 (found byte 0xff in rows 1 to 2)"
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
@@ -252,7 +251,7 @@ def test_a_broken_binary_file_is_named(tmp_path, name):
 
 
 def test_paths_without_data_are_named(tmp_path):
-    assert "no such file or folder" in message(lambda: source_files(tmp_path / "gone.jsonl"))
+    assert "gone.jsonl: cannot be read (found No such file" in message(lambda: source_files(tmp_path / "gone.jsonl"))
     assert "the folder holds no data files" in message(lambda: source_files(tmp_path))
     for name in ("a.txt", "a.parquet.gz", "a.gz"):
         (tmp_path / name).write_text("text\n")
@@ -266,7 +265,9 @@ def test_paths_without_data_are_named(tmp_path):
     assert "holds several splits (found train" in message(lambda: source_files(tmp_path / "dict"))
     save_to_disk(tmp_path / "saved", TEXTS)
     (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
-    assert "data-00001-of-00002.arrow: no such file" in message(lambda: source_files(tmp_path / "saved"))
+    assert "data-00001-of-00002.arrow: not a readable arrow file (found No such" in message(
+        lambda: read_texts(tmp_path / "saved")
+    )
     (tmp_path / "saved" / "state.json").write_text("{}")
     assert "field '_data_files'" in message(lambda: source_files(tmp_path / "saved"))
 
