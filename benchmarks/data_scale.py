@@ -28,8 +28,7 @@ from medtrain.trainer.data.batch import cpt_batch
 from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import pack
 from medtrain.trainer.data.tokenizer import read_tokenizer
-from medtrain.trainer.data.tokens import cache_folder, part_path, tokenize_source, write_index
-from medtrain.trainer.data.windows import make_windows
+from medtrain.trainer.data.tokens import cache_folder, make_windows, part_path, tokenize_source, write_index
 from medtrain.trainer.processes import clean_context
 
 SOURCES = {"medical": (0.9, 0.8), "replay": (0.1, 0.2)}  # share of the tokens, weight

@@ -200,7 +200,7 @@ def make_inputs(model: Model, folder: Path, steps: int, device: torch.device) ->
     for step in range(steps):
         inputs.order.append(data.order.step(step).item_ids.tolist())
         (batch,), _ = data.micro_batches(step, world)
-        inputs.works.append(Work(batch.input_ids.numel(), batch.num_counted, batch.attended))
+        inputs.works.append(Work(batch.input_ids.numel(), batch.targets.numel(), batch.attended))
     for key in rows[0]:  # beyond its words a completion or document has its end token
         name = {"text": "document", "chosen": "completion", "rejected": "completion"}.get(key, key)
         inputs.lengths.setdefault(name, []).extend(len(token_ids(row[key])) + (name != "prompt") for row in rows)

@@ -56,7 +56,7 @@ def test_kernels_import_nothing_of_the_trainer():
 BUDGETS = {
     "kernels": 1740,
     "trainer/config": 780,
-    "trainer/data": 1932,
+    "trainer/data": 1712,
     "trainer/model": 1590,
     "trainer/weights": 1180,
     "trainer/exam": 2720,

@@ -28,7 +28,7 @@ _RANGES = (
         "0 or more",
         lambda value: value >= 0,
         "model.keep_bytes optim.warmup_steps optim.weight_decay optim.grad_clip rpo.alpha lora.rank eval.every eval.exam_every "
-        "precision.fp8_check_every parallel.prefetch",
+        "precision.fp8_check_every parallel.prefetch run.seed",
     ),
     (
         "more than 0",

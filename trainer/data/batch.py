@@ -1,10 +1,9 @@
 """Micro-batches: packs windows or pairs one after the other into the tensors that the model and the losses take.
 
 Both are laid out as groups: a prompt, computed once, and the completions that go on from it. A window is a group of one
-completion (all after its first token). With ``share`` off a pair is two groups of one completion each. Positions restart
-after the prompt for every completion, and a completion sees the prompt and itself, nothing else. Logits are wanted only at
-``counted``; ``targets`` are the tokens to find there. A completion's first token is found at the last token of the prompt,
-which so counts once per completion; its last token is a target and no input.
+completion (all after its first token). Positions restart after the prompt for every completion, and a completion sees the
+prompt and itself, nothing else. A completion's first token is a target at the last token of the prompt, which so counts once
+per completion; its last token is a target and no input.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from medtrain.trainer.data.pairs import PairSet, token_key
-from medtrain.trainer.data.windows import Windows
+from medtrain.trainer.data.tokens import Windows
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class MicroBatch:
     cu_seqlens[s]:cu_seqlens[s+1], a prompt and its first completion or a further completion. It attends to
     ``key_index[key_cu_seqlens[s]:key_cu_seqlens[s+1]]`` (int64 [K], int32 [S+1]), the last of which are its own tokens;
     ``key_index`` is None where every segment attends to itself alone. ``max_seqlen``, ``max_key_seqlen``: the longest.
-    ``counted`` int64 [N]: positions in ``input_ids`` whose next token counts; ``targets`` int64 [N]: that token.
+    ``counted`` int64 [N]: positions in ``input_ids`` whose next token is a target; ``targets`` int64 [N]: that token.
     ``target_cu_seqlens`` int64 [C+1]: the N by completion. ``source_ids`` int64: the source of each window [C] or pair [P].
     RPO, None in CPT: ``sides`` int64 [2P]: the completion of chosen_0, rejected_0, chosen_1, ...; ``pair_ids`` int64 [P]:
     index of each pair in its source.
@@ -53,10 +52,6 @@ class MicroBatch:
     pair_ids: torch.Tensor | None = None
 
     @property
-    def num_counted(self) -> int:
-        return self.targets.numel()
-
-    @property
     def attended(self) -> int:
         """Twice the query-key products that causal attention needs, up to the diagonal: n * n for a plain document."""
         keys = self.key_cu_seqlens.diff().long()
@@ -65,23 +60,21 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch on ``device``; to a GPU through pinned memory, without waiting."""
         device = torch.device(device)
-        moved: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                pinned = device.type == "cuda" and value.device.type == "cpu"
-                moved[name] = value.pin_memory().to(device, non_blocking=True) if pinned else value.to(device)
+        moved: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        for name, value in moved.items():
+            pinned = device.type == "cuda" and value.device.type == "cpu"
+            moved[name] = value.pin_memory().to(device, non_blocking=True) if pinned else value.to(device)
         return dataclasses.replace(self, **moved)
 
 
 def windows_batch(windows: Sequence[np.ndarray], source_ids: Sequence[int] | None = None) -> MicroBatch:
-    """Pack windows (each int [length + 1], as :meth:`Windows.window` returns it), of source 0 if not said otherwise."""
-    groups = [(window[:1], [window[1:]]) for window in windows]
-    return _pack(groups, source_ids=[0] * len(windows) if source_ids is None else source_ids)
+    """Pack windows (each int [length + 1], as :meth:`Windows.window` returns it); of source 0 by default."""
+    return _pack([(window[:1], [window[1:]]) for window in windows], source_ids or [0] * len(windows))
 
 
 def cpt_batch(sources: Sequence[Windows], items: Iterable[tuple[int, int]]) -> MicroBatch:
     """Pack the windows ``items``, each (source index, window index)."""
-    items = [(int(s), int(i)) for s, i in items]
+    items = list(items)
     return windows_batch([sources[s].window(i) for s, i in items], [s for s, _ in items])
 
 
@@ -92,7 +85,7 @@ def pair_batch(sources: Sequence[PairSet], items: Iterable[tuple[int, int]], *, 
     stand in the order in which they first come. Without, chosen_0, rejected_0, chosen_1, ..., each after its own prompt.
     A completion's targets are exactly its tokens.
     """
-    items = [(int(s), int(i)) for s, i in items]
+    items = list(items)
     groups: dict[object, tuple[np.ndarray, dict[bytes, np.ndarray]]] = {}
     sides = []
     for k, (s, i) in enumerate(items):

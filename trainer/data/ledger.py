@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from medtrain.trainer.data.packing import distinct_tokens
 from medtrain.trainer.data.pairs import PairSet
-from medtrain.trainer.data.sharing import distinct_tokens
-from medtrain.trainer.data.windows import Windows
+from medtrain.trainer.data.tokens import Windows
 
 
 def cpt_ledger(sources: Sequence[Windows]) -> dict:
@@ -23,13 +23,9 @@ def cpt_ledger(sources: Sequence[Windows]) -> dict:
 
 
 def pair_ledger(sources: Sequence[PairSet]) -> dict:
-    """Return the ledger of preference pairs.
-
-    ``completion_tokens`` are the targets of an epoch, both sides. ``inputs``: tokens that an epoch computes with each
-    side after its own prompt (``separate``), with a prompt per pair (``by_pair``), and with each distinct prompt and
-    completion once (``distinct``); with data.share_prompts a run lies between the last two, as pairs of one prompt meet in
-    a micro-batch.
-    """
+    """Return the ledger of preference pairs. ``completion_tokens`` are the targets of an epoch. ``inputs``: tokens that an
+    epoch computes with each side after its own prompt (``separate``), with a prompt per pair (``by_pair``), and with each
+    distinct prompt and completion once (``distinct``); a run with data.share_prompts lies between the last two."""
     return _ledger("pairs", {pairs.name: _pairs(pairs) for pairs in sources})
 
 
@@ -40,8 +36,7 @@ def describe(ledger: dict) -> list[str]:
         for outcome in ("cut", "refused"):
             for reason, counts in source[outcome].items():
                 lines.append(f"{name}: {outcome}: {reason}: {counts['rows']:,} rows, {counts['tokens']:,} tokens")
-        for reason, rows in source.get("noted", {}).items():
-            lines.append(f"{name}: noted: {reason}: {rows:,} rows")
+        lines += [f"{name}: noted: {reason}: {rows:,} rows" for reason, rows in source.get("noted", {}).items()]
     return lines
 
 
@@ -83,8 +78,7 @@ def _documents(windows: Windows) -> dict:
 
 def _pairs(pairs: PairSet) -> dict:
     kept = _counts(pairs.num_pairs, len(pairs.tokens))
-    cut = {reason: _counts(*counts) for reason, counts in pairs.cut.items()}
-    refused = {reason: _counts(*counts) for reason, counts in pairs.refused.items()}
+    cut, refused = ({reason: _counts(*n) for reason, n in counts.items()} for counts in (pairs.cut, pairs.refused))
     prompts, distinct = distinct_tokens(pairs)
     return {
         "path": pairs.path,

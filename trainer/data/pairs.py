@@ -1,7 +1,7 @@
 """Preference pairs: makes tokens of ``prompt``, ``chosen``, ``rejected`` rows, and cuts or refuses as configured.
 
 Fields are strings: a prompt's tokens are those of a text that begins a sequence, a completion's those of one that goes on
-(``encode.py``), and eos. Or they are chat lists ``[{"role": ..., "content": ...}, ...]``: prompt tokens are the chat
+(``tokenizer.py``), and eos. Or they are chat lists ``[{"role": ..., "content": ...}, ...]``: prompt tokens are the chat
 template's with the generation prompt, completion tokens what it adds to them for prompt + completion, up to and with eos.
 
 A row of the wrong form (a missing field, a wrong role) is always an error; one of the right form that cannot teach
@@ -22,8 +22,8 @@ import numpy as np
 
 from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.chat import render_chat
-from medtrain.trainer.data.encode import continuations, eos_id, opening, tokenize_starts, tokenize_texts
 from medtrain.trainer.data.sources import Row, check_text, kind_of, read_rows, source_name
+from medtrain.trainer.data.tokenizer import continuations, opening, tokenize_starts, tokenize_texts
 from medtrain.trainer.errors import InputError, bad_input
 
 Overlong = Literal["error", "drop", "cut_completion", "cut_prompt"]
@@ -198,8 +198,6 @@ class _Pair:
                 self._check_messages(name, value)
             else:
                 self._check_text(name, value)
-        if row.fields["chosen"] == row.fields["rejected"]:
-            self.refuse("identical", "identical to 'chosen'", "rejected", row.fields["rejected"])
 
     def refuse(self, reason: str, problem: str, field: str, found: object = None) -> None:
         self.problems.append((reason, bad_input(problem, **self.where, field=field, found=found)))
@@ -241,7 +239,7 @@ class _Pair:
 
 class _PairTokenizer:
     def __init__(self, tokenizer):
-        self.tokenizer, self.eos, self.start = tokenizer, eos_id(tokenizer), opening(tokenizer)[1]
+        self.tokenizer, self.eos, self.start = tokenizer, tokenizer.eos_token_id, opening(tokenizer)[1]
         self.go_on = continuations(tokenizer)
 
     def __call__(self, rows: Sequence[Row]) -> list[_Pair]:

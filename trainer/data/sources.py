@@ -84,9 +84,6 @@ def source_files(path: str | Path) -> list[str]:
                 raise bad_input("unknown kind of file", file=path, found=PurePath(path).name, expected=_EXPECTED)
             return [path]
         folder, there = path.rstrip("/"), [PurePath(entry).name for entry in files.ls(root, detail=False)]
-        if "dataset_dict.json" in there:
-            found = ", ".join(sorted({*there} - {"dataset_dict.json"}))
-            raise bad_input("holds several splits", file=path, found=found, expected="the path of one of them")
         if "state.json" in there:
             try:
                 names = [entry["filename"] for entry in json.loads(files.cat_file(f"{root}/state.json"))["_data_files"]]

@@ -26,19 +26,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
 
+import fsspec
 import numpy as np
 
 from medtrain.trainer.config.source import Source
-from medtrain.trainer.data.digests import files_digest
-from medtrain.trainer.data.encode import eos_id, tokenize_starts, tokenizer_digest
-from medtrain.trainer.data.sources import check_text, is_url, read_rows, source_files, source_name
-from medtrain.trainer.errors import InputError, user_path
+from medtrain.trainer.data.sources import check_text, file_kind, is_url, open_bytes, read_rows, reading, source_files, source_name
+from medtrain.trainer.data.tokenizer import tokenize_starts, tokenizer_digest
+from medtrain.trainer.errors import InputError, bad_input, user_path
 from medtrain.trainer.files import PARTIAL, replacing
 from medtrain.trainer.processes import clean_context
 
@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 PART_BYTES = 2**28  # of text in a part: what a kill can cost
 BATCH_BYTES = 2**21  # of text in a tokenizer call: bounds its memory, keeps its threads busy
 PROGRESS_SECONDS = 10.0
+_SETTLED_NS = 2_000_000_000
+_THREADS = 8  # hashing gives way to other threads, and one alone does not keep up with a fast disk
+_TAGS = ("ETag", "etag", "blob_id")  # what S3 and the web, Google and Azure, the Hub call the digest of a file
 _FEW_BATCHES = 4  # for these, workers are not worth their start
 _FORMAT = 1  # of what the tokens are
 _LAYOUT = 3  # of how they lie on the disk; another PART_BYTES is another layout
@@ -88,8 +91,45 @@ class TokenizedSource:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens ``start`` to ``stop``, uint32, which must lie within one document."""
         k = int(np.searchsorted(self._starts, start, side="right")) - 1
-        before = int(self._starts[k])
-        return self.parts[k][start - before : stop - before]
+        return self.parts[k][start - int(self._starts[k]) : stop - int(self._starts[k])]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one source, the items of the global order: each token after a document's first is a target in exactly one.
+
+    With ``seq_len`` L, a document ``d`` of n tokens has n - 1 predictions. Its window k has the inputs
+    ``d[kL : min((k + 1)L, n - 1)]`` and as targets the same shifted by one; no window holds two documents.
+    ``first`` int64 [num_docs + 1]: windows before each document; ``lengths`` int32 [num_windows]: inputs, and as many
+    targets, of each. Documents of one token (eos alone) have none.
+    """
+
+    source: TokenizedSource
+    seq_len: int
+    first: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def window(self, i: int) -> np.ndarray:
+        """Return the tokens of window ``i``, uint32 [length + 1]: ``[:-1]`` the inputs, ``[1:]`` the targets."""
+        doc = int(np.searchsorted(self.first, i, side="right")) - 1
+        start = int(self.source.offsets[doc]) + (i - int(self.first[doc])) * self.seq_len
+        return self.source.tokens(start, start + int(self.lengths[i]) + 1)
+
+
+def make_windows(source: TokenizedSource, seq_len: int) -> Windows:
+    """Cut the documents of ``source`` into windows of at most ``seq_len`` inputs. Raises InputError if none remains."""
+    predictions = np.diff(source.offsets) - 1
+    first = np.zeros(source.num_docs + 1, dtype=np.int64)
+    np.cumsum(-(-predictions // seq_len), out=first[1:])
+    if first[-1] == 0:
+        raise bad_input("no document has a token to predict", file=source.path)
+    lengths = np.full(first[-1], seq_len, dtype=np.int32)
+    kept = predictions > 0
+    lengths[first[1:][kept] - 1] = (predictions[kept] - 1) % seq_len + 1
+    return Windows(source, seq_len, first, lengths)
 
 
 def default_workers(local_ranks: int = 1) -> int:
@@ -219,7 +259,7 @@ def _write_part(path: Path, batches: Iterable[Batch]) -> dict:
 
 def _batches(texts: Iterable[str], name: str) -> Iterator[tuple[int, list[str]]]:
     """The texts of a tokenizer call, and the number of the part that they belong to; logs how far the reading is."""
-    number = rows = in_part = in_all = in_batch = 0
+    number = rows = size = in_batch = part_began = 0
     batch: list[str] = []
     began = last = time.monotonic()
     for text in texts:
@@ -228,16 +268,12 @@ def _batches(texts: Iterable[str], name: str) -> Iterator[tuple[int, list[str]]]
         if in_batch < BATCH_BYTES:
             continue
         yield number, batch
-        rows, in_part, in_all, in_batch, batch = rows + len(batch), in_part + in_batch, in_all + in_batch, 0, []
-        if in_part >= PART_BYTES:
-            number, in_part = number + 1, 0
-        now = time.monotonic()
-        if now - last >= PROGRESS_SECONDS:
-            last, rate = now, now - began
-            log.info(
-                f"{name}: {rows:,} documents tokenised, {in_all / 1e9:,.2f} GB of text, "
-                f"{rows / rate:,.0f} documents/s, {in_all / 1e6 / rate:,.1f} MB/s"
-            )
+        rows, size, in_batch, batch = rows + len(batch), size + in_batch, 0, []
+        if size - part_began >= PART_BYTES:
+            number, part_began = number + 1, size
+        if (now := time.monotonic()) - last >= PROGRESS_SECONDS:
+            last, rate = now, f"{rows / (now - began):,.0f} documents/s, {size / 1e6 / (now - began):,.1f} MB/s"
+            log.info(f"{name}: {rows:,} documents tokenised, {size / 1e9:,.2f} GB of text, {rate}")
     if batch:
         yield number, batch
 
@@ -264,7 +300,7 @@ def _tokenized(batches: Iterable[tuple[int, list[str]]], tokenizer, workers: int
 
 
 def _tokenize(tokenizer, number: int, texts: Sequence[str]) -> Batch:
-    ids, eos = tokenize_starts(tokenizer, texts), eos_id(tokenizer)
+    ids, eos = tokenize_starts(tokenizer, texts), tokenizer.eos_token_id
     for document in ids:
         document.append(eos)
     documents = np.array([(len(row), len(text.encode("utf-8"))) for row, text in zip(ids, texts, strict=True)], "<u4")
@@ -278,15 +314,58 @@ def _begin_work(pickled: bytes) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the threads
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     _tokenizer = pickle.loads(pickled)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
+def _end_with(parent) -> None:
     parent.join()
     os._exit(1)
 
 
 def _work(number: int, texts: Sequence[str]) -> Batch:
     return _tokenize(_tokenizer, number, texts)
+
+
+def files_digest(files: Sequence[str], memory: Path | None = None) -> str:
+    """Return the sha256 (hex) of the kinds and bytes of the files, in order. Their names and times do not matter.
+
+    ``memory`` (a file) keeps digests, so that a second start does not read 50 GB again: they hold while of every file size,
+    inode and times of change (of content, and of status, which the system alone sets) are the same, at a URL size and entity
+    tag. Nothing is kept where a file changed less than two seconds before it was read, since a later change could bear the
+    same time, or has no tag.
+    """
+    known, began = {}, time.time_ns()
+    if memory is not None:
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(memory.read_text("utf-8"))
+    stamps = [_stamp(file) for file in files]
+    seen = hashlib.sha256(repr([*zip(files, stamps, strict=True)]).encode()).hexdigest()
+    if seen in known:
+        return known[seen]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = list(pool.map(_file_digest, files))
+    lines = [f"{''.join(file_kind(file))}:{digest}\n" for file, digest in zip(files, digests, strict=True)]
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    settled = all(stamp is not None and max(stamp[2:]) < began - _SETTLED_NS for stamp in stamps)
+    if memory is not None and settled and stamps == [_stamp(file) for file in files]:
+        with contextlib.suppress(OSError):  # a cache that cannot be written is slow, not wrong
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(memory) as out:
+                out.write(json.dumps(known | {seen: digest}, indent=0).encode())
+    return digest
+
+
+def _file_digest(file: str) -> str:
+    with reading(file), open_bytes(file) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _stamp(file: str) -> tuple | None:
+    """What changes with a file: size, inode or tag, times of change (ns; 0 at a URL); None at a URL without a tag."""
+    with reading(file):
+        if not is_url(file):
+            found = os.stat(file)
+            return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+        files, path = fsspec.core.url_to_fs(file)
+        info = files.info(path)
+        return next(((info["size"], info[tag], 0) for tag in _TAGS if info.get(tag)), None)

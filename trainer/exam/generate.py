@@ -1,6 +1,6 @@
 """Generation of exam outputs through transformers or vLLM: prompts to texts, and log-probs of given completions.
 
-Both engines get token ids (of the prompt as written: no BOS is added to it, see ``data/encode.py``), cut outputs by the
+Both engines get token ids (of the prompt as written: no BOS is added to it, see ``data/tokenizer.py``), cut outputs by the
 same :class:`Stop` rule, and tell whether the token limit ended an output.
 """
 
@@ -20,8 +20,7 @@ import torch.nn as nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from medtrain.trainer.config.exam import ExamSettings
-from medtrain.trainer.data.encode import continuations, tokenize_starts
-from medtrain.trainer.data.tokenizer import check_ids, read_tokenizer
+from medtrain.trainer.data.tokenizer import PROBES, continuations, read_tokenizer, tokenize_starts, tokenize_texts
 from medtrain.trainer.errors import bad_input
 from medtrain.trainer.exam.prompts import Stop
 from medtrain.trainer.libraries import quiet_libraries
@@ -110,7 +109,7 @@ class HFEngine:
 
     def logps(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """Sum of the log-probs (nats) of each completion's tokens after its prompt, without eos; the tokens are those that
-        training makes of it (:func:`medtrain.trainer.data.encode.continuations`)."""
+        training makes of it (:func:`medtrain.trainer.data.tokenizer.continuations`)."""
         prompt_ids = tokenize_starts(self.tokenizer, prompts, as_written=True)
         completion_ids = continuations(self.tokenizer)(completions)
         if not all(prompt_ids) or not all(completion_ids):
@@ -229,7 +228,8 @@ class VLLMEngine:
         self.llm = LLM(model=str(folder), dtype=dtype, seed=0, tensor_parallel_size=max(1, torch.cuda.device_count()))
         # Prompts are handed over as ids of ours; what vLLM makes into text, stop strings among it, is its own reading.
         self.tokenizer = read_tokenizer(folder)
-        check_ids(self.llm.get_tokenizer(), folder)
+        if tokenize_texts(self.llm.get_tokenizer(), PROBES) != tokenize_texts(self.tokenizer, PROBES):
+            raise bad_input("not the tokens that vLLM makes", file=folder / "tokenizer.json")
 
     def batches(
         self, prompts: Sequence[str], max_new_tokens: int, stop: Stop, *, temperature=0.0, seed=0, skip: Collection[int] = ()

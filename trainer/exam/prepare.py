@@ -15,8 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from medtrain.trainer.config.exam import ExamSettings
 from medtrain.trainer.data.chat import fix_time, now
-from medtrain.trainer.data.encode import tokenize_starts
-from medtrain.trainer.data.tokenizer import read_tokenizer
+from medtrain.trainer.data.tokenizer import read_tokenizer, tokenize_starts
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.prompts import PromptStyle, load_style
 from medtrain.trainer.exam.questions import Question, load_questions

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from medtrain.trainer.config.reading import build, read_tree
 from medtrain.trainer.data.chat import left_out, squeeze
-from medtrain.trainer.data.encode import opening
+from medtrain.trainer.data.tokenizer import opening
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.questions import Question
 

@@ -15,11 +15,9 @@ from medtrain.trainer.config.settings import Config
 from medtrain.trainer.data.batch import MicroBatch, cpt_batch
 from medtrain.trainer.data.ledger import cpt_ledger
 from medtrain.trainer.data.order import GlobalOrder, source_shares
-from medtrain.trainer.data.packing import check_capacity, pack
-from medtrain.trainer.data.sharing import TokenCounts
+from medtrain.trainer.data.packing import TokenCounts, check_capacity, pack
 from medtrain.trainer.data.sources import name_sources
-from medtrain.trainer.data.tokens import default_workers, tokenize_source
-from medtrain.trainer.data.windows import Windows, make_windows
+from medtrain.trainer.data.tokens import Windows, default_workers, make_windows, tokenize_source
 from medtrain.trainer.distributed import World, local_size
 from medtrain.trainer.model.policy import PolicyModel
 from medtrain.trainer.train.heldout import HeldoutText

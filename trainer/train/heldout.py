@@ -17,7 +17,7 @@ import torch
 from medtrain.kernels.preference import sum_by_sequence
 from medtrain.trainer.data.batch import cpt_batch
 from medtrain.trainer.data.packing import pack
-from medtrain.trainer.data.windows import Windows
+from medtrain.trainer.data.tokens import Windows
 from medtrain.trainer.distributed import World
 from medtrain.trainer.files import write_bytes
 from medtrain.trainer.model.policy import PolicyModel

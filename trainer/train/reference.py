@@ -17,8 +17,8 @@ import torch
 
 from medtrain.kernels.preference import sum_by_sequence
 from medtrain.trainer.data.batch import pair_batch
+from medtrain.trainer.data.packing import plan_pairs
 from medtrain.trainer.data.pairs import PairSet
-from medtrain.trainer.data.sharing import plan_pairs
 from medtrain.trainer.distributed import World
 from medtrain.trainer.files import write_bytes, write_json
 from medtrain.trainer.model.policy import PolicyModel

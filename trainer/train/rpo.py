@@ -19,9 +19,8 @@ from medtrain.trainer.config.settings import Config, RpoConfig
 from medtrain.trainer.data.batch import MicroBatch, pair_batch
 from medtrain.trainer.data.ledger import describe, pair_ledger
 from medtrain.trainer.data.order import GlobalOrder, source_shares
-from medtrain.trainer.data.packing import check_capacity
+from medtrain.trainer.data.packing import check_capacity, plan_pairs
 from medtrain.trainer.data.pairs import PairSet, load_pairs
-from medtrain.trainer.data.sharing import plan_pairs
 from medtrain.trainer.data.sources import name_sources
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model.lora import without_adapters

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from medtrain.trainer.data.batch import MicroBatch
-from medtrain.trainer.data.sharing import TokenCounts
+from medtrain.trainer.data.packing import TokenCounts
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model.policy import PolicyModel
 

@@ -22,8 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from medtrain.trainer.data.encode import opening
-from medtrain.trainer.data.tokenizer import PROBES, read_tokenizer
+from medtrain.trainer.data.tokenizer import PROBES, opening, read_tokenizer
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.files import write_json
 

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.batch import pair_batch
 from medtrain.trainer.data.ledger import describe, pair_ledger
+from medtrain.trainer.data.packing import plan_pairs
 from medtrain.trainer.data.pairs import BOS_DOUBLED, EOS_DOUBLED, EOS_MISSING, PROMPT_REPEATED, PairSet, load_pairs
-from medtrain.trainer.data.sharing import plan_pairs
 from medtrain.trainer.errors import InputError
 
 SHARED = Path(__file__).parents[3] / ".." / "shared" / "data"
@@ -134,7 +134,7 @@ def test_what_each_side_sees_and_must_find_is_its_own_prompt_and_completion(shap
 
 def test_an_empty_pair_batch_has_no_pair_and_counts_nothing():
     batch = pair_batch([], [])
-    assert batch.input_ids.tolist() == [0] and len(batch.pair_ids) == 0 == batch.num_counted
+    assert batch.input_ids.tolist() == [0] and len(batch.pair_ids) == 0 == len(batch.targets)
     assert batch.target_cu_seqlens.tolist() == [0] and batch.pair_ids.tolist() == []
 
 
@@ -181,7 +181,7 @@ def test_chat_lists_of_parquet_have_their_null_keys_dropped(tmp_path):
         (row(prompt=""), ["field 'prompt'", "empty text"]),
         (row(chosen=" \n"), ["field 'chosen'", "empty text"]),
         (row(rejected=""), ["field 'rejected'", "empty text"]),
-        (row(rejected="the answer a"), ["field 'rejected'", "identical to 'chosen'"]),
+        (row(rejected="the answer a"), ["field 'rejected'", "the same tokens as 'chosen'"]),
         (row(rejected="the  answer  a"), ["field 'rejected'", "the same tokens as 'chosen'"]),
         (row(prompt=7), ["field 'prompt'", "found a number", "expected a string or a list of messages"]),
         (row(chosen=None), ["field 'chosen'", "found null"]),
@@ -194,7 +194,7 @@ def test_chat_lists_of_parquet_have_their_null_keys_dropped(tmp_path):
         (chat() | {"prompt": [{"role": "user"}]}, ["field 'prompt[0].content'", "found null"]),
         (chat() | {"chosen": chat()["prompt"]}, ["field 'chosen[0].role'", "found user", "expected assistant"]),
         (chat() | {"prompt": chat()["chosen"]}, ["field 'prompt[0].role'", "ends with the assistant's turn"]),
-        (chat(rejected="the answer a"), ["field 'rejected'", "identical to 'chosen'"]),
+        (chat(rejected="the answer a"), ["field 'rejected'", "the same tokens as 'chosen'"]),
     ],
 )
 def test_a_bad_pair_is_named_with_file_row_and_field(tmp_path, bad, words):

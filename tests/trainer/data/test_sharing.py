@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from medtrain.kernels.preference import sum_by_sequence
 from medtrain.trainer.config.settings import ModelConfig, config_from_dict
 from medtrain.trainer.data.batch import pair_batch
+from medtrain.trainer.data.packing import plan_pairs
 from medtrain.trainer.data.pairs import PairSet
-from medtrain.trainer.data.sharing import plan_pairs
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model.attention import packed_layout
 from medtrain.trainer.model.hf_config import load_model_config, load_tokenizer

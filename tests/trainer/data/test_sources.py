@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from medtrain.trainer.config.source import Source
-from medtrain.trainer.data.digests import files_digest
 from medtrain.trainer.data.sources import check_text, name_sources, read_rows, reading, source_files
+from medtrain.trainer.data.tokens import files_digest
 from medtrain.trainer.errors import InputError, StopRequested
 
 TEXTS = ["rash of the left arm", "発熱と咳", "a\nb"]
@@ -262,7 +262,7 @@ def test_paths_without_data_are_named(tmp_path):
         assert f"{tmp_path / 'empty.jsonl'}: no rows" in message(lambda: read_texts(tmp_path / "empty.jsonl"))
     (tmp_path / "dict" / "train").mkdir(parents=True)
     (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    assert "holds several splits (found train" in message(lambda: source_files(tmp_path / "dict"))
+    assert "dataset_dict.json: wrong file (found an object" in message(lambda: read_texts(tmp_path / "dict"))
     save_to_disk(tmp_path / "saved", TEXTS)
     (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
     assert "data-00001-of-00002.arrow: not a readable arrow file (found No such" in message(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medtrain.trainer.config.exam import PairsConfig
-from medtrain.trainer.data.encode import opening
+from medtrain.trainer.data.tokenizer import opening
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.generate import HFEngine, Output, load_engine
 from medtrain.trainer.exam.pairs.build import GradedPath, build_pairs, grade_paths, ground_truth
