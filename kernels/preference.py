@@ -83,7 +83,7 @@ def preference_loss(
         ``pairs``: P, an int; ``chosen_tokens``: 0-d int64;
         ``rewards/chosen``, ``rewards/rejected``: [P], beta times the log-ratios (without a reference: times the mean
         log-probability);
-        ``rewards/margin``: [P], their difference; ``rewards/accuracy``: [P], 1.0 where the margin is positive, else 0;
+        ``rewards/margin``: [P], their difference; ``rewards/accuracy``: [P], 1 where the margin is positive, 0.5 where it is 0;
         ``logps/chosen``, ``logps/rejected``: [P], sums in nats.
 
     Raises:
@@ -147,7 +147,7 @@ def preference_loss(
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
         "rewards/margin": margin,
-        "rewards/accuracy": (margin > 0).to(dtype),
+        "rewards/accuracy": (margin > 0).to(dtype) + (margin == 0).to(dtype) / 2,
         "logps/chosen": logps[:, 0].detach(),
         "logps/rejected": logps[:, 1].detach(),
     }

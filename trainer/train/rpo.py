@@ -19,14 +19,14 @@ from medtrain.trainer.config.settings import Config, RpoConfig
 from medtrain.trainer.data.batch import MicroBatch, pair_batch
 from medtrain.trainer.data.ledger import describe, pair_ledger
 from medtrain.trainer.data.order import GlobalOrder, source_shares
-from medtrain.trainer.data.packing import check_capacity, plan_pairs
+from medtrain.trainer.data.packing import TokenCounts, check_capacity, plan_pairs
 from medtrain.trainer.data.pairs import PairSet, load_pairs
 from medtrain.trainer.data.sources import name_sources
 from medtrain.trainer.distributed import World
 from medtrain.trainer.model.lora import without_adapters
 from medtrain.trainer.model.policy import PolicyModel
 from medtrain.trainer.train.pair_metrics import num_sums, pair_metrics, pair_sums
-from medtrain.trainer.train.reference import ReferenceCache
+from medtrain.trainer.train.reference import ReferenceCache, micro_batches, part_starts
 from medtrain.trainer.train.stage import Denominators, RunIdentity, warn_unknown_tokens
 
 log = logging.getLogger(__name__)
@@ -61,21 +61,28 @@ class PairData:
 
     def micro_batches(self, step: int, world: World) -> tuple[list[MicroBatch], Denominators]:
         """See :class:`medtrain.trainer.train.stage.StageData`."""
-        items = self.order.step(step)
+        items, share = self.order.step(step), self.share_prompts
         ids = list(zip(items.source_ids.tolist(), items.item_ids.tolist(), strict=True))
-        return self._batches(self.sources, ids, world)
-
-    def heldout_batches(self, world: World) -> tuple[list[MicroBatch], Denominators]:
-        """All held-out pairs, as those of one step."""
-        ids = [(s, i) for s, pairs in enumerate(self.heldout) for i in range(pairs.num_pairs)]
-        return self._batches(self.heldout, ids, world)
-
-    def _batches(self, sources: Sequence[PairSet], ids: list[tuple[int, int]], world: World):
-        plan, inputs = plan_pairs(sources, ids, share=self.share_prompts, capacity=self.capacity, world_size=world.size)
-        batches = [pair_batch(sources, [ids[i] for i in by_rank[world.rank]], share=self.share_prompts) for by_rank in plan]
-        completions = [pairs.completion_lengths.reshape(-1, 2) for pairs in sources]
+        plan, inputs = plan_pairs(self.sources, ids, share=share, capacity=self.capacity, world_size=world.size)
+        batches = [pair_batch(self.sources, [ids[i] for i in by_rank[world.rank]], share=share) for by_rank in plan]
+        completions = [pairs.completion_lengths.reshape(-1, 2) for pairs in self.sources]
         lengths = np.array([completions[s][i] for s, i in ids])
         return batches, Denominators(int(lengths.sum()), inputs, len(ids), int(lengths[:, 0].sum()))
+
+    def heldout_batches(self, world: World) -> tuple[list[MicroBatch], Denominators]:
+        """This rank's batches of all held-out pairs, in the reference's own micro-batches: where the policy is the reference,
+        so are its numbers, bit for bit."""
+        queue = [
+            [(s, i) for i in mine]
+            for s, pairs in enumerate(self.heldout)
+            for start in part_starts(pairs)
+            for mine in micro_batches(pairs, start, self.capacity, self.share_prompts)
+        ]
+        queue += [[]] * (-len(queue) % world.size)  # as many on every rank
+        lengths = np.concatenate([pairs.completion_lengths.reshape(-1, 2) for pairs in self.heldout])
+        n = Denominators(int(lengths.sum()), TokenCounts(0, 0, 0, 0, 0), len(lengths), int(lengths[:, 0].sum()))
+        mine = queue[world.rank :: world.size]
+        return [pair_batch(self.heldout, items, share=self.share_prompts) for items in mine], n
 
 
 class PreferenceLoss:
@@ -173,7 +180,7 @@ def make_loss(
     in ``folder``, and a few are compared with what the policy computes now.
 
     Raises:
-        RuntimeError: policy and reference differ before the first step.
+        InputError: policy and reference differ before the first step.
     """
     settings = config.rpo
     if not LOSSES[settings.loss].needs_reference:
@@ -182,14 +189,14 @@ def make_loss(
         return PreferenceLoss(settings, data, reference[: len(data.sources)], reference[len(data.sources) :])
 
     def reference_of(pairs: PairSet) -> torch.Tensor:
-        cache = ReferenceCache(folder, pairs, identity.start, policy.compute_dtype, policy.backend)
-        layout = {"capacity": data.capacity, "share": data.share_prompts}
+        cache = ReferenceCache(folder, pairs, identity.start, policy, capacity=data.capacity, share=data.share_prompts)
         # Adapters that begin at zero stay out; the check has them in, and so shows that they change nothing.
         with without_adapters(policy) if identity.adapters_are_new else contextlib.nullcontext():
-            missing, parts = cache.fill(policy, world, **layout), len(cache.parts())
-        difference = cache.check(policy, world, **layout)
+            missing, parts = cache.fill(world), len(cache.parts())
+        difference = cache.check(world)
         what = f"{missing} of {parts} parts computed" if missing else "from the cache"
-        log.info(f"reference of {pairs.name}: {what}; policy == reference within {difference:.1e} nats")
+        same = f"policy within {difference:.1e} nats of it" if difference else "policy == reference, bit for bit"
+        log.info(f"reference of {pairs.name}: {what}; {same}")
         return torch.from_numpy(cache.load())
 
     return PreferenceLoss(

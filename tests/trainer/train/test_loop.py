@@ -127,7 +127,7 @@ def test_a_reference_of_other_weights_stops_the_run(rpo_tree, tmp_path):
     (part,) = (tmp_path / "run" / "reference").glob("*/part-*.npy")
     np.save(part, np.load(part) + 0.5)
     (tmp_path / "run" / "model").rename(tmp_path / "gone")
-    with pytest.raises(RuntimeError, match="not those of the starting weights"):
+    with pytest.raises(InputError, match="not those of the starting weights"):
         run("rpo", rpo_tree, tmp_path / "run", optim__steps=2)
 
 
