@@ -30,6 +30,8 @@ from medtrain.trainer.files import write_json
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _OLDER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "tekken.json")
 _TEMPLATE_FILES, _TEMPLATES = ("chat_template.jinja", "chat_template.json"), "additional_chat_templates"
+# Code that does not come along, and how transformers 5 happened to load it.
+_NOT_OF_THE_TOKENIZER = ("auto_map", "is_local", "local_files_only")
 # Where an old config.json has these, they are about the model, not about how it generates.
 _NOT_GENERATION = {"transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
 
@@ -173,7 +175,7 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     others = folder / "special_tokens_map.json"
     contents = {file: _read_json(file) for file in (settings, others) if file.is_file()} or {settings: {}}
     for file, before in contents.items():
-        after = {key: value for key, value in before.items() if key != "auto_map"}  # its code does not come along
+        after = {key: value for key, value in before.items() if key not in _NOT_OF_THE_TOKENIZER}
         if isinstance(after.get("extra_special_tokens"), list):  # 4 knows a dict of that name alone
             after["additional_special_tokens"] = after.pop("extra_special_tokens")
         end = after.get("eos_token")  # with or without how it is matched

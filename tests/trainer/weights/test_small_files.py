@@ -107,7 +107,7 @@ def test_a_changed_end_token_is_in_every_file_that_names_it(base, tmp_path):
 
 def test_what_transformers_5_writes_of_a_tokenizer_is_written_so_that_4_reads_it(base, tmp_path):
     change(base / "config.json", model_type="llama")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(base, extra_special_tokens=["咳"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base, local_files_only=True, extra_special_tokens=["咳"])
     tokenizer.chat_template = {one["name"]: one["template"] for one in TEMPLATES}
     tokenizer.save_pretrained(base)
     assert json.loads((base / "tokenizer_config.json").read_text())["extra_special_tokens"] == ["咳"]
@@ -115,6 +115,7 @@ def test_what_transformers_5_writes_of_a_tokenizer_is_written_so_that_4_reads_it
     content = json.loads((out / "tokenizer_config.json").read_text())
     assert content["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert content["additional_special_tokens"] == ["咳"] and "extra_special_tokens" not in content
+    assert "local_files_only" not in content, "how it was loaded says nothing about it"
     again = read_tokenizer(out)
     assert again.chat_template == tokenizer.chat_template and again.extra_special_tokens == ["咳"]
 
