@@ -226,9 +226,9 @@ def plan(
         sys.exit(1)
 
 
-@main.group(short_help="Measure the op and training steps beside their peers.")
+@main.group(short_help="Measure the op and training steps, and their peers.")
 def bench() -> None:
-    """Measure: the log-probability op beside its peers and a floor of bare GEMMs, and a training step beside TRL's."""
+    """Measure the log-probability op, its peers and a floor of bare GEMMs; a training step and TRL's."""
 
 
 @bench.command("kernels", short_help="Time, memory and error of the op in all its modes.")
@@ -251,14 +251,14 @@ def bench_kernels(quick: bool, out: str, shapes: str | None, impls: str | None, 
     _show_benchmark(result, path)
 
 
-@bench.command("train", short_help="Our training step beside TRL's or Trainer's.")
+@bench.command("train", short_help="Our training step, and TRL's or Trainer's.")
 @click.option("--stage", type=click.Choice(["cpt", "rpo"]), default="rpo", show_default=True)
 @click.option("--model", metavar="tiny|0.5b|1.5b|7b", help="Only this size; by default tiny on a CPU, the others on a GPU.")
 @click.option("--quick", is_flag=True, help="On a GPU: fewer rows and steps, nothing begun after 300 seconds.")
 @click.option("--out", type=PATH, default="benchmarks/results", show_default=True, help="Folder of the files.")
 @click.option("--commit", help="Recorded where the source tree is not a git checkout.")
 def bench_train(stage: str, model: str | None, quick: bool, out: str, commit: str | None) -> None:
-    """Speed, memory, padding and loss of our step on random weights: RPO beside TRL, CPT beside Hugging Face's Trainer."""
+    """Speed, memory, padding and loss of our step and a peer's on random weights: TRL's for RPO, Trainer's for CPT."""
     import torch
 
     from medtrain.benchmarks.train import choose, run_train

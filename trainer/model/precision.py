@@ -84,7 +84,7 @@ def _check_device(device: torch.device, compute_dtype: torch.dtype) -> None:
         capability = torch.cuda.get_device_capability(device)
         found = f"{torch.cuda.get_device_name(device)}, {'.'.join(map(str, capability))}"
     if device.type != "cuda" or capability < LEAST_CAPABILITY:
-        expected = "a CUDA device of compute capability 8.9 or above, or precision.fp8_emulate=true (slow: it proves wiring)"
+        expected = "a CUDA device of compute capability 8.9 or above, or precision.fp8_emulate=true (slow)"
         raise bad_input("this device has no FP8", field="precision.fp8", found=found, expected=expected)
     if compute_dtype != torch.bfloat16:
         problem = "FP8 products are rounded to bfloat16"

@@ -140,14 +140,10 @@ def _hugging_face_logps(model: torch.nn.Module, pairs: PairSet, last: int) -> to
 
 
 def _mismatch(hf_config: PreTrainedConfig, where: dict[str, Any], difference: float, last: int, share: bool) -> InputError:
+    cause = "attention to a shared prompt" if share else "a setting of this config that packed attention does not know"
     rope = getattr(hf_config, "rope_parameters", None) or {}
     if last > REACH:
-        original = rope.get("original_max_position_embeddings")
         cause = f"rope_type {rope.get('rope_type')} has other frequencies for long documents, and all lengths are packed together"
-        cause += f"; right up to original_max_position_embeddings, {original}"
-    elif share:
-        cause = "attention to a shared prompt; separate sequences agree"
-    else:
-        cause = "a setting of this config that packed attention does not know, or the version of transformers"
+        cause += f"; right up to {rope.get('original_max_position_embeddings')} positions"
     found = f"{hf_config.model_type} up to position {last}: {difference:.1e} nats per token apart"
     return bad_input(f"{_PROBLEM}; likely cause: {cause}", **where, found=found, expected=f"at most {TOLERANCE:.0e}")

@@ -1,1 +1,1 @@
-"""The folder of a run and what a person sees of it: manifest, metrics, console, report."""
+"""The folder of a run and what is shown of it: manifest, metrics, console, report."""

@@ -96,11 +96,8 @@ def _check_tensors(policy: PolicyModel, checkpoint: Checkpoint, world: World) ->
     differ = [name for name, count in zip(names, world.sum(wrong), strict=True) if count > 0]
     if differ:
         others = f" and {len(differ) - 1} others" if len(differ) > 1 else ""
-        raise bad_input(
-            f"the loaded weights are not those of the files: {differ[0]}{others} differ; likely cause: the files "
-            "changed while they were read, or a defective disk or memory",
-            file=checkpoint.folder,
-        )
+        problem = "the loaded weights are not those of the files, which changed meanwhile, or the disk or memory is defective"
+        raise bad_input(problem, file=checkpoint.folder, found=f"{differ[0]}{others} differ")
     return names
 
 
@@ -144,30 +141,12 @@ def _compare(ours: torch.Tensor, ids: torch.Tensor, policy: PolicyModel, checkpo
     tolerance = max(TOLERANCE, TIMES_THEIR_LOSS * their_loss)
     if not mean <= tolerance:  # so that NaN is wrong too
         raise bad_input(
-            f"the loaded policy is not Hugging Face's model; likely cause: {_cause(model, policy, checkpoint)}; "
-            "model.proof=tensors goes without this comparison",
+            "the loaded policy is not Hugging Face's model, though the tensors are the files'; model.proof=tensors goes without",
             file=checkpoint.folder,
             found=f"log-probabilities of {len(ours)} tokens {mean:.2e} nats apart on average, {largest:.2e} at most",
             expected=f"at most {tolerance:.1e} on average",
         )
     return {"tokens": len(ours), "mean_difference": mean, "largest_difference": largest, "tolerance": tolerance}
-
-
-def _cause(model: torch.nn.Module, policy: PolicyModel, checkpoint: Checkpoint) -> str:
-    """What ``model``, as Hugging Face loaded it, and ``policy``, whose tensors are the files', have not in common."""
-    for name, param in model.named_parameters():
-        if name not in checkpoint.tensors:
-            return f"transformers has a tensor {name} that the files lack"
-        if not _is_stored(param, checkpoint, name, packed=False):
-            return f"transformers reads {name} otherwise than the files have it"
-    ours = dict(policy.named_buffers())
-    for name, buffer in model.named_buffers():  # on a GPU the last bits are others
-        if name not in ours or not torch.allclose(buffer, ours[name].cpu(), rtol=1e-4):
-            return f"other values of {name}, which no file holds (rotary frequencies: rope_theta, rope_type and its factors)"
-    return (
-        f"the computation itself, in {policy.compute_dtype} on {policy.device.type} with {policy.backend} attention, since all "
-        "weights and rotary frequencies agree"
-    )
 
 
 def _hugging_face_logps(model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:

@@ -128,7 +128,7 @@ def _planted(folder, error, nf4):
     with join_world() as world:
         weights._fill = spoiling
         try:
-            with pytest.raises(InputError, match=r"not those of .*: model\.layers\.1\.mlp\.up_proj\.weight differ"):
+            with pytest.raises(InputError, match=r"not those of .*found model\.layers\.1\.mlp\.up_proj\.weight differ"):
                 proved(folder, world, lora=LoraConfig(rank=2, base="nf4") if nf4 else None)
         finally:
             weights._fill = fill
@@ -179,11 +179,11 @@ def test_blocks_of_rows_are_compared_to_the_last(hf_folder, monkeypatch):
     _planted(hf_folder(), "one bit", nf4=False)
 
 
-def _used_wrongly(folder, change, cause):
+def _used_wrongly(folder, change):
     with join_world() as world:
         policy, adapters = loaded(folder, world)
         change(policy)
-        with pytest.raises(InputError, match=f"is not Hugging Face's model; likely cause: {cause}"):
+        with pytest.raises(InputError, match="is not Hugging Face's model"):
             verify.verify_weights(policy, Checkpoint(folder), adapters, world, forward=True)
         verify.verify_weights(policy, Checkpoint(folder), adapters, world, forward=False)
 
@@ -197,25 +197,9 @@ def _other_eps(policy):
         layer.input_layernorm.variance_epsilon = 0.1
 
 
-@pytest.mark.parametrize(
-    ("change", "cause"),
-    [
-        (_other_rope, r"other values of model\.rotary_emb\.inv_freq"),
-        (_other_eps, r"the computation itself, in torch\.float32 on cpu with sdpa attention"),
-    ],
-)
-def test_right_bytes_used_wrongly_are_found_by_the_forward_with_the_likely_cause(hf_folder, tmp_path, change, cause):
-    run_on_ranks(2, tmp_path, _used_wrongly, hf_folder(), change, cause)
-
-
-def test_what_transformers_reads_otherwise_is_the_likely_cause(hf_folder, monkeypatch):
-    folder = hf_folder()
-    policy, _ = loaded(folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
-    theirs.model.layers[1].mlp.up_proj.weight.data.mul_(2)
-    monkeypatch.setattr(verify.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: theirs)
-    with pytest.raises(InputError, match=r"transformers reads model\.layers\.1\.mlp\.up_proj\.weight otherwise"):
-        verify.verify_weights(policy, Checkpoint(folder), None, ALONE, forward=True)
+@pytest.mark.parametrize("change", [_other_rope, _other_eps])
+def test_right_bytes_used_wrongly_are_found_by_the_forward(hf_folder, tmp_path, change):
+    run_on_ranks(2, tmp_path, _used_wrongly, hf_folder(), change)
 
 
 def _failing_elsewhere(folder):
