@@ -24,9 +24,9 @@ def print_json(result: dict) -> None:
 @click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 def pairs(config: str, overrides: tuple[str, ...]) -> None:
-    """Sample reasoning on questions, grade it, and write preference pairs, as CONFIG.yaml says; prints the summary.
+    """Sample reasoning on questions, grade it, and write preference pairs, as CONFIG.yaml has it; prints the summary.
 
-    Next to the pairs, OUT.paths.jsonl keeps every sampled path with its grade; a run that was killed goes on from it.
+    OUT.paths.jsonl keeps every sampled path with its grade; a run that was killed goes on from it.
     """
     from medtrain.trainer.config.exam import load_pairs_config
 

@@ -1,8 +1,4 @@
-"""How sure a score is: bootstrap intervals over questions, and an exact paired test.
-
-Both are over the questions of one exam, sat once: they say how much the draw of questions matters, not how much another
-seed, prompt or training run would.
-"""
+"""How sure a score is: bootstrap intervals over the questions of one evaluation, and an exact paired test."""
 
 from __future__ import annotations
 
@@ -14,14 +10,10 @@ _NUM_RESAMPLES = 10_000
 
 
 def bootstrap_interval(points: Sequence[int], max_points: Sequence[int]) -> tuple[float, float]:
-    """95 % percentile interval of ``sum(points) / sum(max_points)``, questions resampled with replacement.
-
-    ``points`` [Q] may be differences of two modes or models on the same questions: the interval is then the paired one.
-    Questions of 0 points take no part; without others it is (0, 0). The seed is fixed and the order of questions does not
-    matter: 10,000 draws of how often each kind of question (points, max_points) comes up, which is the same
-    distribution as drawing the questions one by one.
-
-    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3 (percentile interval).
+    """95 % percentile interval of ``sum(points) / sum(max_points)``, questions resampled with replacement (Efron and Tibshirani
+    1993, An Introduction to the Bootstrap, section 13.3). ``points`` [Q] may be differences of two modes or models: the interval
+    is then the paired one. Questions of 0 points take no part; without others it is (0, 0). The seed is fixed. Drawn is how
+    often each kind of question (points, max_points) comes up: the same distribution as drawing questions one by one.
     """
     counted = [pair for pair in zip(points, max_points, strict=True) if pair[1]]
     if not counted:
@@ -33,14 +25,10 @@ def bootstrap_interval(points: Sequence[int], max_points: Sequence[int]) -> tupl
 
 
 def paired_p_value(differences: Sequence[int]) -> float:
-    """Two-sided exact p-value of "both are equally good", from the points that one has more than the other, a question.
+    """Two-sided exact p-value of "both are equally good", from the points that one has more than the other per question.
 
-    The paired permutation (sign-flip) test: under the hypothesis each question's difference is as likely with the other
-    sign. All sign patterns are counted, through the distribution of their sum, so nothing is drawn. On differences of
-    right and wrong (-1, 0, 1) it is the exact McNemar test.
-
-    Sources: Fisher 1935, The Design of Experiments, section 21; Pagano and Tritchler 1983 (exact distribution by
-    convolution); McNemar 1947.
+    The paired permutation (sign-flip) test (Fisher 1935, The Design of Experiments, section 21), all sign patterns counted by
+    convolution (Pagano and Tritchler 1983); on right and wrong (-1, 0, 1) it is the exact McNemar test.
     """
     sizes = [abs(difference) for difference in differences if difference]
     chances = np.ones(1)  # of each sum of signed differences, from -total to total

@@ -86,7 +86,7 @@ def test_generate_around_a_policy_makes_the_tokens_of_hugging_faces_own_model(mo
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     config = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
     theirs = as_hugging_face(policy).generate(ids, attention_mask=mask, generation_config=config)
-    with during._as_causal_lm(policy, {}, ALONE) as model:
+    with during.CausalLM(policy, {}, ALONE) as model:
         ours = model.eval().generate(ids, attention_mask=mask, generation_config=config)
     assert torch.equal(ours.sequences, theirs.sequences)
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), rtol=0, atol=1e-4)
@@ -98,7 +98,7 @@ def test_the_cache_goes_from_token_to_token_under_a_name_that_the_decoder_knows(
     forward = policy.model.forward
     named = inspect.signature(forward).parameters.keys()
     policy.model.forward = lambda **inputs: passed.append(inputs) or forward(**inputs)
-    with during._as_causal_lm(policy, {}, ALONE) as model:
+    with during.CausalLM(policy, {}, ALONE) as model:
         model.decoder_takes = named - {"kwargs"}
         config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
         model.generate(torch.tensor([[5, 9, 4]]), generation_config=config)
@@ -107,7 +107,7 @@ def test_the_cache_goes_from_token_to_token_under_a_name_that_the_decoder_knows(
 
 
 def test_an_input_of_generate_that_the_decoder_does_not_name_is_refused():
-    with during._as_causal_lm(policy_of("qwen2"), {}, ALONE) as model, pytest.raises(TypeError, match="'kv_store'"):
+    with during.CausalLM(policy_of("qwen2"), {}, ALONE) as model, pytest.raises(TypeError, match="'kv_store'"):
         model(torch.tensor([[5, 9, 4]]), kv_store=None)
 
 
@@ -128,7 +128,7 @@ class _WithoutCache(torch.nn.Module):
 def test_a_cache_that_does_not_reach_the_model_is_seen(broken):
     tokenizer = chain_tokenizer()
     policy = policy_of("qwen2", vocab_size=len(tokenizer))
-    with during._as_causal_lm(policy, {}, ALONE) as model:
+    with during.CausalLM(policy, {}, ALONE) as model:
         if broken:
             policy.model.forward = _WithoutCache(type(policy.model).forward.__get__(policy.model)).forward
         assert HFEngine(model, tokenizer).cache_agrees("問題答え", 9) is not broken

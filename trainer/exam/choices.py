@@ -33,28 +33,22 @@ def candidates(question: Question) -> list[tuple[str, ...]]:
 
 def score_choices(engine: HFEngine, questions: Sequence[Question], prompts: Sequence[str], style: PromptStyle) -> Batches:
     """Yield the most likely answer of each question as an output, portion by portion."""
-    lead = style.lead
-    if style.chat:
-        lead = "" if style.marker_in_turn else style.answer_marker + style.lead
     for first in range(0, len(questions), _PORTION):
-        portion = list(range(first, min(first + _PORTION, len(questions))))
-        scored = [(i, letters) for i in portion for letters in candidates(questions[i])]
-        texts = [lead + style.answer(letters, questions[i]) for i, letters in scored]
-        tables: dict[int, dict[str, float]] = {i: {} for i in portion}
-        for (i, letters), logp in zip(scored, engine.logps([prompts[i] for i, _ in scored], texts), strict=True):
-            tables[i][",".join(letters)] = logp
+        portion = list(range(len(questions)))[first : first + _PORTION]
+        scored = [(i, ",".join(letters)) for i in portion for letters in candidates(questions[i])]
+        texts = [style.answer_lead + style.answer(answer.split(","), questions[i]) for i, answer in scored]
+        logps = engine.logps([prompts[i] for i, _ in scored], texts)
         outputs = []
-        for i, table in tables.items():
-            best = max(table, key=table.__getitem__) if table else None
-            text = lead + style.answer(best.split(","), questions[i]) if best else ""
-            outputs.append(Output(text, truncated=False, choice_logps=table))
+        for i in portion:
+            table = {answer: logp for (j, answer), logp in zip(scored, logps, strict=True) if j == i}
+            best = max(table, key=table.__getitem__, default=None)
+            outputs.append(Output(texts[scored.index((i, best))] if best else "", truncated=False, choice_logps=table))
         yield portion, outputs
 
 
 def summarize_choices(questions: Sequence[Question], tables: Sequence[dict[str, float]], style: PromptStyle) -> dict[str, float]:
-    """``acc`` and ``acc_norm``, as in lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness,
-    ``lm_eval/api/task.py``), of the log-probs of each question's candidates ("a,c" -> nats): ``acc`` takes the candidate with
-    the highest one, ``acc_norm`` the highest per character. They differ only where answers are texts (``answer_as: text``)."""
+    """``acc`` and ``acc_norm`` of the log-probs of each question's candidates ("a,c" -> nats), as in lm-evaluation-harness
+    (``lm_eval/api/task.py``): ``acc`` takes the candidate with the highest one, ``acc_norm`` the highest per character."""
     right = {"acc": 0, "acc_norm": 0}
     for question, table in zip(questions, tables, strict=True):
         per_character = {key: logp / max(1, len(style.answer(key.split(","), question))) for key, logp in table.items()}

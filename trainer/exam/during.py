@@ -1,17 +1,14 @@
 """The exam during training: the policy, sharded as it trains, answers a small exam in both modes, and the gap is logged.
 
-Outputs are made by the code of ``medtrain eval``, through a causal LM's interface around the policy: each forward is one
-forward of the policy's root, so that FSDP gathers as in training, with logits for the last position alone. Questions are
-dealt out over the ranks; every rank makes as many batches and, within a batch, as many forwards as the others. The training
-is not touched: no gradient, no random number, and every parameter is its shard again afterwards.
+Outputs are made by the code of ``medtrain eval``: each forward is one forward of the policy's root, so that FSDP gathers as in
+training. Questions are dealt out over the ranks; every rank makes as many batches and, within a batch, as many forwards as the
+others. The training is not touched: no gradient, no random number, and every parameter is its shard again afterwards.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,24 +31,16 @@ from medtrain.trainer.model.policy import PolicyModel
 from medtrain.trainer.weights.small_files import generation_config
 
 _MOST_ROWS = 64  # of a batch, so that its logits stay small: 64 x 152,064 float32 are 39 MB
-
-
-_FIELDS = ("problem_id", "mode", "question", "key", "points")  # of an output's row, and:
-_FIELDS += ("prompt", "output", "parsed", "correct", "read_from", "failure", "truncated")
+_SCORES = ("prompt", "output", "parsed", "correct", "read_from", "failure", "truncated")
 
 
 def read_training_exam(config: Config, tokenizer, hf_config) -> Exam | None:
     """The exam that ``data.exam`` names, None without one; errors as :func:`read_exam`."""
-    named = config.eval
     if config.data.exam is None:
         return None
-    settings = ExamSettings(
-        prompt=named.exam_prompt,
-        chat=named.exam_chat,
-        demonstrations=named.exam_demonstrations,
-        mapping=named.exam_mapping,
-        batch_tokens=config.optim.micro_batch_tokens,
-    )
+    named = config.eval
+    shared = {name: getattr(named, f"exam_{name}") for name in ("prompt", "chat", "demonstrations", "mapping")}
+    settings = ExamSettings(**shared, batch_tokens=config.optim.micro_batch_tokens)
     limits = {"answer": named.exam_max_answer_tokens, "explain": named.exam_max_new_tokens}
     positions, limit = hf_config.max_position_embeddings, named.exam_questions
     return read_exam(config.data.exam, settings, tokenizer, limits, positions, limit=limit, prefix="eval.exam_")
@@ -59,20 +48,15 @@ def read_training_exam(config: Config, tokenizer, hf_config) -> Exam | None:
 
 def evaluate_policy(policy: PolicyModel, tokenizer, exam: Exam, world: World, file: Path, source: Path) -> dict[str, Any]:
     """Let the policy answer the exam and write its outputs to ``file``, one row per question and mode; returns metrics. All
-    ranks must call this. A ``file`` that is there already, from before the run was stopped, is read instead. Rows and metrics
-    say ``invalid`` where :meth:`HFEngine.cache_agrees` fails on the first question. ``source`` is the checkpoint the run
-    began with, whose generation settings name the ends of outputs."""
+    ranks must call this. A ``file`` of before the run was stopped is read instead. Rows and metrics have ``invalid`` where
+    :meth:`HFEngine.cache_agrees` fails. ``source``: the starting checkpoint, whose generation settings name the ends."""
     began = time.perf_counter()
     rows: dict[str, list[Row]] | None = world.from_main(lambda: read_outputs(file) if file.is_file() else None)
     if rows is None:
-        try:
-            with _as_causal_lm(policy, generation_config(tokenizer, source), world) as model:
-                agrees = HFEngine(model, tokenizer).cache_agrees(exam.prompts["explain"][0], exam.new_tokens["explain"])
-                rows = {mode: _evaluate_mode(model, tokenizer, exam, mode, world) for mode in MODES}
-        finally:
-            policy.reshard_all()
-        if not agrees:
-            rows = {mode: [row | {"invalid": INVALID} for row in rows[mode]] for mode in MODES}
+        with CausalLM(policy, generation_config(tokenizer, source), world) as model:
+            agrees = HFEngine(model, tokenizer).cache_agrees(exam.prompts["explain"][0], exam.new_tokens["explain"])
+            marks = {} if agrees else {"invalid": INVALID}
+            rows = {mode: _evaluate_mode(model, tokenizer, exam, mode, world, marks) for mode in MODES}
         if world.is_main:
             file.parent.mkdir(exist_ok=True)
             write_jsonl(file, [row for mode in MODES for row in rows[mode]])
@@ -89,43 +73,52 @@ def evaluate_policy(policy: PolicyModel, tokenizer, exam: Exam, world: World, fi
     return metrics | {"exam/seconds": time.perf_counter() - began}
 
 
-def _evaluate_mode(model: _CausalLM, tokenizer, exam: Exam, mode: str, world: World) -> list[Row]:
+def _evaluate_mode(model: CausalLM, tokenizer, exam: Exam, mode: str, world: World, marks: dict[str, str]) -> list[Row]:
     """One mode's rows in the exam's order, on every rank."""
     texts = [exam.style.render_question(question) for question in exam.questions]
     # Long prompts first, so that a batch holds little padding.
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), i))
     num_rows = max(1, min(_MOST_ROWS, exam.batch_tokens // exam.widths[mode], -(-len(order) // world.size)))
     engine = HFEngine(model, tokenizer, batch_tokens=num_rows * exam.widths[mode])
-    made: list[tuple[int, Output]] = []
+    made: dict[int, Output] = {}
     for start in range(0, len(order), num_rows * world.size):
         world.raise_if_stopping()
         mine = order[start : start + num_rows * world.size][world.rank :: world.size]
         # A rank without a question answers the shortest one, for the others wait for its forwards.
         prompts = [exam.prompts[mode][i] for i in mine or order[-1:]]
         for indices, outputs in engine.batches(prompts, exam.new_tokens[mode], exam.style.stop(mode)):
-            made += [(mine[i], output) for i, output in zip(indices, outputs, strict=True) if mine]
-    by_question = dict(one for of_rank in world.gather(made) for one in of_rank)
+            made |= {mine[i]: output for i, output in zip(indices, outputs, strict=True) if mine}
+    by_question = {i: output for of_rank in world.gather(made) for i, output in of_rank.items()}
     rows = []
     for i, question in enumerate(exam.questions):
         row = exam_row(exam.style, mode, question, exam.prompts[mode][i], by_question[i])
-        row |= {"mode": mode, "question": texts[i], "key": list(question.answer), "points": question.points}
-        rows.append({name: row[name] for name in _FIELDS})
+        of_question = {"question": texts[i], "key": list(question.answer), "points": question.points}
+        scores = {name: row[name] for name in _SCORES}
+        rows.append({"problem_id": question.problem_id, "mode": mode} | of_question | scores | marks)
     return rows
 
 
-class _CausalLM(PreTrainedModel, GenerationMixin):
-    """The interface of a Hugging Face causal LM around a policy, for ``generate`` alone."""
+class CausalLM(PreTrainedModel, GenerationMixin):
+    """The interface of a Hugging Face causal LM around a policy, for ``generate`` alone, which puts transformers' own attention
+    in the place of the packed one while it is entered. ``ends``: a generation config as plain data."""
 
     _supports_sdpa = True
 
-    def __init__(self, policy: PolicyModel, ends: GenerationConfig, world: World):
+    def __init__(self, policy: PolicyModel, ends: dict[str, Any], world: World):
         super().__init__(policy.config)
-        self.generation_config = ends
-        self.synced_gpus = world.size > 1
+        self.generation_config, self.synced_gpus = GenerationConfig.from_dict(ends), world.size > 1
         decoder: Any = policy.model
         self.hidden = (policy, decoder)  # in a tuple, or they would be submodules, put into evaluation mode and counted
         self.decoder_takes = inspect.signature(decoder.forward).parameters.keys() - {"kwargs"}
         self.place = nn.Parameter(torch.empty(0, device=policy.device), requires_grad=False)  # tells the device
+
+    def __enter__(self) -> CausalLM:
+        self.hidden[1].set_attn_implementation("sdpa")
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.hidden[1].set_attn_implementation(attention.NAME)
+        self.hidden[0].reshard_all()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.hidden[1].embed_tokens
@@ -135,9 +128,8 @@ class _CausalLM(PreTrainedModel, GenerationMixin):
         return cast(Any, super()).generate(*args, synced_gpus=self.synced_gpus, **kwargs)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, logits_to_keep=1, return_dict=True, **inputs):
-        """The logits of the last position. All that ``generate`` prepares goes on to the decoder, under whatever names this
-        version of transformers has (the KV cache has had two), and what the decoder returns besides its hidden states comes
-        back. Raises TypeError for an input that the decoder does not name, and would ignore."""
+        """The logits of the last position. All that ``generate`` prepares goes on to the decoder under its own names, and what
+        the decoder returns besides hidden states comes back. Raises TypeError for an input that the decoder would ignore."""
         unknown = inputs.keys() - self.decoder_takes
         if unknown or logits_to_keep != 1 or not return_dict:
             passed = {"logits_to_keep": logits_to_keep, "return_dict": return_dict} | dict.fromkeys(unknown, "...")
@@ -147,14 +139,3 @@ class _CausalLM(PreTrainedModel, GenerationMixin):
             padded = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **inputs}
             logits, rest = self.hidden[0](padded=padded)
             return CausalLMOutputWithPast(logits=logits, **rest)
-
-
-@contextmanager
-def _as_causal_lm(policy: PolicyModel, ends: dict, world: World) -> Iterator[_CausalLM]:
-    """The policy as :class:`_CausalLM`, with transformers' own attention instead of the packed one while this lasts."""
-    decoder: Any = policy.model
-    decoder.set_attn_implementation("sdpa")
-    try:
-        yield _CausalLM(policy, GenerationConfig.from_dict(ends), world)
-    finally:
-        decoder.set_attn_implementation(attention.NAME)

@@ -1,8 +1,7 @@
 """Exam evaluation: a checkpoint answers an exam, with and without explanation, and ``exam.json`` holds the figures.
 
-The out folder holds ``run.json`` (how its outputs are made: another run is refused the folder), ``exam.json``, and
-``outputs-MODE.jsonl`` (one row per question). While a mode runs, outputs are appended to ``outputs-MODE.partial.jsonl``; a
-run started again goes on from there.
+The out folder holds ``run.json`` (how its outputs are made), ``exam.json``, and ``outputs-MODE.jsonl`` (one row per question);
+while a mode runs, ``outputs-MODE.partial.jsonl``, from which a run started again goes on.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from medtrain.trainer.config.exam import EvalSettings
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.choices import score_choices, summarize_choices
 from medtrain.trainer.exam.generate import HFEngine, Output, load_engine
+from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prepare import TOKEN_LIMITS, Exam, model_digest, open_exam
 from medtrain.trainer.exam.prompts import MODES, PromptStyle
 from medtrain.trainer.exam.questions import Question
-from medtrain.trainer.exam.scoring import INVALID, Row, score_output, summarize, unread_note
+from medtrain.trainer.exam.scoring import INVALID, Row, scored, summarize, unread_note
 from medtrain.trainer.files import append_jsonl, check_identity, read_jsonl, write_json, write_jsonl
 from medtrain.trainer.intervals import bootstrap_interval, p_text, paired_p_value
 
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(model: str | Path, exam_file: str | Path, out: str | Path, settings: EvalSettings) -> dict[str, Any]:
-    """``medtrain eval``: let the checkpoint ``model`` answer the questions of ``exam_file``; returns ``exam.json``. Outputs
-    already in the folder ``out`` for the same model and settings are not made again. Raises :class:`InputError` for a user's
-    mistake, before anything is written unless the model does not load."""
+    """``medtrain eval``: let the checkpoint ``model`` answer the questions of ``exam_file``; returns ``exam.json``. Outputs that
+    are in ``out`` are not made again. Raises :class:`InputError`, before anything is written unless the model does not load."""
     model, out = Path(model), Path(out)
     modes = MODES if settings.mode == "both" else (settings.mode,)
     generates = settings.method == "generate"
     if not generates and (modes != ("answer",) or settings.engine != "hf"):
         problem, expected = "choice_logp scores answers without an explanation", "mode answer and engine hf with it"
         raise bad_input(problem, field="method", found=settings.method, expected=expected)
-    recorded = _recorded(out)
+    with user_path(out):
+        recorded = json.loads((out / "run.json").read_bytes()) if (out / "run.json").is_file() else {}
     new_tokens = {mode: getattr(settings, TOKEN_LIMITS[mode]) if generates else 0 for mode in modes}
     exam, _ = open_exam(model, exam_file, settings, new_tokens, recorded, images=settings.images, limit=settings.limit)
     identity = {
@@ -58,16 +58,17 @@ def evaluate(model: str | Path, exam_file: str | Path, out: str | Path, settings
     def engine_and_marks():
         """The engine, loaded when it is first needed, and what every row that it makes is marked with."""
         engine = load_engine(model, settings)
-        if generates and isinstance(engine, HFEngine):
-            if not engine.cache_agrees(exam.prompts[modes[-1]][0], exam.new_tokens[modes[-1]]):
-                return engine, {"invalid": INVALID}
-        return engine, {}
+        prompt, most = exam.prompts[modes[-1]][0], exam.new_tokens[modes[-1]]
+        agrees = not generates or not isinstance(engine, HFEngine) or engine.cache_agrees(prompt, most)
+        return engine, {} if agrees else {"invalid": INVALID}
 
-    rows = {mode: _evaluate_mode(exam, mode, engine_and_marks, out, generates) for mode in modes}
-    for mode in MODES:  # of an earlier run in this folder
-        if mode not in modes and (out / f"outputs-{mode}.jsonl").is_file():
-            rows[mode] = _grade(exam, mode, _stored(out / f"outputs-{mode}.jsonl"))
-    result = _result(exam, {mode: rows[mode] for mode in MODES if mode in rows})
+    rows = {}
+    for mode in MODES:
+        if mode in modes:
+            rows[mode] = _evaluate_mode(exam, mode, engine_and_marks, out, generates)
+        elif stored := _stored(out / f"outputs-{mode}.jsonl"):  # of an earlier run in this folder
+            rows[mode] = _grade(exam, mode, stored)
+    result = _result(exam, rows)
     result["questions_in_exam"] = exam.num_in_file
     result["skipped_image_questions"] = 0 if settings.images else exam.num_with_image
     result["settings"] = identity
@@ -75,28 +76,15 @@ def evaluate(model: str | Path, exam_file: str | Path, out: str | Path, settings
     return result
 
 
-def _recorded(out: Path) -> dict[str, Any]:
-    """``run.json`` of the results in ``out``; nothing where there is none."""
-    try:
-        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) and isinstance(record.get("identity"), dict) else {}
-
-
 def _claim(
     out: Path, identity: dict[str, Any], about: dict[str, str], before: dict[str, Any] | None, modes: Sequence[str]
 ) -> None:
     """Make ``out`` this run's folder, or refuse it where it holds the results of another run. A token limit belongs to the
     outputs of its mode: without any it is free; of a mode that does not run now the recorded one stays, also in ``identity``."""
-    with user_path(out):
-        holds = {mode: any(out.glob(f"outputs-{mode}.*")) for mode in MODES}
-        occupied = (out / "exam.json").exists() or any(holds.values())
-    for mode, name in TOKEN_LIMITS.items():
-        if holds[mode] and mode not in modes and before is not None and name in before:
-            identity[name] = before[name]
-    if occupied:
-        free = [TOKEN_LIMITS[mode] for mode in MODES if not holds[mode]]
+    holds = [mode for mode in MODES if any(out.glob(f"outputs-{mode}.*"))]
+    identity |= {TOKEN_LIMITS[mode]: before[TOKEN_LIMITS[mode]] for mode in holds if before and mode not in modes}
+    if occupied := bool(holds) or (out / "exam.json").exists():
+        free = [TOKEN_LIMITS[mode] for mode in MODES if mode not in holds]
         check_identity(out, before, identity, occupied=True, expected="a new --out folder", free=free)
     if not occupied or before != identity:
         with user_path(out, "cannot be written"):
@@ -107,7 +95,7 @@ def _claim(
 def _stored(path: Path) -> dict[str, Row]:
     """The rows of an outputs file, by question; none without the file."""
     rows = read_jsonl(path, skip_broken=True) if path.is_file() else ()
-    return {row["problem_id"]: row for _, row in rows if {"problem_id", "prompt", "output", "truncated"} <= row.keys()}
+    return {row["problem_id"]: row for _, row in rows}
 
 
 def _evaluate_mode(
@@ -117,8 +105,8 @@ def _evaluate_mode(
     final, partial = out / f"outputs-{mode}.jsonl", out / f"outputs-{mode}.partial.jsonl"
     stored = _stored(final) | _stored(partial)
     left = [i for i, question in enumerate(exam.questions) if question.problem_id not in stored]
-    done, total = len(exam.questions) - len(left), len(exam.questions)
-    log.info(f"{mode}: {done}/{total}")
+    total = len(exam.questions)
+    log.info(f"{mode}: {total - len(left)}/{total}")
     if left:
         engine, marks = engine_and_marks()
         questions, prompts = [exam.questions[i] for i in left], [exam.prompts[mode][i] for i in left]
@@ -127,15 +115,13 @@ def _evaluate_mode(
         else:
             batches = score_choices(engine, questions, prompts, exam.style)
         for indices, outputs in batches:
-            rows = []
             for i, output in zip(indices, outputs, strict=True):
                 row = {"problem_id": questions[i].problem_id, "prompt": prompts[i], "output": output.text}
                 row |= {"truncated": output.truncated} | marks
-                rows.append(row if output.choice_logps is None else row | {"choice_logps": output.choice_logps})
-            append_jsonl(partial, rows)
-            stored |= {row["problem_id"]: row for row in rows}
-            done += len(rows)
-            log.info(f"{mode}: {done}/{total}")
+                row |= {} if output.choice_logps is None else {"choice_logps": output.choice_logps}
+                stored[questions[i].problem_id] = row
+            append_jsonl(partial, [stored[questions[i].problem_id] for i in indices])
+            log.info(f"{mode}: {len(stored)}/{total}")
     rows = _grade(exam, mode, stored)
     write_jsonl(final, rows)
     partial.unlink(missing_ok=True)
@@ -153,10 +139,10 @@ def _grade(exam: Exam, mode: str, stored: Mapping[str, Row]) -> list[Row]:
 
 
 def exam_row(style: PromptStyle, mode: str, question: Question, prompt: str, output: Output) -> Row:
-    """A question's prompt and its output, parsed and scored (:func:`score_output`)."""
+    """A question's prompt and its output, parsed and scored."""
+    parsed = parse_output(output.text, question, **style.parse_settings(mode))
     row = {"problem_id": question.problem_id, "prompt": prompt, "output": output.text}
-    row |= score_output(question, output.text, **style.parse_settings(mode))
-    return row | {"truncated": output.truncated}
+    return row | scored(question, parsed) | {"truncated": output.truncated}
 
 
 def _result(exam: Exam, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ same :class:`Stop` rule, and tell whether the token limit ended an output.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import time
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 _STEPS_BETWEEN_STOP_CHECKS = 8
 _SECONDS_BETWEEN_LINES = 15.0
 _VLLM_PORTION = 512  # prompts handed over at once, so that a run that is killed has kept most of its outputs
-_LOGITS_AT_ONCE = 2**28  # float32: 1 GiB
 # Greedy tokens that are made with and without the KV cache, and how far their logits may be apart, as a share of the
 # largest: rounding in bfloat16 makes a hundredth or two; a token made without its context is another one altogether.
 _CACHE_TOKENS = 8
@@ -60,25 +60,18 @@ class HFEngine:
     def __init__(self, model, tokenizer, *, batch_tokens: int = 65_536, max_rows: int = 256):
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.max_rows = batch_tokens, max_rows
-        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = end_tokens(configured, getattr(model, "name_or_path", None) or None)
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.eos = list(dict.fromkeys([*ends, *own]))
+        self.device = next(model.parameters()).device
+        ends = end_tokens(model.generation_config.eos_token_id, model.name_or_path or None)
+        self.eos = list(dict.fromkeys(end for end in [*ends, tokenizer.eos_token_id] if end is not None))
         # Padding is masked and what follows an end is cut off, so that any id will do where the tokenizer names none.
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (self.eos[0] if self.eos else 0)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else [*self.eos, 0][0]
 
     def batches(
         self, prompts: Sequence[str], max_new_tokens: int, stop: Stop, *, temperature=0.0, seed=0, skip: Collection[int] = ()
     ) -> Batches:
-        """Generate, and yield the outputs batch by batch.
-
-        ``temperature`` 0 is greedy. Sampling is the same again for the same prompts, seed and batch settings, and leaves the
-        global random state as it was. Batches of nothing but prompts in ``skip`` are left out, and the others are what they
-        would be without it: a sampling that was killed goes on to the same end."""
+        """Generate, and yield the outputs batch by batch. ``temperature`` 0 is greedy. Sampling is the same again for the same
+        prompts, seed and batch settings, and leaves the global random state as it was. Batches of nothing but prompts in
+        ``skip`` are left out, and the others are what they would be without it: a killed sampling goes on to the same end."""
         if not self.eos and not stop.strings and stop.marker is None:
             raise bad_input("nothing could end an output: no eos token of the model or its tokenizer, and no stop string")
         ids = tokenize_starts(self.tokenizer, prompts, as_written=True)
@@ -93,15 +86,13 @@ class HFEngine:
     def cache_agrees(self, prompt: str, max_new_tokens: int) -> bool:
         """Whether the first greedy tokens after ``prompt`` have the same logits with the KV cache as without it, up to
         rounding: that what ``generate`` passes on from token to token reaches the model."""
-        input_ids, mask = self._left_padded(tokenize_starts(self.tokenizer, [prompt], as_written=True))
+        ids = tokenize_starts(self.tokenizer, [prompt], as_written=True)
         num = min(_CACHE_TOKENS, max_new_tokens)
-        made = []
+        exactly = {"max_new_tokens": num, "min_new_tokens": num, "do_sample": False}
+        report = {"output_logits": True, "return_dict_in_generate": True}
         with self._generating():
-            for use_cache in (True, False):
-                exactly = {"max_new_tokens": num, "min_new_tokens": num, "do_sample": False, "use_cache": use_cache}
-                config = self._config(**exactly, output_logits=True, return_dict_in_generate=True)
-                made.append(self.model.generate(input_ids, attention_mask=mask, generation_config=config))
-        tokens = [one.sequences[0, input_ids.shape[1] :] for one in made]
+            made = [self._generate(ids, use_cache=use_cache, **exactly, **report) for use_cache in (True, False)]
+        tokens = [one.sequences[0, len(ids[0]) :] for one in made]
         same = int((tokens[0] == tokens[1]).cumprod(0).sum())
         # Where a tie is broken another way the logits still agree; what follows it is another text.
         cached, plain = (torch.cat(one.logits)[: same + 1].float() for one in made)
@@ -121,17 +112,14 @@ class HFEngine:
         sums = [0.0] * len(rows)
         with self._generating():
             for batch in self._batches(rows, 0):
-                longest = max(len(completion_ids[i]) for i in batch)
-                few = max(1, _LOGITS_AT_ONCE // ((longest + 1) * self.model.config.get_text_config().vocab_size))
-                for part in (batch[first : first + few] for first in range(0, len(batch), few)):
-                    kept = max(len(completion_ids[i]) for i in part)
-                    ids, mask = self._left_padded([rows[i] for i in part])
-                    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-                    output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1)
-                    logits = output.logits[:, -kept - 1 : -1].float()
-                    logps = (logits.gather(-1, ids[:, -kept:, None])[..., 0] - logits.logsumexp(-1)).cpu()
-                    for index, of_row in zip(part, logps, strict=True):
-                        sums[index] = float(of_row[-len(completion_ids[index]) :].double().sum())
+                kept = max(len(completion_ids[i]) for i in batch)
+                ids, mask = self._left_padded([rows[i] for i in batch])
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1)
+                logits = output.logits[:, -kept - 1 : -1].float()
+                logps = (logits.gather(-1, ids[:, -kept:, None])[..., 0] - logits.logsumexp(-1)).cpu()
+                for index, of_row in zip(batch, logps, strict=True):
+                    sums[index] = float(of_row[-len(completion_ids[index]) :].double().sum())
         return sums
 
     def _batches(self, ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -164,17 +152,36 @@ class HFEngine:
             self.model.generation_config = config
             self.model.train(was_training)
 
-    def _config(self, **settings: Any) -> GenerationConfig:
-        return GenerationConfig(eos_token_id=self.eos or None, pad_token_id=self.pad, **settings)
-
-    def _generate_batch(self, ids, max_new_tokens: int, stop: Stop, temperature: float) -> list[Output]:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-        config = self._config(max_new_tokens=max_new_tokens, **sampling)
+    def _generate(self, ids: list[list[int]], stopping_criteria=None, **settings: Any):
         input_ids, mask = self._left_padded(ids)
-        rule = _StopRule(self, ids, input_ids.shape[1], stop)
-        made = self.model.generate(input_ids, attention_mask=mask, generation_config=config, stopping_criteria=[rule])
+        config = GenerationConfig(eos_token_id=self.eos or None, pad_token_id=self.pad, **settings)
+        return self.model.generate(input_ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping_criteria)
+
+    def _generate_batch(self, ids: list[list[int]], max_new_tokens: int, stop: Stop, temperature: float) -> list[Output]:
+        width = max(map(len, ids))
+        done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+        logged = time.monotonic()
+
+        def ended(input_ids: torch.Tensor, scores=None, **kwargs) -> torch.Tensor:
+            """transformers' stopping criterion: rows whose text has ended are done. Logs progress now and then."""
+            nonlocal logged
+            new = input_ids[:, width:]
+            if new.shape[1] % _STEPS_BETWEEN_STOP_CHECKS != 0:
+                return done
+            if stop.strings or stop.marker is not None:
+                left = [i for i, is_done in enumerate(done.tolist()) if not is_done]
+                texts = self.decode([ids[i] for i in left], new[left].tolist())
+                done[left] = torch.tensor([stop.cut(text)[1] for text in texts], dtype=torch.bool, device=self.device)
+            if time.monotonic() - logged >= _SECONDS_BETWEEN_LINES:
+                logged = time.monotonic()
+                num = int((done | torch.isin(new, torch.tensor(self.eos, device=new.device)).any(1)).sum())
+                log.info(f"{num} of {len(ids)} outputs of this batch have ended, after {new.shape[1]} tokens")
+            return done
+
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+        made = self._generate(ids, [ended], max_new_tokens=max_new_tokens, **sampling)
         outputs = []
-        for prompt, row in zip(ids, made[:, input_ids.shape[1] :].tolist(), strict=True):
+        for prompt, row in zip(ids, made[:, width:].tolist(), strict=True):
             end = next((i for i, token in enumerate(row) if token in self.eos), None)
             text, stopped = stop.cut(self.decode([prompt], [row[:end]])[0])
             outputs.append(Output(text, truncated=end is None and not stopped))
@@ -183,44 +190,15 @@ class HFEngine:
     def decode(self, prompts: list[list[int]], rows: list[list[int]]) -> list[str]:
         """Text of the new tokens as it follows the prompt: many tokenizers drop a blank that begins a text."""
         last = [prompt[-4:] for prompt in prompts]
-        batch_decode = self.tokenizer.batch_decode
-        before = batch_decode(last, clean_up_tokenization_spaces=False)
-        whole = batch_decode([a + b for a, b in zip(last, rows, strict=True)], clean_up_tokenization_spaces=False)
-        return [
-            w[len(b) :] if w.startswith(b) else self.tokenizer.decode(row, clean_up_tokenization_spaces=False)
-            for b, w, row in zip(before, whole, rows, strict=True)
-        ]
-
-
-class _StopRule:
-    """transformers' stopping criterion for a :class:`Stop`: rows whose text has ended are done. Logs progress now and then."""
-
-    def __init__(self, engine: HFEngine, prompts: list[list[int]], width: int, stop: Stop):
-        self.engine, self.prompts, self.width, self.stop = engine, prompts, width, stop
-        self.done = torch.zeros(len(prompts), dtype=torch.bool, device=engine.device)
-        self.logged = time.monotonic()
-
-    def __call__(self, input_ids: torch.Tensor, scores=None, **kwargs) -> torch.Tensor:
-        new = input_ids[:, self.width :]
-        if new.shape[1] % _STEPS_BETWEEN_STOP_CHECKS != 0:
-            return self.done
-        if self.stop.strings or self.stop.marker is not None:
-            left = [i for i, done in enumerate(self.done.tolist()) if not done]
-            texts = self.engine.decode([self.prompts[i] for i in left], new[left].tolist())
-            for i, text in zip(left, texts, strict=True):
-                if self.stop.cut(text)[1]:
-                    self.done[i] = True
-        if time.monotonic() - self.logged >= _SECONDS_BETWEEN_LINES:
-            self.logged = time.monotonic()
-            ended = self.done | torch.isin(new, torch.tensor(self.engine.eos, device=new.device)).any(1)
-            log.info(f"{int(ended.sum())} of {len(ended)} outputs of this batch have ended, after {new.shape[1]} tokens")
-        return self.done
+        decode = functools.partial(self.tokenizer.batch_decode, clean_up_tokenization_spaces=False)
+        texts = zip(decode(last), decode([a + b for a, b in zip(last, rows, strict=True)]), rows, strict=True)
+        return [whole[len(before) :] if whole.startswith(before) else decode([row])[0] for before, whole, row in texts]
 
 
 class VLLMEngine:
     """Generation with vLLM, where it is installed: all visible GPUs share the model by tensor parallelism."""
 
-    def __init__(self, folder: Path, *, dtype: str = "auto"):
+    def __init__(self, folder: Path, dtype: str):
         try:
             from vllm import LLM  # pyright: ignore[reportMissingImports]  (no dependency)
         except ImportError as error:
@@ -242,12 +220,9 @@ class VLLMEngine:
         common = {"temperature": temperature, "max_tokens": max_new_tokens, "stop": list(stop.strings) or None}
         for portion in (left[first : first + _VLLM_PORTION] for first in range(0, len(left), _VLLM_PORTION)):
             settings = [SamplingParams(**common, seed=seed + i) for i in portion]
-            outputs = []
-            for request in self.llm.generate([{"prompt_token_ids": ids[i]} for i in portion], settings):
-                made = request.outputs[0]
-                text, stopped = stop.cut(made.text)
-                outputs.append(Output(text, truncated=made.finish_reason == "length" and not stopped))
-            yield portion, outputs
+            requests = self.llm.generate([{"prompt_token_ids": ids[i]} for i in portion], settings)
+            texts = [(*stop.cut(request.outputs[0].text), request.outputs[0].finish_reason) for request in requests]
+            yield portion, [Output(text, reason == "length" and not stopped) for text, stopped, reason in texts]
 
 
 def load_engine(folder: Path, settings: ExamSettings) -> HFEngine | VLLMEngine:
@@ -257,7 +232,7 @@ def load_engine(folder: Path, settings: ExamSettings) -> HFEngine | VLLMEngine:
     if dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise bad_input("unknown", field="dtype", found=settings.dtype, expected="auto, float32, bfloat16 or float16")
     if settings.engine == "vllm":
-        return VLLMEngine(folder, dtype=settings.dtype)
+        return VLLMEngine(folder, settings.dtype)
     quiet_libraries()
     tokenizer = read_tokenizer(folder)
     try:

@@ -1,17 +1,15 @@
 """Exams in other forms: which fields of a row hold the question, its choices and its key, and how the key is written.
 
-MedQA (``question``, ``options``, ``answer_idx``; Jin et al. 2020) and MedMCQA (``question``, ``opa`` to ``opd``, ``cop``;
-Pal et al. 2022) are known by their fields; any other CSV or JSON Lines file is read through a :class:`Mapping` from a
-YAML file.
+MedQA (Jin et al. 2020) and MedMCQA (Pal et al. 2022) are known by their fields; any other CSV or JSON Lines file is read
+through a :class:`Mapping` from a YAML file.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import re
 import string
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -36,18 +34,6 @@ class Mapping:
     explanation: str | None = None
     text_only: str | None = None
 
-    def check_names(self, path: str | Path, rows: list[tuple[int, dict]], mapping: str | Path) -> None:
-        """Refuse a name that no row of the exam has: a choice, the points or the explanations would be lost in silence."""
-        known = list(dict.fromkeys(name for _, value in rows for name in value))
-        for setting in fields(self):
-            named = getattr(self, setting.name)
-            for name in [named] if isinstance(named, str) else named or []:
-                if rows and setting.name != "answer_as" and name not in known:
-                    expected = f"one of {', '.join(known)} ({path})"
-                    raise bad_input(
-                        "no row of the exam has this field", file=mapping, field=setting.name, found=name, expected=expected
-                    )
-
     def apply(self, path: str | Path, row: int, value: dict) -> dict:
         """A row in the form of IgakuQA, to be checked as such. Raises :class:`InputError` with file, row and field."""
         error = partial(bad_input, file=path, row=row)
@@ -63,26 +49,20 @@ class Mapping:
             "answer": self._answer(value[self.answer], texts[: len(string.ascii_lowercase)], error),
             "points": 1,
         }
+        read = {"kinki": _letters, "text_only": lambda flag: _FLAGS.get(flag.strip().lower(), flag)}
         for name in ("points", "kinki", "explanation", "text_only"):
-            if (field := getattr(self, name)) and value.get(field) not in (None, ""):
-                mapped[name] = value[field]
-        if isinstance(mapped.get("kinki"), str):
-            mapped["kinki"] = _letters(mapped["kinki"])
-        if isinstance(flag := mapped.get("text_only"), str):
-            if flag.strip().lower() not in _FLAGS:
-                raise error("wrong type", field=self.text_only, found=flag, expected="true or false")
-            mapped["text_only"] = _FLAGS[flag.strip().lower()]
+            given = value.get(getattr(self, name))
+            if given not in (None, ""):
+                mapped[name] = read[name](given) if isinstance(given, str) and name in read else given
         return mapped
 
     def _choices(self, value: dict, error: partial) -> list[str]:
         if len(self.choices) != 1:
-            texts = [value.get(field) for field in self.choices]
-            while texts and texts[-1] in (None, ""):
-                texts.pop()
-            for field, text in zip(self.choices, texts, strict=False):
-                if text in (None, ""):
-                    raise error("empty, and a later choice is not", field=field, expected="a text")
-            return [str(text) for text in texts]
+            given = [field for field in self.choices if value.get(field) not in (None, "")]
+            for field, expected in zip(given, self.choices, strict=False):
+                if field != expected:
+                    raise error("empty, and a later choice is not", field=expected, expected="a text")
+            return [str(value[field]) for field in given]
         error = partial(error, field=self.choices[0])
         texts = value[self.choices[0]]
         if isinstance(texts, dict):
@@ -95,27 +75,22 @@ class Mapping:
 
     def _answer(self, key, texts: list[str], error: partial) -> list[str]:
         """The key as letters of ``texts``, or as one number where there are none."""
-        error = partial(error, field=self.answer)
         if not texts:
             return [str(key)]
         if self.answer_as == "letters":
             return _letters(key) if isinstance(key, str) else key
-        letters, keys = [], [str(part) for part in (key if isinstance(key, list) else [key])]
+        keys = [str(part) for part in (key if isinstance(key, list) else [key])]
         if self.answer_as == "text":
-            stripped = [text.strip() for text in texts]
-            for text in keys:
-                if stripped.count(text.strip()) != 1:
-                    raise error("not the text of one choice", found=text, expected=" | ".join(texts))
-                letters.append(string.ascii_lowercase[stripped.index(text.strip())])
-            return letters
-        first = int(self.answer_as == "index1")
-        numbers = range(first, first + len(texts))
-        for number in (number for part in keys for number in part.split(",")):
-            if not re.fullmatch(r"\s*\d{1,2}\s*", number) or int(number) not in numbers:
-                expected = f"{numbers[0]} to {numbers[-1]} (answer_as: {self.answer_as})"
-                raise error("not the number of a choice", found=number, expected=expected)
-            letters.append(string.ascii_lowercase[numbers.index(int(number))])
-        return letters
+            names, problem, expected = [text.strip() for text in texts], "not the text of one choice", " | ".join(texts)
+        else:
+            keys = [str(int(one)) if re.fullmatch(r"\s*\d+\s*", one) else one for part in keys for one in part.split(",")]
+            first = int(self.answer_as == "index1")
+            names, problem = [str(first + i) for i in range(len(texts))], "not the number of a choice"
+            expected = f"{names[0]} to {names[-1]} (answer_as: {self.answer_as})"
+        for one in keys:
+            if names.count(one.strip()) != 1:
+                raise error(problem, field=self.answer, found=one, expected=expected)
+        return [string.ascii_lowercase[names.index(one.strip())] for one in keys]
 
 
 _MEDQA = Mapping(problem_text=["question"], choices=["options"], answer="answer_idx")
@@ -123,11 +98,8 @@ _MEDMCQA = Mapping(problem_text=["question"], choices=["opa", "opb", "opc", "opd
 
 
 def known_form(path: str | Path, rows: list[tuple[int, dict]]) -> Mapping | None:
-    """The mapping of a published form, by the fields of the first row; None for any other.
-
-    MedMCQA's keys count from 1 in its own files and from 0 on the Hugging Face Hub: which, is read from all keys of the
-    file, and a file that does not show it is refused, not guessed.
-    """
+    """The mapping of a published form, by the fields of the first row; None for any other. MedMCQA's keys count from 1 in its
+    own files and from 0 on the Hugging Face Hub: a file whose keys do not show which is refused."""
     names = rows[0][1].keys() if rows else set()
     if {"question", "options", "answer_idx"} <= names:
         return _MEDQA
@@ -135,47 +107,46 @@ def known_form(path: str | Path, rows: list[tuple[int, dict]]) -> Mapping | None
         return None
     keys = {str(value.get("cop")).strip() for _, value in rows}
     if ("0" in keys) == ("4" in keys):
-        raise bad_input(
-            "whether keys count from 0 or from 1 does not show",
-            file=path,
-            field="cop",
-            found=", ".join(sorted(keys)),
-            expected="a mapping with answer_as: index0 or index1",
-        )
+        problem, expected = "whether keys count from 0 or from 1 does not show", "a mapping with answer_as: index0 or index1"
+        raise bad_input(problem, file=path, field="cop", found=", ".join(sorted(keys)), expected=expected)
     problem_id = "id" if all(value.get("id") for _, value in rows) else None
     return replace(_MEDMCQA, answer_as="index0" if "0" in keys else "index1", problem_id=problem_id)
 
 
 def read_csv(path: str | Path) -> list[tuple[int, dict]]:
-    """(Line number, column -> text) of each row of a .csv or .tsv file with a header; a cell may hold line breaks.
-
-    Raises :class:`InputError` for a file that cannot be read, is not UTF-8, or has rows of another width than the header.
-    """
-    rows, path = [], Path(path)
-    with user_path(path):
-        content = path.read_bytes()
+    """(Line number, column -> text) of each row of a .csv or .tsv file with a header; a cell may hold line breaks. Raises
+    :class:`InputError` for a file that cannot be read, is not UTF-8, or has rows of another width than the header."""
+    rows = []
     try:
-        file = io.StringIO(content.decode("utf-8-sig"), newline="")
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        for value in reader:
-            if None in value or None in value.values():
-                expected = f"{len(reader.fieldnames or ())} cells"
-                raise bad_input("not as many cells as the header", file=path, row=reader.line_num, expected=expected)
-            rows.append((reader.line_num, value))
+        with user_path(path), open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if Path(path).suffix.lower() == ".tsv" else ",", strict=True)
+            for value in reader:
+                if None in value or None in value.values():
+                    expected = f"{len(reader.fieldnames or ())} cells"
+                    raise bad_input("not as many cells as the header", file=path, row=reader.line_num, expected=expected)
+                rows.append((reader.line_num, value))
     except (UnicodeDecodeError, csv.Error) as error:
         raise bad_input("not a CSV file in UTF-8", file=path, found=str(error)) from error
     return rows
 
 
-def load_mapping(path: str | Path) -> Mapping:
-    """Read a mapping from YAML. Raises :class:`InputError` for unknown names, wrong types and missing ones."""
-    tree = read_tree(path, ())
+def load_mapping(mapping: str | Path, path: str | Path, rows: list[tuple[int, dict]]) -> Mapping:
+    """Read the YAML file ``mapping`` for the exam ``rows`` of ``path``. Raises :class:`InputError` for unknown settings, wrong
+    types, and a name that no row has: a choice, the points or the explanations would be lost in silence."""
+    tree = read_tree(mapping, ())
     for name in ("problem_text", "choices"):  # one name, or several
         if isinstance(tree.get(name), str):
             tree[name] = [tree[name]]
     if tree.get("problem_text") == []:
         del tree["problem_text"]
-    return build(Mapping, tree, "", path, set())
+    form = build(Mapping, tree, "", mapping, set())
+    known = list(dict.fromkeys(name for _, value in rows for name in value))
+    for setting, named in vars(form).items():
+        for name in [named] if isinstance(named, str) else named or []:
+            if rows and setting != "answer_as" and name not in known:
+                problem, expected = "no row of the exam has this field", f"one of {', '.join(known)} ({path})"
+                raise bad_input(problem, file=mapping, field=setting, found=name, expected=expected)
+    return form
 
 
 def _letters(key: str) -> list[str]:

@@ -1,45 +1,23 @@
-"""Answer parsing: from a model's raw output to the letters (or the number) it answered, or to the reason why not.
-
-What is read, in falling rank; the highest rank that occurs decides:
+"""Answer parsing: from a model's raw output to its answer, or to the reason why there is none. The highest rank decides:
 
     cue      what follows directly where the prompt itself ended with the answer marker
     final    最終回答: c            Final answer: c
     marked   答え: a,c              【正解】ｃ             Answer: (b)            \\boxed{b}
-    spoken   答えはｃです           The answer is b.       したがって、c。         適切なのはcである (as asked)
+    spoken   答えはｃです           The answer is b.       したがって、c。         適切なのはcである
     bare     a first or last line that is nothing but an answer
 
-The rule is to read, never to guess. Failures: statements of the deciding rank that differ, two letters joined by "or",
-a letter outside the choices, a letter beside the text of another choice, a range, a fraction, and a later spoken
-statement that contradicts the marked one. From a new, self-made question on (問題: ..., Question: ...) nothing is read.
+Nothing is guessed. Failures: statements of the deciding rank that differ, two letters joined by "or", a letter outside the
+choices or with the text of another choice, a range, a fraction, a later spoken statement that contradicts the marked one.
+From a new question of the model's own on (問題: ..., Question: ...) nothing is read.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from medtrain.trainer.exam.questions import SLOTS, Question
-from medtrain.trainer.exam.statements import BARE, CLOSE, CUE, FINAL, MARKED, SPOKEN, Reading, StatementReader, fold, squeeze
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """What an output answered.
-
-    ``letters`` (sorted, distinct) for a question with choices or ``number`` for a numeric one; neither after a failure,
-    when ``failure`` says why. ``read_from`` is the piece of the output that the answer, or the failure, was read from.
-    """
-
-    letters: tuple[str, ...] = ()
-    number: str | None = None
-    read_from: str = ""
-    failure: str | None = None
-
-    @property
-    def value(self) -> list[str] | str | None:
-        """The answer as it is written to JSON: a list of letters, the number as a text, or None after a failure."""
-        return self.number if self.number is not None else (list(self.letters) or None)
-
+from medtrain.trainer.exam.statements import BARE, CLOSE, CUE, FINAL, MARKED, SPOKEN, Parsed, StatementReader, fold, squeeze
 
 # What a marker of an answer is made of: "最終的な", "the final", and a word for answer that is not one for a wrong answer.
 _FINAL = r"(最終(?:的な|的に|の)?|最後の|final )?"
@@ -111,67 +89,64 @@ def parse_output(output: str, question: Question, *, cue: bool = False, markers:
     return Parsed(failure="no answer found" if unread else "no text", read_from=unread[-80:])
 
 
-def _decide(readings: list[Reading], output: str) -> Parsed:
+def _decide(readings: list[Parsed], output: str) -> Parsed:
     """What the statements of the highest rank agree on."""
     rank = max(reading.rank for reading in readings)
     deciding = [reading for reading in readings if reading.rank == rank]
     first, last = deciding[0], deciding[-1]
-    for reading in deciding:
-        if reading.problem:
-            return Parsed(failure=reading.problem, read_from=output[reading.start : reading.end].strip())
-    if any(reading.answer != first.answer for reading in deciding):
-        return Parsed(failure="different answers", read_from=output[first.start : last.end].strip())
     # An earlier spoken answer is a step on the way to the marked one; a later, different one takes it back.
-    for reading in readings if rank in (MARKED, FINAL) else ():
-        if reading.start > last.start and not reading.problem and reading.answer != last.answer:
-            return Parsed(failure="different answers", read_from=output[last.start : reading.end].strip())
-    return Parsed(last.letters, last.number, output[last.start : last.end].strip())
+    later = [reading for reading in readings if reading.start > last.start and not reading.failure]
+    contradiction = next((reading for reading in later if rank in (MARKED, FINAL) and reading.value != last.value), None)
+    failure, start, end = None, last.start, last.end
+    if wrong := next((reading for reading in deciding if reading.failure), None):
+        failure, start, end = wrong.failure, wrong.start, wrong.end
+    elif any(reading.value != first.value for reading in deciding):
+        failure, start = "different answers", first.start
+    elif contradiction:
+        failure, end = "different answers", contradiction.end
+    read_from = output[start:end].strip()
+    return Parsed(read_from=read_from, failure=failure) if failure else replace(last, read_from=read_from)
 
 
 def _rules(question: Question, markers: tuple[str, ...]) -> list[tuple[re.Pattern, int]]:
     """What introduces an answer to ``question``, in order, and the rank that it gives."""
-    asked = fold(question.problem_text)
+    text = fold(question.problem_text)
     own = [re.compile(r"\s*".join(map(re.escape, fold(marker).split()))) for marker in markers if marker.strip()]
     spoken = [_SPOKEN, _CONCLUDED]
     # For "...適切なのはどれか" an output's "適切なのは" introduces the answer.
-    if match := re.search(r"([^。、\n,]{3,})は(?:どれか|何か|どれですか)", asked):
+    if match := re.search(r"([^。、\n,]{3,})は(?:どれか|何か|どれですか)", text):
         # The output may leave out what stands before a particle: "この疾患で最も適切なの" comes back as "最も適切なの".
         words = match[1].strip()
         starts = [m.end() for m in re.finditer("[でにがを]", words) if len(words) - m.end() >= 4 and words.endswith("の")]
         spoken.append(re.compile(re.escape(words[max(starts, default=0) :]) + "は"))
-    if match := re.search(r"(?:what|which)(?: of the following)? is (the [a-z][a-z \-]{4,60})\?", asked):
+    if match := re.search(r"(?:what|which)(?: of the following)? is (the [a-z][a-z \-]{4,60})\?", text):
         spoken.append(re.compile(rf"(?<![a-z]){re.escape(match[1])} is(?: therefore| most likely)?(?![a-z])"))
-    if not _ASKS_FOR_THE_WRONG.search(asked):
+    if not _ASKS_FOR_THE_WRONG.search(text):
         spoken.append(_RIGHT_CHOICE)
     return [(pattern, MARKED) for pattern in (_MARKED, *own)] + [(pattern, SPOKEN) for pattern in spoken]
 
 
-class _Parser:
+class _Parser(StatementReader):
     """Finds the answers in parts of one output."""
 
     def __init__(self, output: str, question: Question, markers: tuple[str, ...]):
-        self.question, self.rules = question, _rules(question, markers)
-        self.reader = StatementReader(output, question)
-        self.text = self.reader.text
+        super().__init__(output, question)
+        self.rules = _rules(question, markers)
 
-    def statements(self, start: int, end: int, cue: bool) -> list[Reading]:
+    def statements(self, start: int, end: int, cue: bool) -> list[Parsed]:
         """The introduced answers between ``start`` and ``end``, by where they begin."""
-        if cue and (reading := self.reader.read(start, start, end, CUE)):
+        if cue and (reading := self.read(start, start, end, CUE)):
             return [reading]
-        readings: list[Reading | None] = []
+        readings: list[Parsed | None] = []
         for pattern, rank in self.rules:
             for match in pattern.finditer(self.text, start, end):
                 if pattern is not _MARKED or not _EXAMPLE.search(self.text[max(start, match.start() - 8) : match.start()]):
-                    rank_here = FINAL if any(match.groups()) else rank
-                    readings.append(self.reader.read(match.start(), match.end(), end, rank_here))
+                    readings.append(self.read(match.start(), match.end(), end, FINAL if any(match.groups()) else rank))
         for match in _SPOKEN_AFTER.finditer(self.text, start, end) if self.question.choices else ():
-            reading = self.reader.reading_of(re.findall("[a-z]", match[1]), match.end())
+            reading = self.reading_of(re.findall("[a-z]", match[1]), match.end())
             readings.append(replace(reading, start=match.start(), rank=SPOKEN))
         # One place can be read twice (a style's own marker that is also a usual one); the higher rank holds.
-        by_end: dict[int, Reading] = {}
-        for reading in readings:
-            if reading and (reading.end not in by_end or reading.rank > by_end[reading.end].rank):
-                by_end[reading.end] = reading
+        by_end = {reading.end: reading for reading in sorted(filter(None, reversed(readings)), key=lambda one: one.rank)}
         return sorted(by_end.values(), key=lambda reading: reading.start)
 
     def before_new_question(self, start: int, end: int, cue: bool) -> int:
@@ -184,29 +159,23 @@ class _Parser:
             since = header.start()
         return end
 
-    def _is_new_question(self, header: re.Match, answers: list[Reading], since: int, end: int) -> bool:
-        """Whether a header begins another question: it does if this one has been answered before it.
-
-        Without an answer it is judged: a model may restate this question before it answers, and speak of "the
-        question: ..." while it reasons.
-        """
+    def _is_new_question(self, header: re.Match, answers: list[Parsed], since: int, end: int) -> bool:
+        """Whether a header begins another question: it does if this one has been answered before it. Without an answer it is
+        judged: a model may restate this question before it answers, and speak of "the question: ..." while it reasons."""
         if header["inline"]:
             return bool(answers) and not self.text[answers[-1].end : header.start()].strip(" 。.*")
         if any(answer.rank >= MARKED for answer in answers) or (not answers and self.bare_lines(since, header.start())):
             return True
-        if header["numbered"]:
-            return False
         following = self.text[header.end() : min(end, header.end() + 2000)]
         restated = squeeze(following[:200]).lstrip("】」]:*").startswith(squeeze(fold(self.question.problem_text))[:16])
-        return not restated and (not header["english"] or bool(_OWN_CHOICES.search(following)))
+        new = not header["english"] or _OWN_CHOICES.search(following)
+        return bool(new) and not restated and not header["numbered"]
 
-    def bare_lines(self, start: int, end: int) -> list[Reading]:
+    def bare_lines(self, start: int, end: int) -> list[Parsed]:
         """Readings of an output without statements: a first or last line, or a whole list, of nothing but letters."""
         choices = self.question.choices
         lines = [line.span() for line in re.compile(r"[^\n]+").finditer(self.text, start, end) if line[0].strip()]
-        if not lines:
-            return []
-        readings = [self.reader.read(at, at, line_end, BARE) for at, line_end in lines]
+        readings = [self.read(at, at, line_end, BARE) for at, line_end in lines]
         whole = [reading for reading, line in zip(readings, lines, strict=True) if reading and self._fills(reading, line[1])]
         bullets = [bool(re.compile(r"[ ]*[-*•・]").match(self.text, *line)) for line in lines]
         if len(lines) > 1 and not choices and len(set(SLOTS) & set(self.text[start:end])) > 1:
@@ -215,10 +184,9 @@ class _Parser:
             letters = {letter for reading in whole for letter in reading.letters}
             # All the choices, listed, are the question restated.
             is_answer = len(whole) == len(lines) and all(reading.letters for reading in whole) and len(letters) < len(choices)
-            return [Reading(end, tuple(sorted(letters)), start=start)] if is_answer else []
-        if bullets[-2:] == [True, True]:
-            return []  # a list after other text: its last line alone is not the answer
-        if len({reading.letters for reading in whole}) > 2 or len(whole) == len(choices) > 1:
+            return [Parsed(tuple(sorted(letters)), start=start, end=end)] if is_answer else []
+        # Of a list after other text, the last line alone is not the answer.
+        if not lines or bullets[-2:] == [True, True] or len(whole) == len(choices) > 1 or len({r.letters for r in whole}) > 2:
             return []
         first, last = readings[0], readings[-1]
         ends = [reading for reading in whole if reading in (first, last)]
@@ -227,6 +195,6 @@ class _Parser:
             ends.append(first)
         return ends
 
-    def _fills(self, reading: Reading, line_end: int) -> bool:
+    def _fills(self, reading: Parsed, line_end: int) -> bool:
         rest = self.text[reading.end : line_end].strip(" 。.!")
         return self.question.is_numeric or bool(re.fullmatch(rf"(?:{CLOSE})*|です|である", rest))

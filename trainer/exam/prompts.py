@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from medtrain.trainer.config.reading import build, read_tree
 from medtrain.trainer.data.chat import left_out, squeeze
@@ -24,7 +25,7 @@ _NAMED = Path(__file__).resolve().parents[2] / "configs" / "prompts"
 @dataclass(frozen=True)
 class Stop:
     """Where an output ends: before the first of ``strings``, or before the ``end`` that follows an answer after the first
-    ``marker``. An empty marker: the output begins with the answer; None: only the strings count."""
+    ``marker`` ("": the output begins with the answer; None: only the strings count)."""
 
     strings: tuple[str, ...] = ()
     marker: str | None = None
@@ -54,7 +55,7 @@ class PromptStyle:
     lead: str = " "  # between a marker and what follows
     joint: str = "\n"  # between question and marker, and before the answer line
     shot_joint: str = "\n\n"  # between worked examples
-    answer_as: str = "letters"  # or text: of the choice
+    answer_as: Literal["letters", "text"] = "letters"  # text: of the choice
     answer_joint: str = ","
     answer_end: str = "\n"  # plain prompts: ends the answer (see Stop)
     stops: tuple[str, ...] = ("\n問題:", "\n【問題】", "\nQuestion:")  # plain prompts: end an output anywhere
@@ -73,11 +74,8 @@ class PromptStyle:
     marker_in_turn: bool = False  # chat: end the user's turn with the marker
 
     def __post_init__(self):
-        if self.answer_as not in ("letters", "text"):
-            raise bad_input("unknown", field="answer_as", found=self.answer_as, expected="letters or text")
-        for name in ("answer_marker", "answer_end"):
-            if not getattr(self, name):
-                raise bad_input("empty", field=name, expected="a text")
+        if empty := [name for name in ("answer_marker", "answer_end") if not getattr(self, name)]:
+            raise bad_input("empty", field=empty[0], expected="a text")
         for name, keys in (("question", ["choices", "text"]), ("choice", ["letter", "text"]), ("count_line", ["count"])):
             template = getattr(self, name)
             try:
@@ -99,40 +97,43 @@ class PromptStyle:
         as_text = self.answer_as == "text"
         return self.answer_joint.join(question.choices[question.letters.index(a)] if as_text else a for a in letters)
 
+    @property
+    def answer_lead(self) -> str:
+        """What stands between a prompt for the answer alone and the answer."""
+        if self.chat:
+            return "" if self.marker_in_turn else self.answer_marker + self.lead
+        return self.lead
+
     def completion(self, question: Question, mode: str) -> str:
         """The ground-truth completion: what follows the prompt of :meth:`prompt`, up to the end of the answer; where several
         answers count, the first. Raises :class:`InputError` in ``explain`` mode for a question without an ``explanation``."""
         key = question.answer[0] if question.is_numeric else self.answer(question.accepted[0], question)
-        line = f"{self.answer_marker}{self.lead}{key}"
         if mode == "answer":
-            if self.chat and self.marker_in_turn:
-                return key
-            return line if self.chat else line.removeprefix(self.answer_marker)
+            return self.answer_lead + key
         explanation = (question.explanation or "").strip()
         if not explanation:
             raise bad_input("needs an explanation here", field="explanation", found=f"none for question {question.problem_id}")
-        return f"{'' if self.chat else self.lead}{explanation}{self.joint}{line}"
+        return f"{'' if self.chat else self.lead}{explanation}{self.joint}{self.answer_marker}{self.lead}{key}"
 
     def prompt(self, question: Question, mode: str, tokenizer, demonstrations: Sequence[Question] = ()) -> str:
         """The whole prompt as one string, to be tokenised by ``tokenize_starts(..., as_written=True)``: a BOS that the tokenizer
         puts before every text stands in it, unless the chat template writes its own. Raises :class:`InputError` for ``chat``
         without a chat template, or with one that fails or loses part of a message."""
-        answer_alone = mode == "answer"
-        instruction = self.instruction_answer if answer_alone else self.instruction_explain
-        marker = self.answer_marker if answer_alone else self.explain_marker
+        instruction, marker = self.instruction_explain, self.explain_marker
+        if mode == "answer":
+            instruction, marker = self.instruction_answer, self.answer_marker
         shown = [(self.render_question(one), self.completion(one, mode)) for one in demonstrations]
-        last = self.render_question(question)
+        shown.append((self.render_question(question), ""))
         if not self.chat:
             blocks = [instruction] if instruction else []
             blocks += [f"{text}{self.joint}{marker}{completion}" for text, completion in shown]
-            blocks.append(f"{last}{self.joint}{marker}")
             return ("" if tokenizer is None else opening(tokenizer)[0]) + self.shot_joint.join(blocks)
         before = f"{instruction}{self.shot_joint}" if instruction else ""
         after = f"{self.joint}{marker}" if self.marker_in_turn else ""
         messages = [("system", self.system)] if self.system else []
         for text, completion in shown:
             messages += [("user", f"{before}{text}{after}"), ("assistant", completion)]
-        return _render_chat([*messages, ("user", f"{before}{last}{after}")], tokenizer)
+        return _render_chat(messages[:-1], tokenizer)
 
     def stop(self, mode: str) -> Stop:
         """Where outputs of this mode end. A chat model ends its turn itself and may restate the question before."""
@@ -178,4 +179,4 @@ def load_style(prompt: str | Path | None, *, chat: bool = False, field: str = "p
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise bad_input("wrong type", file=path, field="stops", found=stops, expected="a list of texts")
     style = build(PromptStyle, tree, "", path, set(), skip=frozenset({"stops"}), fixed={"stops": tuple(stops)})
-    return replace(style, chat=True) if chat else style
+    return replace(style, chat=style.chat or chat)

@@ -20,8 +20,7 @@ from medtrain.trainer.files import read_jsonl
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
 SLOTS = "①②③④⑤⑥⑦⑧⑨⑩"
-# "112A1", "120F-14": number of the examination, section, number of the question.
-_EXAM_ID = re.compile(r"(\d{3})([A-Z])-?\d+")
+_EXAM_ID = re.compile(r"(\d{3})([A-Z])-?\d+")  # "112A1", "120F-14": numbers of the examination and the question, and section
 
 
 @dataclass(frozen=True)
@@ -66,37 +65,29 @@ class Question:
     def sheet_number(self) -> Decimal:
         """The number that a numeric question's key stands for. Some keys list only the digits for the boxes of the answer sheet,
         which end the question ("解答：①.②"): "04" for boxes ``①.②`` means 0.4, and "130" for ``1, ①②③`` means 1130."""
-        key = self.answer[0]
-        digits = [c for c in key if c.isdigit()]
-        boxes = answer_boxes(self.problem_text)
-        if boxes is not None and sum(c in SLOTS for c in boxes) == len(digits):
-            filling = iter(digits)
-            return Decimal("".join(next(filling) if c in SLOTS else c for c in boxes))
-        return Decimal(key)
+        return Decimal(self.fill_boxes([c for c in self.answer[0] if c.isdigit()]) or self.answer[0])
 
-
-def answer_boxes(problem_text: str) -> str | None:
-    """The answer-sheet boxes that end a numeric question (``"①.②"``), without blanks and thousands commas."""
-    found = re.findall(rf"解答\s*[:：]\s*([\d.．,，\s{SLOTS}]*[{SLOTS}])", problem_text)
-    return re.sub(r"[,，\s]", "", found[-1]).replace("．", ".") if found else None
+    def fill_boxes(self, digits: list[str]) -> str | None:
+        """The number that ``digits`` make in the answer-sheet boxes (``"①.②"``) that end a numeric question; None where there
+        are not as many boxes."""
+        found = re.findall(rf"解答\s*[:：]\s*([\d.．,，\s{SLOTS}]*[{SLOTS}])", self.problem_text)
+        boxes = re.sub(r"[,，\s]", "", found[-1]).replace("．", ".") if found else ""
+        if not boxes or sum(c in SLOTS for c in boxes) != len(digits):
+            return None
+        filling = iter(digits)
+        return "".join(next(filling) if c in SLOTS else c for c in boxes)
 
 
 def load_questions(path: str | Path, *, points_required: bool = True, mapping: str | Path | None = None) -> list[Question]:
     """Read the questions of an exam file, in file order: JSON Lines, or CSV by its ending .csv or .tsv. Where nothing is scored
-    (demonstrations, pairs), ``points_required`` is False: a row without ``points`` counts one point. ``mapping`` is the YAML
-    file that tells which fields hold what, for an exam in none of the known forms.
-
-    Raises:
-        InputError: with file, row and field: whatever is wrong with a row, an id that occurs twice, no questions.
-    """
+    (demonstrations, pairs), ``points_required`` is False: a row without ``points`` counts one point. ``mapping`` is a YAML file,
+    for an exam in none of the known forms. Raises :class:`InputError` with file, row and field for whatever is wrong."""
     suffix = Path(path).suffix.lower()
     if suffix in (".xlsx", ".xls", ".ods", ".parquet"):
         raise bad_input("not a form of exam that is read", file=path, found=suffix, expected=".jsonl, .csv or .tsv")
     is_csv = suffix in (".csv", ".tsv")
     rows = list(read_csv(path) if is_csv else read_jsonl(path))
-    form = load_mapping(mapping) if mapping is not None else known_form(path, rows)
-    if form is not None and mapping is not None:
-        form.check_names(path, rows, mapping)
+    form = load_mapping(mapping, path, rows) if mapping is not None else known_form(path, rows)
     if form is None and is_csv and rows:
         raise bad_input("which columns hold what is not known", file=path, expected="a mapping (docs/exam.md)")
     questions: dict[str, Question] = {}
@@ -104,9 +95,7 @@ def load_questions(path: str | Path, *, points_required: bool = True, mapping: s
     for number, value in rows:
         row = RowReader(path, number, value if form is None else form.apply(path, number, value), form)
         question = row.question(points_required)
-        field = "problem_id" if "problem_id" in row.value else "question_id"
-        first = row_of.setdefault(question.problem_id, number)
-        row.require(first == number, f"the same id as in row {first}", field, question.problem_id)
+        row.check_new(question.problem_id, "problem_id" if "problem_id" in row.value else "question_id", row_of)
         questions[question.problem_id] = question
     if not questions:
         raise bad_input("no questions", file=path, expected="one question per row")
@@ -115,19 +104,24 @@ def load_questions(path: str | Path, *, points_required: bool = True, mapping: s
 
 @dataclass(frozen=True)
 class RowReader:
-    """One row of a file, whose fields are checked as they are read; it knows its place for the error messages."""
+    """One row of a file, whose fields are checked as they are read."""
 
     path: str | Path
     row: int
     value: dict[str, Any]
     form: Mapping | None = None
 
-    def require(self, condition: bool, problem: str, field: str, found: object = None, expected: str | None = None) -> None:
+    def require(self, condition: object, problem: str, field: str, found: object = None, expected: str | None = None) -> None:
         """Raise the error unless ``condition``."""
         if not condition:
             names = getattr(self.form, field, None) or field  # as the exam's own form calls it
             field = names if isinstance(names, str) else ", ".join(names)
             raise bad_input(problem, file=self.path, row=self.row, field=field, found=found, expected=expected)
+
+    def check_new(self, problem_id: str, field: str, row_of: dict[str, int]) -> None:
+        """Note the row of a question's id; an error where an earlier one has it."""
+        first = row_of.setdefault(problem_id, self.row)
+        self.require(first == self.row, f"the same id as in row {first}", field, problem_id)
 
     def field(self, name: str, kinds: type | tuple[type, ...], expected: str, *default: Any) -> Any:
         """The value of a field, or the ``default``, if there is one: of a missing field; if it is None, also of a null."""
@@ -142,23 +136,21 @@ class RowReader:
 
     def text(self, name: str) -> str:
         value = self.field(name, str, "a text")
-        self.require(value.strip() != "", "empty", name, expected="a text")
+        self.require(value.strip(), "empty", name, expected="a text")
         return value
 
     def question(self, points_required: bool) -> Question:
-        if "question_id" in self.value and "problem_id" not in self.value:  # JMLE2026-Bench
-            problem_id, problem_text = self.text("question_id"), self.text("question_text")
-            if context := self.field("context", str, "a text", ""):
-                problem_text = f"{context}\n{problem_text}"
-        else:
-            problem_id, problem_text = self.text("problem_id"), self.text("problem_text")
+        jmle2026 = "question_id" in self.value and "problem_id" not in self.value
+        names = ("question_id", "question_text") if jmle2026 else ("problem_id", "problem_text")
+        problem_id, problem_text = map(self.text, names)
+        if jmle2026 and (context := self.field("context", str, "a text", "")):
+            problem_text = f"{context}\n{problem_text}"
         choices = self.field("choices", list, "a list of texts ([] for a numeric question)")
-        for choice in choices:
-            self.require(isinstance(choice, str), "wrong type", "choices", choice, "a list of texts")
-        most = len(string.ascii_lowercase)
-        fits = len(choices) != 1 and len(choices) <= most
-        self.require(fits, "wrong number of choices", "choices", f"{len(choices)} choices", f"none, or 2 to {most}")
+        wrong = [choice for choice in choices if not isinstance(choice, str)]
+        self.require(not wrong, "wrong type", "choices", *wrong[:1], expected="a list of texts")
         letters = string.ascii_lowercase[: len(choices)]
+        fits = len(choices) == len(letters) != 1
+        self.require(fits, "wrong number of choices", "choices", f"{len(choices)} choices", "none, or 2 to 26")
         kinki = self.field("kinki", list, "a list of letters", None) or []
         self._check_letters("kinki", kinki, letters, "a list of letters")
         year = self.field("year", int, "a calendar year", None)
@@ -169,7 +161,7 @@ class RowReader:
             problem_text=problem_text,
             choices=tuple(choices),
             answer=self._answer(letters),
-            points=self._points() if points_required or "points" in self.value else 1,
+            points=self._points(points_required),
             text_only=self.field("text_only", bool, "true or false", True),
             kinki=tuple(kinki),
             explanation=self.field("explanation", str, "a text", None),
@@ -181,28 +173,24 @@ class RowReader:
         given = answer = self.field("answer", (str, list), expected)
         if isinstance(given, str):
             answer = [given] if not letters or " or " in given else given.split(",")
-        fits = len(answer) > 0 and all(isinstance(part, str) for part in answer)
-        self.require(fits, "wrong type", "answer", given, expected)
-        answer = [unicodedata.normalize("NFKC", part).strip() for part in answer]
+        self.require(answer and all(isinstance(part, str) for part in answer), "wrong type", "answer", given, expected)
+        answer = [unicodedata.normalize("NFKC", part).strip().lower() for part in answer]
         if not letters:
-            fits = len(answer) == 1 and _NUMBER.fullmatch(answer[0]) is not None
+            fits = len(answer) == 1 and _NUMBER.fullmatch(answer[0])
             self.require(fits, "not a number", "answer", given, "one number")
             return tuple(answer)
-        answer = [part.lower() for part in answer]
         either = answer[0].split(" or ") if len(answer) == 1 else answer
         self._check_letters("answer", either, letters, f"letters a to {letters[-1]}")
         self.require(len(set(either)) == len(either), "a letter occurs twice", "answer", given)
         return tuple(answer)
 
-    def _points(self) -> int:
-        expected = "a whole number of points, 0 or more"
-        points = self.field("points", (int, str), expected)
-        fits = isinstance(points, int) or re.fullmatch(r"[0-9]{1,9}", points.strip()) is not None
-        self.require(fits, "not a number", "points", points, expected)
+    def _points(self, required: bool) -> int:
+        expected, default = "a whole number of points, 0 or more", () if required else (1,)
+        points = self.field("points", (int, str), expected, *default)
+        self.require(re.fullmatch(r"-?[0-9]{1,9}", str(points).strip()), "not a number", "points", points, expected)
         self.require(int(points) >= 0, "negative", "points", points, expected)
         return int(points)
 
     def _check_letters(self, name: str, given: list, letters: str, expected: str) -> None:
-        for letter in given:
-            fits = isinstance(letter, str) and len(letter) == 1 and letter in letters
-            self.require(fits, "not a letter of the choices", name, letter, expected)
+        wrong = [letter for letter in given if letter not in list(letters)]
+        self.require(not wrong, "not a letter of the choices", name, *wrong[:1], expected=expected)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from medtrain.trainer.errors import bad_input, user_path
-from medtrain.trainer.exam.parse import Parsed, parse_output
+from medtrain.trainer.exam.parse import parse_output
 from medtrain.trainer.exam.prompts import MODES
 from medtrain.trainer.exam.questions import Question, RowReader, load_questions
+from medtrain.trainer.exam.statements import Parsed
 from medtrain.trainer.files import read_jsonl, read_rows, write_jsonl
 from medtrain.trainer.intervals import bootstrap_interval
 
@@ -34,75 +35,54 @@ def is_right(question: Question, parsed: Parsed) -> bool:
     """Whether a parsed output answers ``question`` rightly."""
     if question.problem_id in _ALWAYS_RIGHT:
         return True
-    if not question.is_numeric:
+    if parsed.number is None or not question.is_numeric:
         return parsed.letters in question.accepted
-    if parsed.number is None:
-        return False
-    if parsed.number == question.answer[0]:
-        return True
     try:
-        return Decimal(parsed.number) == question.sheet_number
+        return parsed.number == question.answer[0] or Decimal(parsed.number) == question.sheet_number
     except InvalidOperation:
         return False
 
 
-def _scored(question: Question, parsed: Parsed, correct: bool) -> Row:
-    return {
-        "parsed": parsed.value,
-        "correct": correct,
-        "points": question.points if correct else 0,
-        "max_points": question.points,
-        "read_from": parsed.read_from,
-        "failure": parsed.failure,
-    }
+def scored(question: Question, parsed: Parsed, correct: bool | None = None) -> Row:
+    """A row of scores: ``parsed``, ``correct`` (as :func:`is_right` unless given), ``points`` of ``max_points``, ``read_from``,
+    ``failure`` (why no answer could be read, else None)."""
+    correct = is_right(question, parsed) if correct is None else correct
+    points = {"points": question.points if correct else 0, "max_points": question.points}
+    return {"parsed": parsed.value, "correct": correct, **points, "read_from": parsed.read_from, "failure": parsed.failure}
 
 
-def score_output(question: Question, output: str, **parse_settings: Any) -> Row:
-    """Parse a model's text and score it: ``parsed``, ``correct``, ``points`` of ``max_points``, ``read_from``, ``failure`` (why
-    no answer could be read, else None). ``parse_settings``: of :func:`parse_output`."""
-    parsed = parse_output(output, question, **parse_settings)
-    return _scored(question, parsed, is_right(question, parsed))
-
-
-def score_prediction(question: Question, prediction: str) -> Row:
+def _score_prediction(question: Question, prediction: str) -> Row:
     """Score one prediction in the official form, letters joined by "," without blanks, or a number."""
     parts = sorted(prediction.split(","))
-    correct = (
-        question.problem_id in _ALWAYS_RIGHT
-        or parts == sorted(question.answer)
-        or (len(question.accepted) > 1 and tuple(parts) in question.accepted)
-    )
+    either = len(question.accepted) > 1 and tuple(parts) in question.accepted
+    correct = question.problem_id in _ALWAYS_RIGHT or parts == sorted(question.answer) or either
+    parsed = Parsed(read_from=prediction, failure='not letters of the choices joined by ","')
     if question.is_numeric:
         is_number = prediction.strip().replace(".", "", 1).lstrip("+-").isdigit()
-        parsed = Parsed(number=prediction) if is_number else Parsed(failure="not a number")
+        parsed = Parsed((), prediction, prediction) if is_number else Parsed(read_from=prediction, failure="not a number")
     elif all(len(part) == 1 and part in question.letters for part in parts):
-        parsed = Parsed(letters=tuple(parts))
-    else:
-        parsed = Parsed(failure='not letters of the choices joined by ","')
-    return _scored(question, parsed, correct) | {"read_from": prediction}
+        parsed = Parsed(tuple(parts), None, prediction)
+    return scored(question, parsed, correct)
 
 
 def score_rows(questions: Sequence[Question], predictions: Mapping[str, Mapping[str, str]]) -> list[Row]:
     """Score ``predictions`` (problem_id -> row with ``prediction`` or ``output``): the rows of ``--details``."""
     rows = []
     for question in questions:
-        prediction = predictions.get(question.problem_id)
-        if prediction is None:
-            row = _scored(question, Parsed(failure=_NO_PREDICTION), correct=False)
-        elif "prediction" in prediction:
-            row = score_prediction(question, prediction["prediction"])
-        else:
-            row = score_output(question, prediction["output"])
+        given = predictions.get(question.problem_id, {})
+        row = scored(question, Parsed(failure=_NO_PREDICTION), correct=False)
+        if "prediction" in given:
+            row = _score_prediction(question, given["prediction"])
+        elif given:
+            row = scored(question, parse_output(given["output"], question))
         rows.append({"problem_id": question.problem_id} | row)
     return rows
 
 
 def summarize(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any]:
-    """Sum up the scored ``rows`` of ``questions``: the figures of one mode in ``exam.json``.
-
-    ``points_ratio_low`` and ``_high`` are a 95 % bootstrap interval. ``correct``, ``questions`` and ``accuracy`` count withdrawn
-    questions too, as the official scorer does. ``missing``: questions without an output.
-    """
+    """Sum up the scored ``rows`` of ``questions``: the figures of one mode in ``exam.json``. ``points_ratio_low`` and ``_high``
+    are a 95 % bootstrap interval. Withdrawn questions count in ``correct``, ``questions`` and ``accuracy``, as the official
+    scorer does it. ``missing``: questions without an output."""
     points, max_points = [row["points"] for row in rows], [row["max_points"] for row in rows]
     correct = sum(row["correct"] for row in rows)
     missing = sum(row["failure"] == _NO_PREDICTION for row in rows)
@@ -137,19 +117,13 @@ def summarize_groups(questions: Sequence[Question], rows: Sequence[Row]) -> dict
     """:func:`summarize`, and, where every question has a section and a year, ``mean_points_per_year``, ``by_year`` and
     ``by_section``."""
     result = summarize(questions, rows)
-    if not all(question.section and question.year for question in questions):
-        return result
-
-    def by(name: str) -> dict[str, dict[str, Any]]:
-        groups: dict[str, list[int]] = {}
-        for i, question in enumerate(questions):
-            groups.setdefault(str(getattr(question, name)), []).append(i)
-        return {key: summarize([questions[i] for i in of], [rows[i] for i in of]) for key, of in groups.items()}
-
-    by_year = by("year")
-    result["mean_points_per_year"] = result["points"] / len(by_year)
-    result["by_year"] = by_year
-    result["by_section"] = by("section")
+    if all(question.section and question.year for question in questions):
+        result["mean_points_per_year"] = result["points"] / len({question.year for question in questions})
+        for name in ("year", "section"):
+            groups: dict[str, list[tuple[Question, Row]]] = {}
+            for question, row in zip(questions, rows, strict=True):
+                groups.setdefault(str(getattr(question, name)), []).append((question, row))
+            result[f"by_{name}"] = {key: summarize(*zip(*group, strict=True)) for key, group in groups.items()}
     return result
 
 
@@ -163,17 +137,16 @@ def load_predictions(path: str | Path, questions: Sequence[Question]) -> dict[st
         row = RowReader(path, number, {"problem_id": value["question_id"]} | value if "question_id" in value else value)
         problem_id = row.text("problem_id")
         row.require(problem_id in known, "the exam has no such question", "problem_id", problem_id)
-        first = row_of.setdefault(problem_id, number)
-        row.require(first == number, f"the same id as in row {first}", "problem_id", problem_id)
-        if ("prediction" in value) == ("output" in value):
-            found = "both" if "output" in value else "neither"
+        row.check_new(problem_id, "problem_id", row_of)
+        given = [name for name in ("prediction", "output") if name in value]
+        if len(given) != 1:
+            found = "both" if given else "neither"
             raise bad_input("one of 'prediction' and 'output' is needed", file=path, row=number, found=found)
-        field = "prediction" if "prediction" in value else "output"
-        content: Any = value[field]
-        if field == "prediction" and isinstance(content, list) and all(isinstance(part, str) for part in content):
+        content: Any = value[given[0]]
+        if given == ["prediction"] and isinstance(content, list) and all(isinstance(part, str) for part in content):
             content = ",".join(content)
-        row.require(isinstance(content, str), "wrong type", field, content, "a text")
-        predictions[problem_id] = {field: content}
+        row.require(isinstance(content, str), "wrong type", given[0], content, "a text")
+        predictions[problem_id] = {given[0]: content}
     return predictions
 
 

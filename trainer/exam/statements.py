@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from medtrain.trainer.exam.questions import SLOTS, Question, answer_boxes
+from medtrain.trainer.exam.questions import SLOTS, Question
 
 # Ranks of a statement (see medtrain.trainer.exam.parse).
 BARE, SPOKEN, MARKED, FINAL, CUE = range(5)
@@ -92,19 +92,21 @@ def squeeze(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One answer statement: where it ends, what it answers or what is wrong with it, where it begins, and its rank."""
+class Parsed:
+    """What an output, or one statement in it, answers: letters, or the number of a numeric question; neither after a failure."""
 
-    end: int
-    letters: tuple[str, ...] = ()
+    letters: tuple[str, ...] = ()  # sorted, distinct
     number: str | None = None
-    problem: str | None = None
-    start: int = 0
+    read_from: str = ""  # the piece of the output that the answer, or the failure, was read from
+    failure: str | None = None
+    start: int = 0  # where the statement begins and ends in the output
+    end: int = 0
     rank: int = BARE
 
     @property
-    def answer(self) -> tuple[tuple[str, ...], str | None]:
-        return self.letters, self.number
+    def value(self) -> list[str] | str | None:
+        """The answer as it is written to JSON: a list of letters, the number as a text, or None after a failure."""
+        return self.number if self.number is not None else (list(self.letters) or None)
 
 
 class StatementReader:
@@ -118,7 +120,7 @@ class StatementReader:
         self.letter_of = {text: letter for text, letter in lettered if text and texts.count(text) == 1}
         self.longest = max(map(len, self.letter_of), default=0)
 
-    def read(self, start: int, at: int, end: int, rank: int) -> Reading | None:
+    def read(self, start: int, at: int, end: int, rank: int) -> Parsed | None:
         """The answer that stands at ``at``, behind a marker from ``start``: None where none does, a problem where it is two."""
         end = min(end, at + _LONGEST_STATEMENT)
         if self.question.is_numeric:
@@ -127,11 +129,11 @@ class StatementReader:
             reading = self._read_choices(start, self._after(_LEAD, at, end), end)
         return replace(reading, start=start, rank=rank) if reading else None
 
-    def reading_of(self, letters: Iterable[str], end: int) -> Reading:
+    def reading_of(self, letters: Iterable[str], end: int) -> Parsed:
         """``letters`` as an answer that ends at ``end``."""
         if not set(letters) <= set(self.question.letters):
-            return Reading(end, problem="a letter outside the choices")
-        return Reading(end, tuple(sorted(set(letters))))
+            return Parsed(failure="a letter outside the choices", end=end)
+        return Parsed(tuple(sorted(set(letters))), end=end)
 
     def _after(self, pattern: re.Pattern, at: int, end: int) -> int:
         """Where ``pattern`` ends if it stands at ``at``; ``at`` if it does not."""
@@ -144,17 +146,18 @@ class StatementReader:
             return False
         return complete or bool(_END.match(self.text, at, end))
 
-    def _read_choices(self, start: int, at: int, end: int) -> Reading | None:
+    def _read_choices(self, start: int, at: int, end: int) -> Parsed | None:
         named, lettered = self._read_texts(at, end), self._read_letters(at, end, bullets="\n" in self.text[start:at])
         if not named or not lettered:
             return named or lettered
-        if len(lettered.letters) > 1 and lettered.end - at == len(lettered.letters):
-            return named  # "AB" as a choice of its own is not the letters a and b
-        if named.problem or lettered.problem or named.letters == lettered.letters:
-            return named if lettered.problem else lettered
-        return Reading(lettered.end, problem="a letter that is also the text of another choice")
+        # "AB" as a choice of its own is not the letters a and b
+        if lettered.failure or 1 < len(lettered.letters) == lettered.end - at:
+            return named
+        if named.failure or named.letters == lettered.letters:
+            return lettered
+        return Parsed(failure="a letter that is also the text of another choice", end=lettered.end)
 
-    def _read_letters(self, at: int, end: int, bullets: bool) -> Reading | None:
+    def _read_letters(self, at: int, end: int, bullets: bool) -> Parsed | None:
         """Letters, each alone or with the text of its choice, joined in one line or, after a line break, in ``bullets``."""
         if word := _WORD.match(self.text, at, end):
             return self._read_word(word, end)
@@ -165,40 +168,37 @@ class StatementReader:
             letters.append(self.text[following])
             position, complete, problem = self._after_letter(following, self._after(_LINE, following, end))
             if problem:
-                return Reading(position, problem=problem)
+                return Parsed(failure=problem, end=position)
             either = self._after(_OR, position, end)
             if either > position and _LETTER.match(self.text, self._after(_LEAD, either, end), end):
-                return Reading(either + 1, problem=_SEVERAL)
+                return Parsed(failure=_SEVERAL, end=either + 1)
             following = self._next_letter(position, end)
             if following is None and bullets and (bullet := _BULLET.match(self.text, position, end)):
                 following = bullet.end()
         if count := _HOW_MANY.match(self.text, position, end):
             position, complete = count.end(), True
             if int(count[1]) != len(set(letters)):
-                return Reading(position, problem="another number of letters than it says")
+                return Parsed(failure="another number of letters than it says", end=position)
         if but := _ALL_BUT.match(self.text, position, end):
-            return Reading(but.end(), problem="all but one choice")
+            return Parsed(failure="all but one choice", end=but.end())
         return self.reading_of(letters, position) if self._ends(position, end, complete) else None
 
-    def _read_word(self, word: re.Match, end: int) -> Reading | None:
+    def _read_word(self, word: re.Match, end: int) -> Parsed | None:
         """ "ac": letters written together, where they can be nothing else."""
         letters, after = list(word[0]), self._after(_CLOSERS, word.end(), end)
         distinct = letters == sorted(set(letters) & set(self.question.letters)) and len(letters) <= 3
-        return Reading(word.end(), tuple(letters)) if distinct and _END.match(self.text, after, end) else None
+        return Parsed(tuple(letters), end=word.end()) if distinct and _END.match(self.text, after, end) else None
 
     def _after_letter(self, at: int, end: int) -> tuple[int, bool, str | None]:
         """Step over the letter at ``at`` and what belongs to it: closing marks, the text of its choice, a remark in brackets.
-
-        Returns where it ends, whether it has the text of its choice, and a problem: it has that of another one.
-        """
+        Returns where it ends, whether it has the text of its choice, and a problem: it has that of another one."""
         letter, position = self.text[at], self._after(_CLOSERS, at + 1, end)
         gap = self._after(_GAP, position, end)
         if named := self._longest_text(self._after(_OPENERS, gap, end), end):
-            owner, after = named[0], self._after(_CLOSERS, named[1], end)
-            if owner == letter and not _DENIED.match(self.text, after, end):
+            after, apart = self._after(_CLOSERS, named[1], end), self.text[position:gap].strip() in ("、", ",", "。")
+            if named[0] == letter and not _DENIED.match(self.text, after, end):
                 return after, True, None
-            apart = self.text[position:gap].strip() in ("、", ",", "。")
-            if owner != letter and not apart and _END.match(self.text, after, end):
+            if named[0] != letter and not apart and _END.match(self.text, after, end):
                 return after, False, _ANOTHER_TEXT
         if remark := _REMARK.match(self.text, position, end):
             other = re.fullmatch("[a-z]", remark[1]) and remark[1] != letter
@@ -210,26 +210,22 @@ class StatementReader:
         line_end = self._after(_LINE, position, end)
         joined = self._after(_AND, position, line_end)
         following = self._after(_LEAD, joined, line_end)
-        if not _LETTER.match(self.text, following, end):
-            return None
         letters_follow = following > position and ":" not in self.text[position:following]
-        if joined > position or (letters_follow and _ONLY_LETTERS.fullmatch(self.text, following, line_end)):
-            return following
-        return None
+        goes_on = joined > position or (letters_follow and _ONLY_LETTERS.fullmatch(self.text, following, line_end))
+        return following if goes_on and _LETTER.match(self.text, following, end) else None
 
     def _longest_text(self, position: int, end: int) -> tuple[str, int] | None:
         """The longest choice text that stands at ``position``: its letter and where it ends."""
         best, text = None, ""
         for at in range(position, end):
-            character = squeeze(self.output[at])
-            text += character
+            text += (character := squeeze(self.output[at]))
             if len(text) > self.longest:
                 break
             if character and text in self.letter_of:
                 best = (self.letter_of[text], at + 1)
         return best
 
-    def _read_texts(self, position: int, end: int) -> Reading | None:
+    def _read_texts(self, position: int, end: int) -> Parsed | None:
         """An answer given as the exact text of one or more choices."""
         letters: list[str] = []
         while named := self._longest_text(position, end):
@@ -238,10 +234,10 @@ class StatementReader:
             if label := _LABEL.match(self.text, position, end):
                 position = label.end()
                 if label[1] != letter:
-                    return Reading(position, problem=_ANOTHER_TEXT)
+                    return Parsed(failure=_ANOTHER_TEXT, end=position)
             either = self._after(_OR, position, end)
             if either > position and self._longest_text(self._after(_LEAD, either, end), end):
-                return Reading(either, problem=_SEVERAL)
+                return Parsed(failure=_SEVERAL, end=either)
             joined = self._after(_AND, position, end)
             following = self._after(_LEAD, joined, end)
             if joined == position or not self._longest_text(following, end):
@@ -249,41 +245,39 @@ class StatementReader:
             position = following
         return self.reading_of(letters, position) if letters and self._ends(position, end) else None
 
-    def _read_number(self, at: int, end: int, bare: bool) -> Reading | None:
+    def _read_number(self, at: int, end: int, bare: bool) -> Parsed | None:
         line_end = self._after(_LINE, at, end)
         line = self.text[at:line_end]
         boxed = re.findall(rf"([{SLOTS}])([^{SLOTS}]*)", line)
         if len(boxed) > 1:
             return self._read_boxes(line_end, boxed)
         result = re.split(rf"[=≒≈→⇒{SLOTS}]", line)[-1]
-        if value := _VALUE.match(result):
-            number, rest = value[1], result[value.end() :]
-        elif bare:
-            return None
-        else:
+        value = _VALUE.match(result)
+        if not value and not bare:
             # "解答: 総再生産率は1.2です": the only number of the statement. The digits of m2 or PaCO2 are no numbers.
             sentence = re.split(r"。|(?<!\d)\.|\.(?!\d)", line)[0]
             numbers = [m for m in _NUMBER.finditer(sentence) if not re.search(r"[a-z^_0-9]$", sentence[: m.start()])]
-            if len(numbers) != 1:
-                return Reading(at + len(sentence), problem="several numbers") if numbers else None
-            number, rest = numbers[0][0], line[numbers[0].end() :]
+            if len(numbers) > 1:
+                return Parsed(failure="several numbers", end=at + len(sentence))
+            result, value = line, numbers[0] if numbers else None
+        if not value:
+            return None
+        number, rest = value[value.re.groups], result[value.end() :]
         position = line_end - len(rest)
         if _UNFINISHED.match(rest):
-            return Reading(position, problem="more than one number, or an unfinished calculation")
+            return Parsed(failure="more than one number, or an unfinished calculation", end=position)
         if _ECHO.match(rest) or _DENIED.match(rest) or (bare and not _BARE_NUMBER_END.fullmatch(rest)):
             return None
         number = number.replace(",", "").removeprefix("+")
-        return Reading(position, number="0" + number if number.startswith(".") else number.replace("-.", "-0."))
+        number = "0" + number if number.startswith(".") else number.replace("-.", "-0.")
+        return Parsed(number=number, end=position)
 
-    def _read_boxes(self, end: int, boxed: list[tuple[str, str]]) -> Reading | None:
+    def _read_boxes(self, end: int, boxed: list[tuple[str, str]]) -> Parsed | None:
         """An answer written box by box, as on the answer sheet: ``①2 ②6`` or ``①0．②4``."""
         digits = [re.findall(r"\d(?:[ ]*\.)?", after) for _, after in boxed]  # each with the point behind it
         if not any(digits):
             return None  # the boxes of the question, restated and not filled in
         if "".join(box for box, _ in boxed) != SLOTS[: len(boxed)] or any(len(found) != 1 for found in digits):
-            return Reading(end, problem="boxes not filled with one digit each")
-        boxes = answer_boxes(self.question.problem_text)
-        if boxes is not None and sum(c in SLOTS for c in boxes) == len(boxed):
-            filling = iter(found[0][0] for found in digits)
-            return Reading(end, number="".join(next(filling) if c in SLOTS else c for c in boxes))
-        return Reading(end, number="".join(found[0] for found in digits).replace(" ", "").rstrip("."))
+            return Parsed(failure="boxes not filled with one digit each", end=end)
+        filled = self.question.fill_boxes([found[0][0] for found in digits])
+        return Parsed(number=filled or "".join(found[0] for found in digits).replace(" ", "").rstrip("."), end=end)

@@ -84,10 +84,15 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise bad_input("an adapter is no model", file=adapter, expected=expected)
     if not has_config:
         raise bad_input("not a checkpoint folder", field="model.path", found=str(folder), expected="config.json in it")
+    return read_config(folder)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config.json of ``folder``; InputError for one that transformers cannot read."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise bad_input("unreadable config", file=file, found=" ".join(str(error).split())) from None
+    except Exception as error:  # transformers raises many kinds here
+        raise bad_input("unreadable config", file=folder / "config.json", found=" ".join(str(error).split())) from None
 
 
 def _config_from_sizes(sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:

@@ -268,11 +268,10 @@ def test_choice_logps_are_written_and_a_killed_run_keeps_them(run, tmp_path, mon
     assert all(max(row["choice_logps"].values()) == row["choice_logps"]["b"] <= 0 for row in rows)
 
 
-def test_logps_do_not_depend_on_how_many_rows_fit(unsure_model, tokenizer, monkeypatch):
+def test_logps_do_not_depend_on_how_many_rows_fit(unsure_model, tokenizer):
     prompts, completions = ["：", "薬はどれか：", "え:", "x"], ["理由。", "理", " b\n", " c"]
     together = HFEngine(unsure_model, tokenizer).logps(prompts, completions)
-    monkeypatch.setattr("medtrain.trainer.exam.generate._LOGITS_AT_ONCE", 1)
-    assert HFEngine(unsure_model, tokenizer).logps(prompts, completions) == pytest.approx(together, abs=1e-5)
+    assert HFEngine(unsure_model, tokenizer, max_rows=1).logps(prompts, completions) == pytest.approx(together, abs=1e-5)
 
 
 def test_the_gap_has_an_interval_and_a_p_value(checkpoint, run, tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from medtrain.trainer.config.exam import PairsConfig
 from medtrain.trainer.data.tokenizer import opening
 from medtrain.trainer.errors import bad_input, user_path
 from medtrain.trainer.exam.generate import HFEngine, Output, load_engine
-from medtrain.trainer.exam.pairs.build import GradedPath, build_pairs, grade_paths, ground_truth
+from medtrain.trainer.exam.pairs.build import build_pairs, grade_paths, ground_truth
 from medtrain.trainer.exam.prepare import Exam, model_digest, open_exam
 from medtrain.trainer.exam.scoring import INVALID, unread_note
 from medtrain.trainer.files import append_jsonl, check_identity, read_jsonl, write_json, write_jsonl
@@ -27,18 +27,14 @@ Outputs = dict[tuple[str, int], Output]  # of paths, by question and number
 def run_pairs(config: PairsConfig) -> dict[str, Any]:
     """Sample, build pairs and write the JSONL file ``config.out``; returns the summary. Next to pairs.jsonl stand
     pairs.paths.jsonl with every path and its grade, from which a run that was killed goes on and pairs of another strategy
-    are made without sampling again, and pairs.summary.json.
-
-    Raises:
-        InputError: a user's mistake, before anything is sampled; where not one pair came about, after the paths were written:
-            ``config.out`` is then left as it was.
-    """
-    out = Path(config.out)
+    are made without sampling again, and pairs.summary.json. Raises :class:`InputError` for a user's mistake, before anything is
+    sampled; where not one pair came about, after the paths were written: ``config.out`` is then left as it was."""
+    out, model = Path(config.out), Path(config.model)
     stem = out.name.removesuffix(".jsonl")
     paths_file = out.with_name(f"{stem}.paths.jsonl")
     recorded, outputs = _read_paths(paths_file)
     new_tokens = {"explain": config.max_new_tokens}
-    exam, tokenizer = open_exam(Path(config.model), config.questions, config, new_tokens, recorded or {}, scored=False)
+    exam, tokenizer = open_exam(model, config.questions, config, new_tokens, recorded or {}, scored=False)
     if config.unlisted_is_wrong and exam.style.answer_as != "text":
         problem, expected = "needs answers that are texts of choices", "a prompt style with answer_as: text"
         raise bad_input(problem, field="unlisted_is_wrong", expected=expected)
@@ -48,11 +44,8 @@ def run_pairs(config: PairsConfig) -> dict[str, Any]:
         why = f"note: the chat template writes no {before}, which the tokenizer puts before every text"
         log.info(f"{why}: paths are sampled without it, and training on these pairs, which are strings, puts it")
     prompts = dict(zip((question.problem_id for question in exam.questions), exam.prompts["explain"], strict=True))
-    identity = {
-        "model": model_digest(Path(config.model)),
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "style": asdict(exam.style),
-    }
+    prompts_digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    identity = {"model": model_digest(model), "prompts": prompts_digest, "style": asdict(exam.style)}
     names = ("engine", "dtype", "num_paths", "temperature", "seed", "max_new_tokens")
     identity |= {name: getattr(config, name) for name in names}
     advice = "another out, or this file moved away"
@@ -68,7 +61,12 @@ def run_pairs(config: PairsConfig) -> dict[str, Any]:
     for question in exam.questions:
         of_question = [outputs[question.problem_id, k] for k in range(config.num_paths)]
         graded[question.problem_id] = grade_paths(question, of_question, exam.style, config)
-    _write_graded(paths_file, header, outputs, graded)
+    paths = [path for of_question in graded.values() for path in of_question]
+    write_jsonl(paths_file, [header, *paths])
+    counts = {"questions": len(paths), "truncated": sum(path["truncated"] for path in paths)}
+    counts["parse_failures"] = sum(path["failure"] is not None for path in paths)
+    if note := unread_note("paths", counts, paths_file):
+        log.info(note)
     rows, summary = build_pairs(exam.questions, exam.prompts["explain"], graded, exam.style, config)
     for row in rows:
         row["provenance"] |= {"model": config.model, "model_digest": identity["model"], "questions": config.questions}
@@ -81,7 +79,7 @@ def run_pairs(config: PairsConfig) -> dict[str, Any]:
     if not rows:
         why = ", ".join(f"{reason}: {count}" for reason, count in summary["without_pairs"].items())
         kinds = ", ".join(f"{count} {kind}" for kind, count in summary["paths"].items() if count)
-        useless = (path.text for paths in graded.values() for path in paths if path.kind not in ("right", "duplicate"))
+        useless = (path["output"].rstrip() for path in paths if path["kind"] not in ("right", "duplicate"))
         example = next(filter(None, useless), "")[:120]
         problem = f"no pair came about from {len(exam.questions)} questions ({why}; paths: {kinds})"
         raise bad_input(f"{problem}; see {paths_file}, for example the path {example!r}", file=config.questions)
@@ -104,9 +102,7 @@ def _check_explanations(exam: Exam, config: PairsConfig) -> None:
 
 def _read_paths(file: Path) -> tuple[dict[str, Any] | None, Outputs]:
     """How the paths of ``file`` were sampled, None where it does not tell or is not there, and its paths."""
-    with user_path(file):
-        exists = file.is_file()
-    rows = [row for _, row in read_jsonl(file, skip_broken=True)] if exists else []
+    rows = [row for _, row in read_jsonl(file, skip_broken=True)] if file.is_file() else []
     sampling = next((row["sampling"] for row in rows if isinstance(row.get("sampling"), dict)), None)
     paths = [row for row in rows if {"problem_id", "path", "output", "truncated"} <= row.keys()]
     return sampling, {(row["problem_id"], row["path"]): Output(row["output"], row["truncated"]) for row in paths}
@@ -133,24 +129,7 @@ def _sample_missing(outputs: Outputs, exam: Exam, config: PairsConfig, file: Pat
     for numbers, made in engine.batches(repeated, new_tokens, stop, **sampling):
         # Of a batch that held some paths of an earlier start, those stay as they are.
         new = {wanted[number]: output for number, output in zip(numbers, made, strict=True) if number not in known}
-        append_jsonl(file, [_row(*path, output) for path, output in new.items()])
+        names = ("problem_id", "path", "output", "truncated")
+        append_jsonl(file, [dict(zip(names, (*path, one.text, one.truncated), strict=True)) for path, one in new.items()])
         outputs |= new
         log.info(f"paths: {len(outputs)}/{len(wanted)}")
-
-
-def _row(problem_id: str, number: int, output: Output) -> dict[str, Any]:
-    return {"problem_id": problem_id, "path": number, "output": output.text, "truncated": output.truncated}
-
-
-def _write_graded(file: Path, header: Mapping[str, Any], outputs: Outputs, graded: Mapping[str, Sequence[GradedPath]]) -> None:
-    """Write all paths again, each with how it was graded and from which words; log a line where most were not read."""
-    rows = [header]
-    for problem_id, paths in graded.items():
-        for path in paths:
-            parsed = {"parsed": path.parsed.value, "read_from": path.parsed.read_from, "failure": path.parsed.failure}
-            rows.append(_row(problem_id, path.index, outputs[problem_id, path.index]) | {"kind": path.kind} | parsed)
-    write_jsonl(file, rows)
-    failures = sum(row["failure"] is not None for row in rows[1:])
-    totals = {"questions": len(rows) - 1, "parse_failures": failures, "truncated": sum(row["truncated"] for row in rows[1:])}
-    if note := unread_note("paths", totals, file):
-        log.info(note)
