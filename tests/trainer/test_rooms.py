@@ -59,7 +59,7 @@ BUDGETS = {
     "trainer/data": 1712,
     "trainer/model": 1585,
     "trainer/weights": 1157,
-    "trainer/exam": 2440,
+    "trainer/exam": 2460,
     "trainer/run": 1070,
     "trainer/train": 1930,
     "trainer/plan": 260,

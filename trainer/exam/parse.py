@@ -25,21 +25,23 @@ _NOT_WRONG = "".join(f"(?<!{word})" for word in ("不", "誤", "非", "間違っ
 _NOT_WRONG_EN = "".join(f"(?<!{word} )" for word in ("wrong", "incorrect", "not", "no", "an"))
 _NOUN = (
     rf"(?:{_NOT_WRONG}(?:答え|答|こたえ|回答|解答|正解|正答)(?:の?(?:選択肢|記号|番号|数値))?"
-    rf"|{_NOT_WRONG_EN}(?<![a-z])(?:(?<!in)(?:correct|best|right) )?(?:answers?|ans|(?<=correct )(?:option|choice))"
+    rf"|{_NOT_WRONG_EN}(?<![a-z])(?:(?<!in)(?:correct|best|right) )?(?:answers?|ans"
+    r"|(?:(?<=correct )|(?<=right )|(?<=best ))(?:option|choice))"
     r"(?:\(s\))?(?: choice| option)?(?![a-z]))"
 )
 
 # The rules, each a pattern before an answer. Their only groups are the words for "final", which raise the rank.
 _MARKED = re.compile(  # "答え:", "【正解】", a heading "### Answer", "\boxed{", but not "例: 答え:" (_EXAMPLE)
-    rf"{_FINAL}{_NOUN}(?:{CLOSE}|[ ])*(?:[:=→⇒]|】|(?<=\])|(?<=[*_])(?=\n))"
+    rf"{_FINAL}{_NOUN}(?:{CLOSE}|[ ])*(?:[:=→⇒]|(?<=ans)\.|】|(?<=\])|(?<=[*_])(?=\n))"
     rf"|(?:^|\n)[ #*]*(最終(?:的な|的に|の)?)?{_NOUN}[ #*]*(?=\n| )"
     r"|\\boxed(?=\{)|<answer>"
 )
 _EXAMPLE = re.compile(r"(?:例|例えば|たとえば|e\.g\.|形式)[ :「、(]*$")
 _SPOKEN = re.compile(  # "答えは", "the answer is", "so the answer", "I'll choose"
     rf"{_FINAL}{_NOUN}(?:は|が|としては"
-    r"| (?:is|are|would be|must be|should be)(?: therefore| thus| most likely| clearly)?(?![a-z]))"
-    r"|(?<![a-z])(?:so|thus|therefore|hence),? (?:the )?(?:correct |best )?answer(?: is)?(?: likely| probably)?(?![a-z:])"
+    r"|(?: to (?:this|the) question)? (?:is|are|would be|must be|should be)(?: therefore| thus| most likely| clearly)?(?![a-z]))"
+    r"|(?<![a-z])(?:so|thus|therefore|hence),? (?:the )?(?:correct |best )?answer(?: is| would be| should be| must be)?"
+    r"(?: likely| probably)?(?![a-z:])"
     r"|(?<![a-z])(?:i|i would|i'll|i will|so|thus|therefore|let's),? (?:choose|select|pick|go with|answer(?! ?is))(?![a-z:])"
 )
 _CONCLUDED = re.compile(  # "したがって、", "therefore"
@@ -54,6 +56,10 @@ _SPOKEN_AFTER = re.compile(  # "cが正解", "a and c are the answers": the lett
     r"(?<![a-z0-9])([a-z](?:[ ]*(?:,|、|・|と)[ ]*[a-z]){0,25})\)?[ ]*"
     r"(?:(?:が|を)(?:正解|正答|答え|解答|選択|選ぶ|選び)(?!では|じゃ|で(?:は)?な|しな|とは|か|肢)"
     r"| is the (?:correct |best |right )?answer(?![a-z])| are the (?:correct |right )?answers(?![a-z]))"
+)
+_CORRECT = re.compile(  # "Option D is correct."
+    r"(?:^|(?<=[.。\n,:]))[ ]*(?:(?:hence|so|thus|therefore),? )?(?:(?:option|choice|answer) )?\(?([a-z])\)? is (?:correct|right)"
+    r"(?=[ ]*(?:[.。!\n]|$|because|since|as ))"
 )
 
 # What may begin a new question, and what ends an output.
@@ -142,9 +148,11 @@ class _Parser(StatementReader):
             for match in pattern.finditer(self.text, start, end):
                 if pattern is not _MARKED or not _EXAMPLE.search(self.text[max(start, match.start() - 8) : match.start()]):
                     readings.append(self.read(match.start(), match.end(), end, FINAL if any(match.groups()) else rank))
-        for match in _SPOKEN_AFTER.finditer(self.text, start, end) if self.question.choices else ():
-            reading = self.reading_of(re.findall("[a-z]", match[1]), match.end())
-            readings.append(replace(reading, start=match.start(), rank=SPOKEN))
+        asks_for_the_wrong = _ASKS_FOR_THE_WRONG.search(fold(self.question.problem_text))
+        for pattern in (_SPOKEN_AFTER, *([] if asks_for_the_wrong else [_CORRECT])) if self.question.choices else ():
+            for match in pattern.finditer(self.text, start, end):
+                reading = self.reading_of(re.findall("[a-z]", match[1]), match.end())
+                readings.append(replace(reading, start=match.start(), rank=SPOKEN))
         # One place can be read twice (a style's own marker that is also a usual one); the higher rank holds.
         by_end = {reading.end: reading for reading in sorted(filter(None, reversed(readings)), key=lambda one: one.rank)}
         return sorted(by_end.values(), key=lambda reading: reading.start)
@@ -190,9 +198,17 @@ class _Parser(StatementReader):
             return []
         first, last = readings[0], readings[-1]
         ends = [reading for reading in whole if reading in (first, last)]
-        # "c。腎低形成により..." : the answer opens the first line and a full stop closes it.
-        if first and first not in whole and self.text[first.end : first.end + 1] == "。":
-            ends.append(first)
+        # "c。腎低形成により...", "D. Stamina. It ...": the answer opens the first line and a full stop closes it. Choices that
+        # are sentences may also be restated: without their letter they are no answer here.
+        if first and first not in whole:
+            by_letter = re.match(r"[^a-z]{0,4}[a-z](?![a-z0-9])", self.text[first.start : first.end])
+            sentences = any(choice.rstrip().endswith(("。", ".")) for choice in choices)
+            is_text = first.end - first.start > 2 and sum(map(bool, readings)) == 1
+            stop = self.text[first.end : first.end + 1]
+            if (stop == "。" and (by_letter or not sentences or first.end - first.start < 4)) or (
+                stop == "." and by_letter and is_text
+            ):
+                ends.append(first)
         return ends
 
     def _fills(self, reading: Parsed, line_end: int) -> bool:

@@ -51,7 +51,7 @@ _VALUE = re.compile(rf"[ ]*(?:約|およそ|\()?[ ]*({_DIGITS})")
 # Beside a letter: closing marks, the text of its choice, a remark in brackets.
 CLOSE = r"""["'`*_$」』)\]】}>〉》”’]"""
 _CLOSERS = re.compile(rf"(?:[ ]*{CLOSE}|\\[)\]])*")
-_GAP = re.compile(r"[ ]*(?:[.:、,)。](?=[ ]*[^ ]))?[ ]*の?[ ]*")
+_GAP = re.compile(r"[ ]*(?:[.:、,)。–-](?=[ ]*[^ ]))?[ ]*の?[ ]*")
 _REMARK = re.compile(r"[ ]*\([ ]*([^()\n]*?)[ ]*\)")
 _LABEL = re.compile(r"[ ]*\(([a-z])\)")
 _HOW_MANY = re.compile(r"[ ]*(?:の|\()[ ]*([2-5])つ\)?")
@@ -114,10 +114,12 @@ class StatementReader:
 
     def __init__(self, output: str, question: Question):
         self.output, self.text, self.question = output, fold(output), question
-        # A text that two choices share, or a blank one, names no choice.
-        texts = [squeeze(choice) for choice in question.choices]
-        lettered = zip(texts, question.letters, strict=True)
-        self.letter_of = {text: letter for text, letter in lettered if text and texts.count(text) == 1}
+        # A text that two choices share, or a blank one, names no choice. Case and a final stop count only where they tell
+        # choices apart.
+        exact = [squeeze(choice) for choice in question.choices]
+        loose = [text.casefold().rstrip(".。") if len(text) > 2 else text for text in exact]
+        texts = [one if loose.count(one) == 1 and one else text for one, text in zip(loose, exact, strict=True)]
+        self.letter_of = {a: b for a, b in zip(texts, question.letters, strict=True) if a and texts.count(a) == 1}
         self.longest = max(map(len, self.letter_of), default=0)
 
     def read(self, start: int, at: int, end: int, rank: int) -> Parsed | None:
@@ -221,8 +223,9 @@ class StatementReader:
             text += (character := squeeze(self.output[at]))
             if len(text) > self.longest:
                 break
-            if character and text in self.letter_of:
-                best = (self.letter_of[text], at + 1)
+            name = text if text in self.letter_of else text.casefold()
+            if character and name in self.letter_of and (len(name) > 2 or name == text):
+                best = (self.letter_of[name], at + 1)
         return best
 
     def _read_texts(self, position: int, end: int) -> Parsed | None:

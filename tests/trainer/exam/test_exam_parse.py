@@ -66,6 +66,11 @@ READ = [
     ("Final answer: b", "b"),
     ("The correct option is b.", "b"),
     ("Option b is the correct answer.", "b"),
+    ("Option a is incorrect. Hence option (b) is correct.", "b"),
+    ("Therefore, the best choice is b.", "b"),
+    ("So the answer would be (b).", "b"),
+    ("The answer to this question is b", "b"),
+    ("Ans. b", "b"),
     ("\\boxed{b}", "b"),
     ("$\\boxed{\\text{b}}$", "b"),
     ('{"answer": "b"}', "b"),
@@ -476,3 +481,40 @@ def test_real_reasoning_is_read_as_its_last_line_says():
             row[side] = "unread" if spoken.failure else spoken.letters == parsed.letters
     spoken = [row[side] for row in rows for side in ("chosen", "rejected")]
     assert spoken.count(True) > len(spoken) / 2 and spoken.count(False) <= 5
+
+
+@pytest.mark.parametrize("stop", ["", "."])
+@pytest.mark.parametrize(
+    "output",
+    [
+        "d. stamina",
+        "Answer: stamina",
+        "**D. Stamina**",
+        "D) Stamina",
+        "The correct answer is D - Stamina.",
+        "D. Stamina. It lasts.",
+    ],
+)
+def test_case_and_a_final_stop_of_choices_do_not_count(output, stop):
+    choices = tuple(text + stop for text in ("Strength", "Power training", "Stride length", "Stamina"))
+    assert parse_output(output, Question("E1", "What does a runner need most?", choices, ("d",))).letters == ("d",)
+
+
+def test_case_counts_where_it_tells_choices_apart():
+    question = Question("E2", "Which notation is used?", ("mmHG", "mmHg", "Torr", "Pa"), ("b",))
+    assert parse_output("Answer: mmHg", question).letters == ("b",)
+    assert parse_output("Answer: MMHG", question).letters == ()
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["Option a is correct. Option b is correct.", "A. Strength. It helps.\nD. Stamina. It lasts.", "Is option d correct?"],
+)
+def test_several_right_options_and_a_list_of_them_are_no_answer(output):
+    choices = ("Strength", "Power training", "Stride length", "Stamina")
+    assert parse_output(output, Question("E1", "What does a runner need most?", choices, ("d",))).letters == ()
+
+
+def test_a_statement_that_is_correct_is_no_answer_to_a_question_for_the_wrong_one():
+    question = Question("E3", "Which of the following is NOT true?", ("w", "x", "y", "z"), ("d",))
+    assert parse_output("Option a is correct.", question).letters == ()

@@ -59,7 +59,9 @@ def test_every_family_passes_at_any_size_and_draws_nothing(model_type, tied):
 def test_every_kind_of_rope_passes_where_it_does_not_depend_on_the_documents_beside(rope):
     assert verified(config_of("llama", rope))["positions"] == 4096
     if rope == "longrope":
-        with pytest.raises(InputError, match=r"rope_type longrope has other frequencies for long .* 4096 positions \(found llama"):
+        with pytest.raises(
+            InputError, match=r"rope_type longrope has other frequencies for long .* 4096 positions \(found llama"
+        ):
             verified(config_of("llama", rope), 4097)
     else:
         assert verified(config_of("llama", rope), 131072)["positions"] == 131072
