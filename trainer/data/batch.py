@@ -79,12 +79,8 @@ def cpt_batch(sources: Sequence[Windows], items: Iterable[tuple[int, int]]) -> M
 
 
 def pair_batch(sources: Sequence[PairSet], items: Iterable[tuple[int, int]], *, share: bool = True) -> MicroBatch:
-    """Pack the pairs ``items``, each (source index, pair index).
-
-    With ``share`` equal prompts are computed once, and so are equal completions of one prompt; groups and completions
-    stand in the order in which they first come. Without, chosen_0, rejected_0, chosen_1, ..., each after its own prompt.
-    A completion's targets are exactly its tokens.
-    """
+    """Pack the pairs ``items``, each (source index, pair index). With ``share`` equal prompts are computed once, and so are equal
+    completions of one prompt, in the order in which they first come. Without, each side stands after its own prompt."""
     items = list(items)
     groups: dict[object, tuple[np.ndarray, dict[bytes, np.ndarray]]] = {}
     sides = []

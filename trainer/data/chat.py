@@ -1,8 +1,7 @@
-"""Chat templates: text that is the same at every start, rendered preference pairs, and what a template leaves out.
+"""Chat templates: rendered preference pairs, what a template leaves out, and dates that are the same at every start.
 
-A template is a program: it may drop the reasoning of an assistant's turn or the system message, and write the date. What is
-learned, and what system, user and tools say, must stand in the text whole but for white space. What else is left out is
-noted: the reasoning of earlier turns, as many templates do by design, and keys that they do not know.
+What is learned, and what system, user and tools say, must stand in the text whole but for white space. What else is left out
+is noted: the reasoning of earlier turns, as many templates do by design, and keys that they do not know.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import copy
 import re
 from bisect import bisect_left
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from medtrain.trainer.errors import InputError, bad_input
+from medtrain.trainer.errors import InputError
 
 if TYPE_CHECKING:
     from medtrain.trainer.data.sources import Row
@@ -61,15 +60,11 @@ def render_chat(row: Row, tokenizer) -> tuple[list[str], list[InputError], list[
 
     Raises InputError for a tokenizer without a chat template, and where the template fails.
     """
-    where: dict[str, Any] = {"file": row.file, "row": row.number}
     if not tokenizer.chat_template:
         expected = "strings, or a tokenizer with a chat template"
-        raise bad_input("the tokenizer has no chat template", **where, field="prompt", found="a list", expected=expected)
+        raise row.error("the tokenizer has no chat template", field="prompt", found="a list", expected=expected)
     # Parquet fills keys that other rows have with null.
-    chats = {
-        name: [{key: value for key, value in message.items() if value is not None} for message in row.fields[name]]
-        for name in _FIELDS
-    }
+    chats = {name: [{k: v for k, v in message.items() if v is not None} for message in row.fields[name]] for name in _FIELDS}
 
     def render(name: str, without: str | None = None) -> str:
         chat = [{key: value for key, value in message.items() if key != without} for message in chats[name]]
@@ -80,7 +75,7 @@ def render_chat(row: Row, tokenizer) -> tuple[list[str], list[InputError], list[
     try:
         texts = {name: render(name) for name in _FIELDS}
     except Exception as error:  # a template raises what it likes
-        raise bad_input(f"the chat template fails: {error}", **where) from error
+        raise row.error(f"the chat template fails: {error}") from error
     lost: list[InputError] = []
     noted: list[str] = []
     # Not where the prompt's text ends: a template may open the completion there, with <think>.
@@ -95,7 +90,7 @@ def render_chat(row: Row, tokenizer) -> tuple[list[str], list[InputError], list[
                     noted.append(HISTORY_SHORTENED)
                 elif missing is not None:
                     problem = f"the chat template leaves out or changes part of it, from {missing[:60]!r} on"
-                    lost.append(bad_input(problem, **where, field=f"{name}[{k}].{key}"))
+                    lost.append(row.error(problem, field=f"{name}[{k}].{key}"))
         given = {key for message in chats[name] for key, value in message.items() if value not in ("", [], {})}
         for key in sorted(given - {"role", *_TEXTS}):
             try:
@@ -103,7 +98,7 @@ def render_chat(row: Row, tokenizer) -> tuple[list[str], list[InputError], list[
             except Exception:  # it cannot do without
                 unused = False
             if unused and key == "tool_calls" and name != "prompt":
-                lost.append(bad_input("the chat template leaves it out", **where, field=f"{name}.{key}"))
+                lost.append(row.error("the chat template leaves it out", field=f"{name}.{key}"))
             elif unused:
                 noted.append(KEY_LEFT_OUT.format(key))
     return list(texts.values()), lost, noted

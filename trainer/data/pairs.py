@@ -46,10 +46,9 @@ _ROWS_PER_CALL = 256
 class PairSet:
     """The pairs of one source, in order.
 
-    ``tokens`` int32, flat; ``offsets`` int64 [3P + 1]: prompt_0, chosen_0, rejected_0, prompt_1, ... ``rows`` int64
-    [P]: each pair's row in its file. ``digest``: sha256 of all token ids and where they are divided, so of what a
-    reference model would score. ``cut`` and ``refused``: (rows, tokens lost) by reason. ``noted``: rows by reason, kept
-    all the same.
+    ``tokens`` int32, flat; ``offsets`` int64 [3P + 1]: prompt_0, chosen_0, rejected_0, prompt_1, ...; completions end in eos.
+    ``rows`` int64 [P]: each pair's row in its file. ``digest``: sha256 of ``tokens`` and ``offsets``, so of what a reference
+    model would score. ``cut`` and ``refused``: (rows, tokens lost) by reason; ``noted``: rows by reason.
     """
 
     name: str
@@ -68,15 +67,13 @@ class PairSet:
         return len(self.rows)
 
     def prompt(self, i: int) -> np.ndarray:
-        return self._segment(3 * i)
+        return self.tokens[self.offsets[3 * i] : self.offsets[3 * i + 1]]
 
     def chosen(self, i: int) -> np.ndarray:
-        """Return the chosen completion's tokens, the last one eos."""
-        return self._segment(3 * i + 1)
+        return self.tokens[self.offsets[3 * i + 1] : self.offsets[3 * i + 2]]
 
     def rejected(self, i: int) -> np.ndarray:
-        """Return the rejected completion's tokens, the last one eos."""
-        return self._segment(3 * i + 2)
+        return self.tokens[self.offsets[3 * i + 2] : self.offsets[3 * i + 3]]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -93,9 +90,6 @@ class PairSet:
         """Completion tokens with eos, int64 [2P]: chosen_0, rejected_0, chosen_1, ..."""
         return np.diff(self.offsets).reshape(-1, 3)[:, 1:].reshape(-1)
 
-    def _segment(self, k: int) -> np.ndarray:
-        return self.tokens[self.offsets[k] : self.offsets[k + 1]]
-
 
 def token_key(tokens: np.ndarray) -> bytes:
     """A key that equal prompts and equal completions share."""
@@ -107,12 +101,10 @@ def load_pairs(
 ) -> PairSet:
     """Read and tokenise the pairs of ``source``.
 
-    ``overlong``: what becomes of pairs whose prompt and longer completion have more than ``max_length`` tokens: ``error``;
-    ``drop``; ``cut_completion`` keeps of both sides what fits after the prompt, eos last; ``cut_prompt`` cuts the prompt
-    from the left, but for its BOS. A pair that cutting leaves no room, or makes both sides of equal, is refused.
-    ``unusable``: ``error`` or ``drop``, of pairs that are empty or identical, whose prompt the chat template does not keep
-    as the beginning, or of whose text it leaves something out. Raises InputError naming file, row, field and counts by
-    reason, and if no pair is left.
+    ``overlong``: what becomes of pairs whose prompt and longer completion have more than ``max_length`` tokens:
+    ``cut_completion`` keeps of both sides what fits after the prompt, eos last; ``cut_prompt`` cuts the prompt from the left,
+    but for its BOS. A pair that cutting leaves no room, or makes both sides of equal, is refused. ``unusable``: what becomes of
+    pairs of a reason in ``UNUSABLE``. Raises InputError naming file, row, field and counts by reason, and if no pair is left.
     """
     tokenize = _PairTokenizer(tokenizer)
     segments: list[np.ndarray] = []
@@ -133,7 +125,7 @@ def load_pairs(
             elif length > max_length:
                 tokens, reason = _shorten(tokens, max_length, overlong, tokenize)
                 found, expected = f"{length} tokens", f"at most {max_length}, data.max_length"
-                first_overlong = first_overlong or bad_input("overlong pair", **pair.where, found=found, expected=expected)
+                first_overlong = first_overlong or pair.row.error("overlong pair", found=found, expected=expected)
             if reason is not None:
                 counts, lost = (cut, num_tokens - sum(map(len, tokens))) if tokens else (refused, num_tokens)
                 num_rows, before = counts.get(reason, (0, 0))
@@ -186,55 +178,35 @@ class _Pair:
         self.tokens: _Tokens = ()
         self.problems: list[tuple[str, InputError]] = []
         self.notes = [COLUMN_UNREAD.format(name) for name in _UNREAD if row.fields.get(name)]
-        self.where = {"file": row.file, "row": row.number}
         prompt = row.fields["prompt"]
-        self.is_chat = isinstance(prompt, list)
         for name in _FIELDS:
             value = row.fields[name]
             if not isinstance(prompt, (str, list)) or type(value) is not type(prompt):
                 expected = "a string or a list of messages" if name == "prompt" else f"{kind_of(prompt)}, as 'prompt' is"
-                raise bad_input("wrong type", **self.where, field=name, found=kind_of(value), expected=expected)
-            if isinstance(value, list):
-                self._check_messages(name, value)
-            else:
-                self._check_text(name, value)
+                raise row.error("wrong type", field=name, found=kind_of(value), expected=expected)
+            if value == []:
+                raise row.error("empty list of messages", field=name)
+            messages = value if isinstance(value, list) else []
+            texts = {} if messages else {name: value}
+            for k, message in enumerate(messages):
+                if not isinstance(message, dict):
+                    raise row.error("wrong type", field=f"{name}[{k}]", found=kind_of(message), expected="a message")
+                texts |= {f"{name}[{k}].{key}": message.get(key) for key in ("role", "content")}
+            for place, text in texts.items():
+                if isinstance(text, str) and not text.strip():
+                    self.refuse("empty", "empty text", place, text)
+                else:
+                    check_text(text, row, place)
+            # Completion tokens are all learned, so they must all be the model's own; and it must be its turn to speak.
+            for k, message in enumerate(messages):
+                place, role = f"{name}[{k}].role", message["role"]
+                if name != "prompt" and role != "assistant":
+                    raise row.error("wrong role", field=place, found=role, expected="assistant")
+                if name == "prompt" and k == len(messages) - 1 and role == "assistant":
+                    raise row.error("the prompt ends with the assistant's turn", field=place, expected="user")
 
     def refuse(self, reason: str, problem: str, field: str, found: object = None) -> None:
-        self.problems.append((reason, bad_input(problem, **self.where, field=field, found=found)))
-
-    def _check_text(self, field: str, text: object) -> None:
-        if isinstance(text, str) and not text.strip():
-            self.refuse("empty", "empty text", field, text)
-        else:
-            check_text(text, self.row, field)
-
-    def _check_messages(self, name: str, messages: list) -> None:
-        if not messages:
-            raise bad_input("empty list of messages", **self.where, field=name)
-        for k, message in enumerate(messages):
-            place = {**self.where, "field": f"{name}[{k}]"}
-            if not isinstance(message, dict):
-                raise bad_input("wrong type", **place, found=kind_of(message), expected="a message")
-            for key in ("role", "content"):
-                self._check_text(f"{name}[{k}].{key}", message.get(key))
-            # Completion tokens are all learned, so they must all be the model's own; and it must be its turn to speak.
-            place["field"] += ".role"
-            if name != "prompt" and message["role"] != "assistant":
-                raise bad_input("wrong role", **place, found=message["role"], expected="assistant")
-            if name == "prompt" and message is messages[-1] and message["role"] == "assistant":
-                raise bad_input("the prompt ends with the assistant's turn", **place, expected="user")
-
-    def check_tokens(self, bos: int | None, eos: int) -> None:
-        prompt, *sides = self.tokens
-        for name, segment, least in zip(_FIELDS, self.tokens, (1, 2, 2), strict=True):
-            if len(segment) < least:
-                self.refuse("empty", "the tokenizer makes no tokens of it", name, self.row.fields[name])
-        if sides[0] == sides[1]:
-            self.refuse("identical", "the same tokens as 'chosen'", "rejected", self.row.fields["rejected"])
-        if bos not in (None, eos) and any([*prompt, *side].count(bos) > 1 for side in sides):
-            self.notes.append(BOS_DOUBLED)
-        if any(side[-2:] == [eos, eos] for side in sides):
-            self.notes.append(EOS_DOUBLED)
+        self.problems.append((reason, self.row.error(problem, field=field, found=found)))
 
 
 class _PairTokenizer:
@@ -245,7 +217,8 @@ class _PairTokenizer:
     def __call__(self, rows: Sequence[Row]) -> list[_Pair]:
         """Make pairs of rows, with few calls of the tokenizer."""
         pairs = [_Pair(row) for row in rows]
-        strings, chats = [pair for pair in pairs if not pair.is_chat], [pair for pair in pairs if pair.is_chat]
+        strings = [pair for pair in pairs if isinstance(pair.row.fields["prompt"], str)]
+        chats = [pair for pair in pairs if isinstance(pair.row.fields["prompt"], list)]
         prompts = tokenize_starts(self.tokenizer, [pair.row.fields["prompt"] for pair in strings])
         sides = self.go_on([pair.row.fields[name] for pair in strings for name in _FIELDS[1:]])
         for k, pair in enumerate(strings):
@@ -259,7 +232,7 @@ class _PairTokenizer:
             self._divide(pair, texts, ids[3 * k : 3 * k + 3])
             pair.problems += [(LEFT_OUT, error) for error in left_out]
         for pair in pairs:
-            pair.check_tokens(self.tokenizer.bos_token_id, self.eos)
+            self._check(pair)
         return pairs
 
     def _divide(self, pair: _Pair, texts: list[str], ids: list[list[int]]) -> None:
@@ -286,3 +259,16 @@ class _PairTokenizer:
             blank_after = end and not self.tokenizer.decode(completion[end:]).strip()
             sides[k] = completion[:end] if blank_after else [*completion, self.eos]
         pair.tokens = prompt, *sides
+
+    def _check(self, pair: _Pair) -> None:
+        prompt, *sides = pair.tokens
+        for name, segment, least in zip(_FIELDS, pair.tokens, (1, 2, 2), strict=True):
+            if len(segment) < least:
+                pair.refuse("empty", "the tokenizer makes no tokens of it", name, pair.row.fields[name])
+        if sides[0] == sides[1]:
+            pair.refuse("identical", "the same tokens as 'chosen'", "rejected", pair.row.fields["rejected"])
+        bos = self.tokenizer.bos_token_id
+        if bos not in (None, self.eos) and any([*prompt, *side].count(bos) > 1 for side in sides):
+            pair.notes.append(BOS_DOUBLED)
+        if any(side[-2:] == [self.eos, self.eos] for side in sides):
+            pair.notes.append(EOS_DOUBLED)

@@ -41,6 +41,10 @@ class Row(NamedTuple):
     number: int
     fields: dict[str, Any]
 
+    def error(self, problem: str, **details: Any) -> InputError:
+        """:func:`bad_input` that names file and row; ``details``: field, found, expected."""
+        return bad_input(problem, file=self.file, row=self.number, **details)
+
 
 def name_sources(sources: Sequence[Source]) -> list[Source]:
     """Return the sources, each with a name of its own. A missing name is the file's stem, with ``-2``, ``-3``, ... where that
@@ -131,14 +135,13 @@ def read_rows(path: str | Path, fields: Sequence[str], optional: Sequence[str] =
     empty = True
     for file in source_files(path):
         for number, values in _read_file(file, fields, optional):
-            empty = False
+            empty, row = False, Row(file, number, values)
             if not isinstance(values, dict):
-                raise bad_input("wrong row", file=file, row=number, found=kind_of(values), expected="a JSON object")
+                raise row.error("wrong row", found=kind_of(values), expected="a JSON object")
             for field in fields:
                 if field not in values:
-                    found = ", ".join(sorted(values)) or "no fields"
-                    raise bad_input("missing", file=file, row=number, field=field, found=found)
-            yield Row(file, number, values)
+                    raise row.error("missing", field=field, found=", ".join(sorted(values)) or "no fields")
+            yield row
     if empty:
         raise bad_input("no rows", file=path)
 
@@ -146,17 +149,16 @@ def read_rows(path: str | Path, fields: Sequence[str], optional: Sequence[str] =
 def check_text(text: object, row: Row, field: str) -> str:
     """Return ``text`` if it is a string with more than blanks in it and valid Unicode; else raise InputError naming row
     and field."""
-    where = {"file": row.file, "row": row.number, "field": field}
     if not isinstance(text, str):
-        raise bad_input("wrong type", **where, found=kind_of(text), expected="a string")
+        raise row.error("wrong type", field=field, found=kind_of(text), expected="a string")
     if not text.strip():
-        raise bad_input("empty text", **where, found=text)
+        raise row.error("empty text", field=field, found=text)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair ("\ud800"), which no tokenizer takes.
         found = f"\\u{ord(text[error.start]):04x} at character {error.start + 1}"
-        raise bad_input("half a surrogate pair is not text", **where, found=found) from None
+        raise row.error("half a surrogate pair is not text", field=field, found=found) from None
     return text
 
 

@@ -1,15 +1,13 @@
 """A tokenizer as it is read from its folder, and the ids that it makes of texts.
 
-``AutoTokenizer`` of transformers 5 builds a tokenizer anew by the class that tokenizer_config.json or config.json names, and
-keeps of tokenizer.json the vocabulary alone. Published folders name classes that do not fit their file
-(DeepSeek-R1-Distill-Llama: a byte-level one under ``LlamaTokenizerFast``, which loses every blank). Models were trained on
-what transformers 4 made of these files, so that decides here:
+``AutoTokenizer`` of transformers 5 builds a tokenizer anew by the class that tokenizer_config.json or config.json names, which
+may not fit tokenizer.json (DeepSeek-R1-Distill-Llama: a byte-level one under ``LlamaTokenizerFast``, which loses every blank).
+Models were trained on what transformers 4 made of these files, so that decides here:
 
 - tokenizer.json decides the ids of a text;
 - tokenizer_config.json decides which tokens are BOS, EOS and padding, further added tokens, the chat templates;
 - whether a text begins with BOS is as tokenizer.json's post-processor has it, but for a ``LlamaTokenizer`` whose
-  tokenizer_config.json has ``add_bos_token``: transformers 4 obeyed that (DeepSeek-R1-Distill-Qwen has its BOS from there
-  alone), 5 drops it;
+  tokenizer_config.json has ``add_bos_token``, which transformers 4 obeyed (DeepSeek-R1-Distill-Qwen has its BOS from there);
 - ``add_prefix_space`` against tokenizer.json is refused: which of the two the model saw cannot be told (Yi-1.5).
 
 A text is either the start of a sequence (a document, a prompt) or goes on from another (a completion, an answer that is
@@ -62,13 +60,12 @@ def read_tokenizer(folder: str | Path, *, field: str | None = None) -> PreTraine
         raise bad_input("no such folder", field=field, found=str(folder), expected="a folder with tokenizer.json")
     if not (folder / "tokenizer.json").is_file():
         others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
-        raise bad_input(
+        problem, found = (
             "no usable tokenizer here: no tokenizer.json, which decides the ids",
-            file=folder,
-            found=", ".join(others) or "no other vocabulary",
-            expected="tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one of "
-            "tokenizer.model; compare its ids with those the model was trained on)",
+            ", ".join(others) or "no vocabulary",
         )
+        expected = "tokenizer.json, as save_pretrained of a fast tokenizer writes it"
+        raise bad_input(problem, file=folder, found=found, expected=expected)
     file = folder / "tokenizer_config.json"
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

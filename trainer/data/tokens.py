@@ -1,11 +1,10 @@
 """Tokens of CPT documents: each source is tokenised once, into a cache that later starts find again.
 
 A document's tokens are those of its text, after the BOS where the tokenizer puts one before every text, and eos. The cache
-of a source is a folder named by the sha256 of everything that decides the tokens: the bytes of its files, the tokenizer, the
-field, the format. It holds parts, and ``index.json``, which lists those that are made and whether they are all. A part is the
-tokens (uint32) of some documents, one after the other, then of each document its tokens and the UTF-8 bytes of its text
-(uint32 [n, 2]). One process reads the rows in order, deals them to workers and writes what comes back, so neither the number
-of workers nor a kill changes a bit; rows of parts that are there are passed over.
+of a source is a folder named by the sha256 of what decides the tokens: the bytes of its files, the tokenizer, the format. It
+holds parts, and ``index.json``, which lists those that are made and whether they are all. A part is the tokens (uint32) of
+some documents, then of each document its tokens and the UTF-8 bytes of its text (uint32 [n, 2]). One process reads the rows
+in order, deals them to workers and writes what comes back, so neither the number of workers nor a kill changes a bit.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ _SETTLED_NS = 2_000_000_000
 _THREADS = 8  # hashing gives way to other threads, and one alone does not keep up with a fast disk
 _TAGS = ("ETag", "etag", "blob_id")  # what S3 and the web, Google and Azure, the Hub call the digest of a file
 _FEW_BATCHES = 4  # for these, workers are not worth their start
-_FORMAT = 1  # of what the tokens are
+_FIELD, _FORMAT = "text", 1  # of what the tokens are
 _LAYOUT = 3  # of how they lie on the disk; another PART_BYTES is another layout
 
 Index = dict  # "complete": bool; "parts": an entry (dict) of each, None where it must be made
@@ -138,7 +137,7 @@ def default_workers(local_ranks: int = 1) -> int:
 
 
 def tokenize_source(
-    source: Source, tokenizer, cache_dir: str | Path, *, field: str = "text", key: str | None = None, workers: int = 1
+    source: Source, tokenizer, cache_dir: str | Path, *, key: str | None = None, workers: int = 1
 ) -> TokenizedSource:
     """Return the tokenised documents of ``source``, from the cache in ``cache_dir`` where it holds them.
 
@@ -150,19 +149,11 @@ def tokenize_source(
     cache_dir = Path(cache_dir)
     if key is None or not read_index(cache_folder(cache_dir, key))["complete"]:
         raw = files_digest(source_files(source.path), cache_dir / "raw-files.json")
-        identity = {"format": _FORMAT, "field": field, "source": raw, "tokenizer": tokenizer_digest(tokenizer)}
+        identity = {"format": _FORMAT, "field": _FIELD, "source": raw, "tokenizer": tokenizer_digest(tokenizer)}
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = cache_folder(cache_dir, key)
     if not (index := read_index(folder))["complete"]:
-        with _locked(folder):
-            if not (index := read_index(folder))["complete"]:
-                texts = (check_text(row.fields[field], row, field) for row in read_rows(source.path, [field]))
-                try:
-                    _make(folder, index, _batches(texts, source_name(source)), tokenizer, workers)
-                except InputError:
-                    if not is_url(str(source.path)):  # a network may fail, and the parts be good
-                        shutil.rmtree(folder)
-                    raise
+        index = _make(folder, source, tokenizer, workers)
     parts, documents = _open_parts(folder, index)
     offsets = np.zeros(len(documents) + 1, np.int64)
     np.cumsum(documents[:, 0], dtype=np.int64, out=offsets[1:])
@@ -201,7 +192,7 @@ def _is_whole(path: Path, entry: dict | None) -> bool:
 
 
 def _open_parts(folder: Path, index: Index) -> tuple[list[np.ndarray], np.ndarray]:
-    """The tokens of each part, memory-mapped, and the documents of all."""
+    """The tokens of each part, memory-mapped, and the documents of all parts."""
     # A mapping keeps its file open, and 1,024 is the usual soft limit.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
@@ -214,9 +205,8 @@ def _open_parts(folder: Path, index: Index) -> tuple[list[np.ndarray], np.ndarra
     return parts, np.concatenate(tables)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and let one process of this machine in at a time.
+def _make(folder: Path, source: Source, tokenizer, workers: int) -> Index:
+    """Make the parts that are missing, one process of this machine at a time; the index is written after each.
 
     The lock only saves work: where it does not reach (another machine), each makes its own parts, and they are the same.
     """
@@ -229,19 +219,23 @@ def _locked(folder: Path) -> Iterator[None]:
             for left in folder.glob("*" + PARTIAL):  # by processes that were killed
                 left.unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
-        yield
-
-
-def _make(folder: Path, index: Index, batches: Iterable[tuple[int, list[str]]], tokenizer, workers: int) -> None:
-    """Make the parts that ``index`` lacks and write it after each, at the end as complete."""
-    parts = index["parts"]
-    there = {number for number, entry in enumerate(parts) if entry is not None}
-    made = _tokenized((batch for batch in batches if batch[0] not in there), tokenizer, workers)
-    for number, of_part in itertools.groupby(made, key=lambda batch: batch[0]):
-        parts[number : number + 1] = [_write_part(part_path(folder, number), of_part)]
+        index = read_index(folder)
+        parts = index["parts"]
+        there = {number for number, entry in enumerate(parts) if entry is not None}
+        texts = (check_text(row.fields[_FIELD], row, _FIELD) for row in read_rows(source.path, [_FIELD]))
+        batches = (batch for batch in _batches(texts, source_name(source)) if batch[0] not in there)
+        try:
+            made = [] if index["complete"] else _tokenized(batches, tokenizer, workers)
+            for number, of_part in itertools.groupby(made, key=lambda batch: batch[0]):
+                parts[number : number + 1] = [_write_part(part_path(folder, number), of_part)]
+                write_index(folder, index)
+        except InputError:
+            if not is_url(str(source.path)):  # a network may fail, and the parts be good
+                shutil.rmtree(folder)
+            raise
+        index["complete"] = True
         write_index(folder, index)
-    index["complete"] = True
-    write_index(folder, index)
+        return index
 
 
 def _write_part(path: Path, batches: Iterable[Batch]) -> dict:
