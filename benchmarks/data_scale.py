@@ -28,7 +28,7 @@ from medtrain.trainer.data.batch import cpt_batch
 from medtrain.trainer.data.order import GlobalOrder, source_shares
 from medtrain.trainer.data.packing import pack
 from medtrain.trainer.data.tokenizer import read_tokenizer
-from medtrain.trainer.data.tokens import cache_folder, make_windows, part_path, tokenize_source, write_index
+from medtrain.trainer.data.tokens import cache_folder, make_windows, tokenize_source
 from medtrain.trainer.processes import clean_context
 
 SOURCES = {"medical": (0.9, 0.8), "replay": (0.1, 0.2)}  # share of the tokens, weight
@@ -38,17 +38,16 @@ BATCH_TOKENS, MICRO_BATCH_TOKENS, WORLD_SIZE, PART_TOKENS = 4_194_304, 16_384, 6
 
 def write_cache(cache: Path, name: str, num_tokens: int, seed: int) -> None:
     """A cache of made-up documents, about ``num_tokens`` of them, under the key ``name``."""
-    folder, entries = cache_folder(cache, name), []
+    folder = cache_folder(cache, name)
     folder.mkdir(parents=True)
     shape = np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, num_tokens // MEAN_LENGTH
     lengths = np.random.default_rng(seed).lognormal(*shape).astype("<u4").clip(2)
-    for number, mine in enumerate(np.array_split(lengths, -(-num_tokens // PART_TOKENS))):
-        path, size = part_path(folder, number), int(mine.sum(dtype=np.int64))
-        with open(path, "wb") as file:
-            file.seek(4 * size)
-            file.write(np.stack([mine, 4 * mine], axis=1).tobytes())
-        entries.append({"num_tokens": size, "num_docs": len(mine)})
-    write_index(folder, {"complete": True, "parts": entries})
+    parts = np.array_split(lengths, -(-num_tokens // PART_TOKENS))
+    for number, mine in enumerate(parts):
+        with open(folder / f"part-{number:05d}.bin", "wb") as file:
+            file.seek(4 * int(mine.sum(dtype=np.int64)))
+            file.write(np.stack([mine, 4 * mine], axis=1).tobytes() + np.array([len(mine)], "<u4").tobytes())
+    (folder / "complete").write_text(str(len(parts)))
 
 
 def clocks_and_memory() -> np.ndarray:

@@ -267,8 +267,10 @@ class _PairTokenizer:
                 pair.refuse("empty", "the tokenizer makes no tokens of it", name, pair.row.fields[name])
         if sides[0] == sides[1]:
             pair.refuse("identical", "the same tokens as 'chosen'", "rejected", pair.row.fields["rejected"])
-        bos = self.tokenizer.bos_token_id
-        if bos not in (None, self.eos) and any([*prompt, *side].count(bos) > 1 for side in sides):
+        bos, is_chat = self.tokenizer.bos_token_id, not isinstance(pair.row.fields["prompt"], str)
+        # Of a chat only at its beginning: ChatML opens every turn with <|im_start|>, which some name as their BOS.
+        doubled = prompt[:2] == [bos, bos] if is_chat else any([*prompt, *side].count(bos) > 1 for side in sides)
+        if bos not in (None, self.eos) and doubled:
             pair.notes.append(BOS_DOUBLED)
         if any(side[-2:] == [self.eos, self.eos] for side in sides):
             pair.notes.append(EOS_DOUBLED)

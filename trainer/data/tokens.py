@@ -2,9 +2,9 @@
 
 A document's tokens are those of its text, after the BOS where the tokenizer puts one before every text, and eos. The cache
 of a source is a folder named by the sha256 of what decides the tokens: the bytes of its files, the tokenizer, the format. It
-holds parts, and ``index.json``, which lists those that are made and whether they are all. A part is the tokens (uint32) of
-some documents, then of each document its tokens and the UTF-8 bytes of its text (uint32 [n, 2]). One process reads the rows
-in order, deals them to workers and writes what comes back, so neither the number of workers nor a kill changes a bit.
+holds parts, and at the end ``complete``, their number. A part (uint32) is the tokens of some documents, then of each document
+its tokens and the UTF-8 bytes of its text [n, 2], then n. One process reads the rows in order, deals them to workers and
+writes what comes back, so neither the number of workers nor a kill changes a bit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.sources import check_text, file_kind, is_url, open_bytes, read_rows, reading, source_files, source_name
 from medtrain.trainer.data.tokenizer import tokenize_starts, tokenizer_digest
 from medtrain.trainer.errors import InputError, bad_input, user_path
-from medtrain.trainer.files import PARTIAL, replacing
+from medtrain.trainer.files import PARTIAL, replacing, write_bytes
 from medtrain.trainer.processes import clean_context
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,9 @@ _THREADS = 8  # hashing gives way to other threads, and one alone does not keep 
 _TAGS = ("ETag", "etag", "blob_id")  # what S3 and the web, Google and Azure, the Hub call the digest of a file
 _FEW_BATCHES = 4  # for these, workers are not worth their start
 _FIELD, _FORMAT = "text", 1  # of what the tokens are
-_LAYOUT = 3  # of how they lie on the disk; another PART_BYTES is another layout
+_LAYOUT = 4  # of how they lie on the disk; another PART_BYTES is another layout
 
-Index = dict  # "complete": bool; "parts": an entry (dict) of each, None where it must be made
+Part = tuple[np.ndarray, np.ndarray]  # tokens, memory-mapped; documents
 Batch = tuple[int, np.ndarray, np.ndarray]  # number of the part, tokens, documents
 
 
@@ -147,18 +147,18 @@ def tokenize_source(
     ``sources.py``); then no cache is left.
     """
     cache_dir = Path(cache_dir)
-    if key is None or not read_index(cache_folder(cache_dir, key))["complete"]:
+    whole = None if key is None else _whole_cache(cache_folder(cache_dir, key))
+    if key is None or whole is None:
         raw = files_digest(source_files(source.path), cache_dir / "raw-files.json")
         identity = {"format": _FORMAT, "field": _FIELD, "source": raw, "tokenizer": tokenizer_digest(tokenizer)}
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = cache_folder(cache_dir, key)
-    if not (index := read_index(folder))["complete"]:
-        index = _make(folder, source, tokenizer, workers)
-    parts, documents = _open_parts(folder, index)
+        folder = cache_folder(cache_dir, key)
+        whole = _whole_cache(folder) or _make(folder, source, tokenizer, workers)
+    documents = np.concatenate([part[1] for part in whole])
     offsets = np.zeros(len(documents) + 1, np.int64)
     np.cumsum(documents[:, 0], dtype=np.int64, out=offsets[1:])
-    num_bytes = np.ascontiguousarray(documents[:, 1])
-    return TokenizedSource(source_name(source), source.weight, str(source.path), parts, offsets, num_bytes, key)
+    tokens, num_bytes = [part[0] for part in whole], np.ascontiguousarray(documents[:, 1])
+    return TokenizedSource(source_name(source), source.weight, str(source.path), tokens, offsets, num_bytes, key)
 
 
 def cache_folder(cache_dir: Path, key: str) -> Path:
@@ -166,47 +166,33 @@ def cache_folder(cache_dir: Path, key: str) -> Path:
     return cache_dir / f"{key}-v{_LAYOUT}"
 
 
-def part_path(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:05d}.bin"
+def _whole_cache(folder: Path) -> list[Part] | None:
+    """The parts in order; None where they are not all there."""
+    with contextlib.suppress(OSError, ValueError):
+        number, parts = int((folder / "complete").read_text("utf-8")), _read_parts(folder)
+        return [parts[k] for k in range(number)] if len(parts) == number else None
+    return None
 
 
-def read_index(folder: Path) -> Index:
-    """The index, with None for each part that has not the size of its entry; then it is not complete."""
-    try:
-        index = json.loads((folder / "index.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {"complete": False, "parts": []}
-    parts = [entry if _is_whole(part_path(folder, k), entry) else None for k, entry in enumerate(index["parts"])]
-    return {"complete": index["complete"] and None not in parts, "parts": parts}
-
-
-def write_index(folder: Path, index: Index) -> None:
-    with replacing(folder / "index.json") as out:
-        out.write((json.dumps(index, indent=1) + "\n").encode())
-
-
-def _is_whole(path: Path, entry: dict | None) -> bool:
-    with contextlib.suppress(OSError):
-        return entry is not None and path.stat().st_size == 4 * entry["num_tokens"] + 8 * entry["num_docs"]
-    return False
-
-
-def _open_parts(folder: Path, index: Index) -> tuple[list[np.ndarray], np.ndarray]:
-    """The tokens of each part, memory-mapped, and the documents of all parts."""
+def _read_parts(folder: Path) -> dict[int, Part]:
+    """The parts that are there by number, but those that were cut short."""
     # A mapping keeps its file open, and 1,024 is the usual soft limit.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    parts, tables = [], []
-    for number, entry in enumerate(index["parts"]):
-        path, num_tokens, num_docs = part_path(folder, number), entry["num_tokens"], entry["num_docs"]
-        parts.append(np.memmap(path, "<u4", "r", shape=(num_tokens,)))
-        tables.append(np.fromfile(path, "<u4", 2 * num_docs, offset=4 * num_tokens).reshape(num_docs, 2))
-    return parts, np.concatenate(tables)
+    parts = {}
+    for path in folder.glob("part-*.bin"):
+        with contextlib.suppress(OSError, ValueError):
+            words = np.memmap(path, "<u4", "r")
+            num_tokens = len(words) - 1 - 2 * int(words[-1])
+            documents = np.array(words[num_tokens:-1]).reshape(-1, 2)
+            if documents[:, 0].sum(dtype=np.int64) == num_tokens:
+                parts[int(path.stem.removeprefix("part-"))] = words[:num_tokens], documents
+    return parts
 
 
-def _make(folder: Path, source: Source, tokenizer, workers: int) -> Index:
-    """Make the parts that are missing, one process of this machine at a time; the index is written after each.
+def _make(folder: Path, source: Source, tokenizer, workers: int) -> list[Part]:
+    """Make the parts that are missing, one process of this machine at a time.
 
     The lock only saves work: where it does not reach (another machine), each makes its own parts, and they are the same.
     """
@@ -218,37 +204,35 @@ def _make(folder: Path, source: Source, tokenizer, workers: int) -> Index:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in folder.glob("*" + PARTIAL):  # by processes that were killed
                 left.unlink(missing_ok=True)
+        if (whole := _whole_cache(folder)) is not None:
+            return whole
         folder.mkdir(exist_ok=True)
-        index = read_index(folder)
-        parts = index["parts"]
-        there = {number for number, entry in enumerate(parts) if entry is not None}
+        there = _read_parts(folder)
         texts = (check_text(row.fields[_FIELD], row, _FIELD) for row in read_rows(source.path, [_FIELD]))
         batches = (batch for batch in _batches(texts, source_name(source)) if batch[0] not in there)
         try:
-            made = [] if index["complete"] else _tokenized(batches, tokenizer, workers)
+            made = _tokenized(batches, tokenizer, workers)
             for number, of_part in itertools.groupby(made, key=lambda batch: batch[0]):
-                parts[number : number + 1] = [_write_part(part_path(folder, number), of_part)]
-                write_index(folder, index)
+                _write_part(folder / f"part-{number:05d}.bin", of_part)
         except InputError:
             if not is_url(str(source.path)):  # a network may fail, and the parts be good
                 shutil.rmtree(folder)
             raise
-        index["complete"] = True
-        write_index(folder, index)
-        return index
+        parts = _read_parts(folder)
+        write_bytes(folder / "complete", str(len(parts)).encode())
+        return [parts[k] for k in range(len(parts))]
 
 
-def _write_part(path: Path, batches: Iterable[Batch]) -> dict:
-    """Write a part; it is whole or not there. Returns its entry for the index."""
-    num_tokens, tables = 0, []
+def _write_part(path: Path, batches: Iterable[Batch]) -> None:
+    """Write a part; it is whole or not there."""
     with replacing(path) as out:
+        tables = []
         for _, tokens, documents in batches:
             out.write(tokens.data)
-            num_tokens += len(tokens)
             tables.append(documents)
         table = np.concatenate(tables)
         out.write(table.data)
-    return {"num_tokens": num_tokens, "num_docs": len(table)}
+        out.write(np.array([len(table)], "<u4").data)
 
 
 def _batches(texts: Iterable[str], name: str) -> Iterator[tuple[int, list[str]]]:

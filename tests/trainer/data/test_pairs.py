@@ -316,6 +316,9 @@ def test_what_looks_wrong_is_kept_and_noted(tmp_path):
     assert pair_ledger([pairs])["sources"]["pairs"]["noted"] == pairs.noted
     assert load(tmp_path, [chat(), row()], tokenizer=make_tokenizer(eos="<end>")).noted == {EOS_MISSING: 1}
     assert load(tmp_path, [chat(), row()]).noted == {}
+    every_turn = make_tokenizer(template="{% for m in messages %}{{ '<end> ' + m.content + ' <eos>' }}{% endfor %}")
+    every_turn.bos_token = "<end>"
+    assert load(tmp_path, [chat()], tokenizer=every_turn).noted == {}
 
 
 def test_eos_is_a_target_of_every_completion_where_it_is_also_the_padding_token(tmp_path):

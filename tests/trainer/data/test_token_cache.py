@@ -78,9 +78,9 @@ def corpus(folder):
 
 
 def cache_files(cache):
-    """Every file of the one cache in a folder but the index, which has times in it: name and bytes."""
+    """Every file of the one cache in a folder: name and bytes."""
     (folder,) = (path for path in Path(cache).iterdir() if path.is_dir())
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "index.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def decoded(source):
@@ -188,7 +188,7 @@ def test_of_a_damaged_cache_only_the_damaged_part_is_made_anew(tmp_path, small_p
     again = tokenize_source(source, make_tokenizer(), tmp_path / "cache", workers=1)
     assert 1 <= Counting.calls <= 3 and decoded(again) == expected and cache_files(tmp_path / "cache") == before
     changed = {path.name for path in folder.iterdir() if path.stat().st_mtime_ns != times[path.name]}
-    assert changed == {"part-00004.bin", "index.json"}
+    assert changed == {"part-00004.bin", "complete"}
 
 
 @pytest.fixture
