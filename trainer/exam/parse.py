@@ -202,12 +202,11 @@ class _Parser(StatementReader):
         # are sentences may also be restated: without their letter they are no answer here.
         if first and first not in whole:
             by_letter = re.match(r"[^a-z]{0,4}[a-z](?![a-z0-9])", self.text[first.start : first.end])
+            length, stop = first.end - first.start, self.text[first.end : first.end + 1]
             sentences = any(choice.rstrip().endswith(("。", ".")) for choice in choices)
-            is_text = first.end - first.start > 2 and sum(map(bool, readings)) == 1
-            stop = self.text[first.end : first.end + 1]
-            if (stop == "。" and (by_letter or not sentences or first.end - first.start < 4)) or (
-                stop == "." and by_letter and is_text
-            ):
+            restated = sentences and length > 3 and not by_letter
+            alone = by_letter and length > 2 and sum(map(bool, readings)) == 1
+            if (stop == "。" and not restated) or (stop == "." and alone):
                 ends.append(first)
         return ends
 
