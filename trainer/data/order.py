@@ -93,9 +93,24 @@ class GlobalOrder:
         """Return the permutation of an epoch and where each ``_BLOCK`` of its items starts: all starts would be large. numpy
         keeps a bit generator's raw stream the same in every version, but not what Generator.permutation makes of it."""
         keys = np.random.PCG64(np.random.SeedSequence([self.seed, i, epoch])).random_raw(len(self.lengths[i]))
-        permutation = np.argsort(keys)
-        if (np.diff(keys[permutation]) == 0).any():  # equal keys, by index: nearly never, and several times as slow
-            permutation = np.argsort(keys, kind="stable")
-        permutation = permutation.astype(np.int32 if len(keys) < 2**31 else np.int64)
+        permutation = sorting_permutation(keys)
         sums = np.add.reduceat(self.lengths[i][permutation], np.arange(0, len(keys), _BLOCK), dtype=np.int64)
         return permutation, np.cumsum(sums) - sums
+
+
+def sorting_permutation(keys: np.ndarray) -> np.ndarray:
+    """Return ``argsort(keys, kind="stable")`` of uint64 keys, int32 where that suffices, in a fifth of the time: numbers sort
+    faster than they argsort, so each key's low bits give way to its index, and the few keys then equal are sorted again."""
+    bits = np.uint64(max(len(keys) - 1, 1).bit_length())
+    low = (np.uint64(1) << bits) - np.uint64(1)
+    mixed = keys & ~low
+    mixed |= np.arange(len(keys), dtype=np.uint32 if len(keys) < 2**32 else np.uint64)
+    mixed.sort()
+    permutation = np.empty(len(keys), dtype=np.int32 if len(keys) < 2**31 else np.int64)
+    np.bitwise_and(mixed, low, out=permutation, casting="unsafe")
+    mixed >>= bits
+    equal = np.flatnonzero(mixed[1:] == mixed[:-1])
+    for run in np.split(equal, np.flatnonzero(np.diff(equal) > 1) + 1) if len(equal) else ():
+        items = permutation[run[0] : run[-1] + 2]
+        items[:] = items[np.argsort(keys[items], kind="stable")]
+    return permutation

@@ -185,7 +185,7 @@ def _read_parts(folder: Path) -> dict[int, Part]:
         with contextlib.suppress(OSError, ValueError):
             words = np.memmap(path, "<u4", "r")
             num_tokens = len(words) - 1 - 2 * int(words[-1])
-            documents = np.array(words[num_tokens:-1]).reshape(-1, 2)
+            documents = np.fromfile(path, "<u4", len(words) - 1 - num_tokens, offset=4 * num_tokens).reshape(-1, 2)
             if documents[:, 0].sum(dtype=np.int64) == num_tokens:
                 parts[int(path.stem.removeprefix("part-"))] = words[:num_tokens], documents
     return parts

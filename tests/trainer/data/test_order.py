@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medtrain.trainer.data.order import GlobalOrder, source_shares
+from medtrain.trainer.data.order import GlobalOrder, sorting_permutation, source_shares
 from medtrain.trainer.errors import InputError
 
 item_lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12).map(np.array)
@@ -89,6 +89,14 @@ def test_the_order_is_the_same_in_every_version():
     """A resumed run must find its order again; these numbers may never change."""
     step = GlobalOrder([np.ones(8, np.int64)], [Fraction(1)], 8, 17).step(3)
     assert step.item_ids.tolist() == [4, 1, 7, 3, 5, 2, 0, 6]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 99), st.sampled_from([64, 12, 5]), st.booleans())
+def test_keys_sort_as_a_stable_argsort_says_also_where_their_high_bits_or_all_are_equal(n, seed, bits, high):
+    keys = np.random.default_rng(seed).integers(0, 2**bits - 1, n, dtype=np.uint64)
+    keys <<= np.uint64(64 - bits if high else 0)
+    assert np.array_equal(sorting_permutation(keys), np.argsort(keys, kind="stable"))
 
 
 def test_equal_draws_keep_the_order_of_their_items(monkeypatch):
