@@ -10,10 +10,13 @@ from __future__ import annotations
 import codecs
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
+import logging
 import os
+import re
 import string
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,8 +31,11 @@ import pyarrow.parquet as pq
 from medtrain.trainer.config.source import Source
 from medtrain.trainer.errors import InputError, StopRequested, bad_input
 
+log = logging.getLogger(__name__)
+
 _CODECS = {"": None, ".gz": "gzip", ".zst": "zstd"}
 _EXPECTED = ".jsonl, .json, .csv (each also with .gz or .zst) or .parquet"
+_SPLIT = re.compile(r"(train|test|dev|val|eval)(?:uation|idation|id)?(?=[-_.])")  # at the beginning of a file's name
 _ROWS_PER_READ = 1024
 _NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
@@ -78,6 +84,12 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+@functools.cache
+def _note(line: str) -> None:
+    """Logged once, however often a source is listed."""
+    log.info(line)
+
+
 def source_files(path: str | Path) -> list[str]:
     """Return the data files of a source in reading order. Raises InputError if there are none or of no known kind."""
     path = str(path)
@@ -97,6 +109,12 @@ def source_files(path: str | Path) -> list[str]:
             # Next to .jsonl and .parquet files, those of other kinds tell about the data.
             data = sorted(name for name in there if _is_data(name) and not name.startswith("."))
             names = [name for name in data if name.endswith((".jsonl", ".parquet"))] or data
+            if left_out := [name for name in data if name not in names]:
+                _note(f"note: {path}: not read: {', '.join(left_out[:5])}{' and others' if len(left_out) > 5 else ''}")
+    splits = {found[1] for name in names if (found := _SPLIT.match(name.lower()))}
+    if len(splits) > 1:  # as data sets lie on the Hub; trained on as one, the test rows would be learned
+        expected = "the files of one split: a file, or a folder of its own"
+        raise bad_input("a folder of several splits", file=path, found=", ".join(sorted(splits)), expected=expected)
     if not names:
         raise bad_input("the folder holds no data files", file=path, expected=f"{_EXPECTED} files")
     return [f"{folder}/{name}" for name in names]

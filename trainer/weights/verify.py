@@ -46,7 +46,7 @@ def verify_weights(
 
     ``forward``: compare with Hugging Face's forward too, where the model fits and is not rounded to 4 bits.
 
-    Raises InputError: the policy is not the checkpoint; says what differs and the likely cause.
+    Raises InputError: the policy is not the checkpoint; says what differs.
     """
     started = time.perf_counter()
     names = _check_tensors(policy, checkpoint, world)

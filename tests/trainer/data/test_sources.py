@@ -122,13 +122,27 @@ def test_compressed_files_name_their_rows_and_are_refused_when_cut_or_damaged(tm
     assert len(read_texts(file)) == 2 * 999, "of several members, all"
 
 
-def test_next_to_jsonl_and_parquet_a_folder_may_hold_other_files(tmp_path):
+def test_next_to_jsonl_and_parquet_a_folder_may_hold_other_files(tmp_path, caplog):
     (tmp_path / "a.csv").write_text("text\nfrom csv\n")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "from gz"}'))
     assert read_texts(tmp_path) == ["from csv", "from gz"]
     write_jsonl(tmp_path / "c.jsonl", [{"text": "from jsonl"}])
     (tmp_path / "about.json").write_text('{"rows": 1}')
-    assert read_texts(tmp_path) == ["from jsonl"]
+    with caplog.at_level("INFO"):
+        assert read_texts(tmp_path) == ["from jsonl"] == read_texts(tmp_path)
+    assert [line for line in caplog.messages if "not read" in line] == [
+        f"note: {tmp_path}: not read: a.csv, about.json, b.jsonl.gz"
+    ]
+
+
+@pytest.mark.parametrize("other", ["test-00000-of-00001.jsonl", "validation.jsonl", "dev.jsonl", "Test_1.jsonl"])
+def test_a_folder_of_several_splits_is_refused(tmp_path, other):
+    write_jsonl(tmp_path / "train-00000-of-00002.jsonl", [{"text": "a"}])
+    write_jsonl(tmp_path / "train-00001-of-00002.jsonl", [{"text": "b"}])
+    assert read_texts(tmp_path) == ["a", "b"]
+    write_jsonl(tmp_path / other, [{"text": "c"}])
+    with pytest.raises(InputError, match=r"a folder of several splits \(found (dev|test|train|val), (train|val)"):
+        read_texts(tmp_path)
 
 
 @pytest.fixture
