@@ -1,18 +1,16 @@
 """Causal attention over packed documents by three backends; documents never see each other.
 
-The model is called on one flat row of tokens [1, T], cut into segments. A segment's tokens attend causally to each other,
-and to a shared prompt elsewhere in the row, if it has one. The backend is printed and written into the manifest:
+The model is called on one flat row of tokens [1, T], cut into segments. A segment's tokens attend causally to each other, and
+to a shared prompt elsewhere in the row, if it has one:
 
-- ``flash_attn`` (the package) and ``torch_varlen`` (torch's own), on CUDA in half precision: the keys and values of (prompt,
-  segment) are gathered, the queries stay. With fewer queries than keys, both kernels align their causal mask to the bottom
-  right (flash-attn by its documentation; torch by ``row_idx + max_seqlen_k - max_seqlen_q`` in ATen's flash_attn/mask.h).
-- ``sdpa``, on any device: (prompt, segment) of like length gathered into padded rows, each row plain causal attention; no
-  real token attends to the padding at a row's end, and the prompt's queries are computed again and dropped. In compiled
-  layers, where other groups would be another graph, one mask over all tokens.
+- ``flash_attn`` (the package) and ``torch_varlen``, on CUDA in half precision: keys and values of (prompt, segment) are
+  gathered, the queries stay. Both kernels align their causal mask to the bottom right (flash-attn by its documentation; torch
+  by ``row_idx + max_seqlen_k - max_seqlen_q`` in ATen's flash_attn/mask.h).
+- ``sdpa``, on any device: (prompt, segment) of like length as padded rows of plain causal attention; the prompt's queries are
+  computed again and dropped. In compiled layers, where other groups would be another graph, one mask over all tokens.
 
-A gathered prompt gets gradients from several segments, added by the backward of ``index_select``: in a fixed order on the
-CPU and under ``torch.use_deterministic_algorithms``, else by atomics, where the sum of more than two may differ in its last
-bit.
+A gathered prompt's gradients are added in a fixed order on the CPU and under ``torch.use_deterministic_algorithms``, else by
+atomics, where the sum of more than two may differ in its last bit.
 """
 
 from __future__ import annotations

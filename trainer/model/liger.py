@@ -1,9 +1,8 @@
-"""Liger's Triton kernels for norms, rotary embedding and SwiGLU, put into one decoder by Liger's own
-``apply_liger_kernel_to_MODEL_TYPE``.
+"""Liger's Triton kernels for norms, rotary embedding and SwiGLU in one decoder, by its ``apply_liger_kernel_to_MODEL_TYPE``.
 
-Liger patches the model it is given and, for models yet to come, the classes and the rotary function in transformers' modeling
-module. Every other model of the process must stay as it is, among them the one that verifies the weights: the module gets its
-own names back at once, and has Liger's rotary function only while an attention of this decoder runs.
+Liger also patches the classes and the rotary function of transformers' modeling module. Other models of the process, such as the
+one that verifies the weights, must stay as they are: the module gets its names back at once, and has Liger's rotary function
+only while an attention of this decoder runs.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """NF4: frozen weights of linear layers in 4 bits, widened to the compute precision where they are used.
 
-The format of QLoRA (arXiv 2305.14314, section 3 and appendix E): 64 neighbours in a row share one float32 scale, their
-largest magnitude, and every weight is the nearest of 16 levels times it: 0.5 + 4/64 = 0.5625 bytes per weight. Each row is
-quantized by itself, so sharding rows before or after gives the same bits.
-
-A layer has one parameter, ``packed`` [out, in * 9/16 bytes]: a row's codes (two per byte, the first in the high half), then
-its scales. The bytes are declared as the compute dtype: FSDP gathers a parameter bit by bit only where it has nothing to
-cast (torch 2.11 would cast bytes too). So shards and gathers are 4 bits wide; nobody computes with these numbers.
+The format of QLoRA (arXiv 2305.14314, section 3 and appendix E): 64 neighbours in a row share one float32 scale, their largest
+magnitude, and every weight is the nearest of 16 levels times it. Rows are quantized one by one, so that shards have the same
+bits. A layer's one parameter, ``packed`` [out, in * 9/16 bytes], holds a row's codes (two per byte, the first in the high half),
+then its scales, declared as the compute dtype: FSDP gathers bit by bit only what it need not cast.
 """
 
 from __future__ import annotations

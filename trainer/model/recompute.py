@@ -1,12 +1,8 @@
 """Activation checkpointing: what a decoder layer keeps from forward to backward, and what it computes again there.
 
-- ``full`` keeps a layer's input.
-- ``selective`` (torch's selective checkpointing, as torchtitan's "op" mode) also keeps the outputs of attention, ``o_proj``
-  and ``up_proj``. Computed again are norms, rotary embedding, the query, key and value projections, ``gate_proj`` and
-  SwiGLU; not ``down_proj``, since nothing needs its output.
-
-The products after attention are counted, those of adapters left out, and every second one is kept, from the first on. Those
-before attention are not kept: Liger's rotary kernel overwrites its inputs, so a kept query or key would be rotated twice.
+``full`` keeps a layer's input. ``selective`` (torch's selective checkpointing, as torchtitan's "op" mode) also keeps attention
+and, of the products after it, every second one, adapters left out: ``o_proj`` and ``up_proj``. Products before attention are not
+kept: Liger's rotary kernel overwrites its inputs, so that a kept query or key would be rotated twice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Verification, before any weights are read, that a model of this architecture is computed as Hugging Face computes it.
 
-A small random model with the run's own config but for its sizes goes through the packed path and, sequence by sequence,
-through Hugging Face's eager forward, on the CPU: a fraction of a second, whatever the size of the real one.
+A small random model with the run's own config but for its sizes, packed, against Hugging Face's eager forward on the CPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""AdamW for every way of keeping weights and moments: torch's own, and one with 8-bit moments or bfloat16 weights.
+"""AdamW (arXiv 1711.05101) for every way of keeping weights and moments: torch's own, or one with 8-bit moments or bf16 weights.
 
-Both compute as AdamW does (arXiv 1711.05101). Ours rounds only what it keeps: moments of matrices to 8 bits in blocks with a
-scale each (arXiv 2110.02861, by torchao's functions), bfloat16 weights stochastically, so that updates too small for the
-format count on average. Blocks lie within rows, and the noise is a function of (seed, weight, step, place in the weight): both
-are the same on any number of ranks, and nothing but the step must be restored.
+Ours rounds only what it keeps: moments of matrices to 8 bits in blocks with a scale each (arXiv 2110.02861, by torchao's
+functions), bfloat16 weights stochastically. Blocks lie within rows, and the noise is a function of (seed, weight, step, place):
+both are the same on any number of ranks, and nothing but the step must be restored.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Verification, before the first step, that the loaded policy is the checkpoint: its bytes, and Hugging Face's own forward.
 
-Every tensor is gathered as the forward gathers it and compared bit for bit with the files' bytes, which are read anew and
-without the code that loaded them. Where the model is small enough for the host, log-probabilities of a few tokens are
-compared with those of ``AutoModelForCausalLM`` in float32: bytes in the right place may still be used wrongly. For a model
-of any size, medtrain.trainer.model.verify compares a small one of its kind.
+Every tensor is gathered as the forward gathers it and compared bit for bit with the files' bytes, read anew and without the
+code that loaded them. Where the model is small enough for the host, log-probabilities of a few tokens are compared with those of
+``AutoModelForCausalLM`` in float32.
 """
 
 from __future__ import annotations
