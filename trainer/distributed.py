@@ -40,7 +40,7 @@ class World:
 
     Attributes: ``rank`` and ``size`` over all nodes; ``device`` this process computes on; ``mesh`` over all ranks where
     there is a process group, else None: ("shard",), or ("replicate", "shard") where the model has several copies; ``stop``:
-    whether this process was asked to stop.
+    whether a stop of this process was requested.
     """
 
     rank: int
@@ -98,7 +98,7 @@ class World:
             self.stop.interruptible = False
 
     def raise_if_stopping(self) -> None:
-        """Raise :class:`StopRequested` on every rank where any was asked to stop."""
+        """Raise :class:`StopRequested` on every rank if a stop was requested on any."""
         if self.sum(torch.tensor([float(self.stop.requested)], dtype=torch.float64))[0] > 0:
             raise StopRequested
 

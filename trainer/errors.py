@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 class StopRequested(Exception):
-    """A signal asked the run to end; what is on disk is whole, and the same command goes on from there."""
+    """A signal requested the run's end; what is on disk is whole, and the same command goes on from there."""
 
 
 def bad_input(

@@ -166,8 +166,8 @@ def _unknown_key(name: str, file, keys: list[str]) -> InputError:
     if near and near[0] != section:
         expected = f"the nearest known key, '{near[0]}'"
     else:
-        beside = [key.rpartition(".") for key in keys]
-        expected = "one of " + ", ".join(key for within, _, key in beside if within == section)
+        parts = [key.rpartition(".") for key in keys]
+        expected = "one of " + ", ".join(key for within, _, key in parts if within == section)
     return bad_input("unknown key", file=file, field=name, expected=expected)
 
 

@@ -1,7 +1,7 @@
 """Typed settings: YAML plus ``KEY=VALUE`` overrides in, one frozen :class:`Config` out, every mistake named.
 
 Each setting stands once, below, with its default and meaning. An unknown key is an error that names the nearest known
-one; a setting that the chosen stage does not read is said so at start (:meth:`Config.unused`).
+one; a setting that the chosen stage does not read is named at start (:meth:`Config.unused`).
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Packe
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports] (optional)
 
     k, v = _gather(k, v, layout)
-    # Its backward adds up in any order unless told to be deterministic.
+    # Its backward adds up in any order unless it is deterministic.
     options = {"softmax_scale": scale, "causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
     return flash_attn_varlen_func(q, k, v, *layout.bounds, **options)
 

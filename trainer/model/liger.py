@@ -30,7 +30,7 @@ def select_layers(config: ModelConfig, hf_config: PreTrainedConfig, device: torc
     """Whose layers these settings take on this device: ``torch``, ``liger`` or ``compiled``. Where ``auto`` would take
     Liger's on this device and cannot, the reason is logged.
 
-    Raises InputError: Liger asked for where it cannot be; layers compiled in a way that this torch cannot.
+    Raises InputError: Liger required where it cannot be used; layers compiled in a way that this torch cannot.
     """
     if config.compile and config.activation_checkpointing == "selective" and torch.__version__ < "2.13":
         raise bad_input(

@@ -59,7 +59,7 @@ def plan_fp8(
 
     Head and embedding never compute in FP8, nor do weights with a dim that is no multiple of 16.
 
-    Raises InputError: a device without FP8 where emulation was not asked for, no layer that could compute in FP8.
+    Raises InputError: a device without FP8 without emulation, no layer that could compute in FP8.
     """
     if config.fp8 == "none":
         return None

@@ -35,7 +35,7 @@ def export_run(run_or_checkpoint: str | Path, out: str | Path, *, adapter: bool 
 
     Raises:
         InputError: no run, no complete checkpoint, an ``out`` that is already something; of a LoRA run: base weights that
-            are gone or have changed; ``adapter`` asked of another run.
+            are gone or have changed; ``adapter`` of another run.
     """
     quiet_libraries()
     place, out = Path(run_or_checkpoint), Path(out)

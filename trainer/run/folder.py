@@ -70,13 +70,13 @@ class RunFolder:
         new = learned_settings(settings)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
-                found = f"{self.root} with {name}={_short(old.get(name))}, now {_short(new.get(name))}"
+                found = f"{name}={_short(old.get(name))}, now {_short(new.get(name))}"
                 expected = "a new folder, or the same settings to go on"
-                raise error("the folder holds another run", found=found, expected=expected)
+                raise error("the folder holds another run", file=self.root, found=found, expected=expected)
         for name in sorted(before["digests"].keys() | digests.keys()):
             if before["digests"].get(name) != digests.get(name):
-                found = f"{self.root}: {name} has changed since"
-                raise error("the folder holds a run on other input", found=found, expected="a new folder")
+                problem, found = "the folder holds a run on other input", f"{name} has changed since"
+                raise error(problem, file=self.root, found=found, expected="a new folder")
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         found = complete_checkpoints(self.checkpoints)
@@ -184,7 +184,7 @@ def last_step(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 160 else text[:157] + "..."
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def versions() -> dict[str, str]:

@@ -55,7 +55,7 @@ def chart(title: str, lines: Sequence[Series], *, note: str = "", zero: bool = F
     spans = "; ".join(f"{line.name} {line.values[0]:.4g} → {line.values[-1]:.4g}" for line in lines)
     return {
         "title": title,
-        "legend": [(line.name, *look) for line, look in zip(lines, zip(COLORS, _DASHES, strict=True), strict=False)],
+        "legend": [(line.name, *style) for line, style in zip(lines, zip(COLORS, _DASHES, strict=True), strict=False)],
         "svg": _draw(lines, zero),
         "caption": f"{spans} ({note})" if note else spans,
     }

@@ -59,7 +59,7 @@ class Prepared:
 
     Attributes:
         checkpoint: the files of the starting weights; None for random ones, and where they are gone and no longer needed.
-        architecture: what its verification found; None where none was asked for.
+        architecture: what its verification found; None without one.
         first_start: what the chat template has for now.
     """
 
@@ -82,7 +82,7 @@ class Prepared:
 @dataclass(frozen=True)
 class Built:
     """The policy with its starting weights, and what trains it. ``guard``: of an FP8 run; ``verification``: what the
-    comparison with the files and with Hugging Face's model found, None where none was asked for."""
+    comparison with the files and with Hugging Face's model found, None without one."""
 
     policy: PolicyModel
     loss: StageLoss

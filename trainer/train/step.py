@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torchao comes with it, for those who ask for it
 @dataclass(frozen=True)
 class StepResult:
     """``metrics``: the loss's, and ``grad_norm``; ``attention_pairs``: query-key pairs that attention computes, of all ranks;
-    ``stop_requested``: whether any rank was asked to stop."""
+    ``stop_requested``: whether a stop was requested on any rank."""
 
     metrics: dict[str, Any]
     denominators: Denominators
@@ -51,7 +51,7 @@ def optimizer_step(
 
     Args:
         guard: of an FP8 run.
-        stop_requested: whether this process was asked to stop; called once the gradients are there.
+        stop_requested: whether a stop of this process was requested; called once the gradients are there.
         error_hint: ends the message of the error.
 
     Raises:
@@ -72,7 +72,7 @@ def optimizer_step(
         (value * world.size).backward()
         sums += stats
         attention_pairs += batch.attended
-    # One reduction per step carries everything: sums, attention work, and whether any rank was asked to stop.
+    # One reduction per step carries everything: sums, attention work, and whether a stop was requested.
     parts = [sums, torch.tensor([attention_pairs, float(stop_requested())], dtype=torch.float64, device=world.device)]
     if guard is not None:
         parts.append(guard.nonfinite_gradients())

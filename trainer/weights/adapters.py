@@ -83,7 +83,7 @@ def export_adapters(policy: PolicyModel, adapters: Adapters, out: str | Path, wo
     if world.is_main:
         partial = out.with_name(out.name + PARTIAL)
         config = adapters.peft_config(base)
-        config.inference_mode = True  # as PEFT itself saves it: loaded, it is not trained unless asked
+        config.inference_mode = True  # as PEFT itself saves it: loaded, it is not trained by default
         config.save_pretrained(str(partial))
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         replace_folder(partial, out)
