@@ -38,7 +38,7 @@ from medtrain.trainer.config.source import Source
 from medtrain.trainer.data.sources import check_text, file_kind, is_url, open_bytes, read_rows, reading, source_files, source_name
 from medtrain.trainer.data.tokenizer import tokenize_starts, tokenizer_digest
 from medtrain.trainer.errors import InputError, bad_input, user_path
-from medtrain.trainer.files import PARTIAL, replacing, write_bytes
+from medtrain.trainer.files import PARTIAL, replacing
 from medtrain.trainer.processes import clean_context
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,8 @@ def _make(folder: Path, source: Source, tokenizer, workers: int) -> list[Part]:
                 shutil.rmtree(folder)
             raise
         parts = _read_parts(folder)
-        write_bytes(folder / "complete", str(len(parts)).encode())
+        with replacing(folder / "complete") as out:  # several machines may write it at once
+            out.write(str(len(parts)).encode())
         return [parts[k] for k in range(len(parts))]
 
 
